@@ -1,0 +1,133 @@
+"""What each rewrite of linear layers costs in quality at a part of their bytes, on the tiny model.
+
+    python benchmarks/linear_quality.py [--percent 50] [--windows 48] [--only linear.monarch ...]
+
+For each rewrite alone (of the layers that it serves), and for all together: the candidates that
+the solver takes from priors (nothing is measured to choose), the sum over sites of
+E‖Δy‖² / E‖y‖², and KL on text that no fit has seen, as projected and with every site fitted again
+behind the rewritten ones before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+import fxopt
+from fxopt import passes
+from fxopt.compiler import Compiler, resolve
+from fxopt.decide.propose import Proposal
+from fxopt.decide.recover import recover
+from fxopt.decide.search import Limits, Search
+from fxopt.decide.table import build
+from fxopt.ir.cost import Cost, OpCall
+from fxopt.ir.site import GroupInfo
+from fxopt.passes.baseline import baseline_calls
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from tiny_lm_data import MODEL_DIR, heldout_windows
+
+LENGTH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--percent", type=float, default=50.0)
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--only", nargs="*", default=[])
+    args = parser.parse_args()
+    names = [name for name in passes.available() if name.startswith("linear.")]
+    print(f"| rewrite | bytes | sites | Σ error | KL | KL, fitted again | mostly |\n|{'---|' * 7}")
+    for chosen in [[n] for n in args.only or names] + ([] if args.only else [names]):
+        print(row(compiler(chosen, args.windows), chosen, args.percent / 100), flush=True)
+
+
+def compiler(rewrites: list[str], windows: int) -> Compiler:
+    """The tiny model with `windows` sequences of held-out text, a third each to fit, choose and
+    verify."""
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    text = heldout_windows(LENGTH)[:windows]
+    request = resolve(
+        model, fxopt.Budget(weights="50%"), {"input_ids": text[:1]},
+        workload=fxopt.Forward(1, LENGTH), calibration=[{"input_ids": w[None]} for w in text],
+        keep=(), rewrites=rewrites, at=None, seed=0, time_limit=None,
+    )  # fmt: skip
+    return Compiler(request)
+
+
+@torch.no_grad()
+def row(made: Compiler, names: list[str], part: float) -> str:
+    title = f"`{names[0]}`" if len(names) == 1 else "all together"
+    proposals, stored = choose(made, part)
+    if not proposals:
+        return f"| {title} | cannot reach {part:.0%} | | | | | |"
+    recovery = recover(
+        made.captured.graph,
+        made.captured.graph,
+        proposals,
+        made.request.calibration.fit,
+        made._run,  # pyright: ignore[reportPrivateUsage]
+        made.quality,
+        made.statistics,
+        made.preparer,
+    )
+    kl = [
+        made.verify_reference.measure(made.realise(proposals, tensors).graph).mean
+        for tensors in (None, recovery)
+    ]
+    (label, count), *_ = Counter(f"{p.candidate.label}" for p in proposals).most_common(1)
+    total = sum(site_error(made, proposal) for proposal in proposals)
+    return (
+        f"| {title} | {stored:.1%} | {len(proposals)} | {total:.2g} | {kl[0]:.3g} | {kl[1]:.3g} "
+        f"| {count} x {label} |"
+    )
+
+
+def choose(made: Compiler, part: float) -> tuple[list[Proposal], float]:
+    """The candidates of least predicted error within `part` of the bytes of the layers that the
+    rewrites serve, and the part that those take."""
+
+    def bytes_only(call: OpCall) -> Cost:
+        return Cost(0.0, call.weight_bytes)
+
+    scenarios = (*made.scenarios, made.final)
+    table = build(made.proposals, scenarios, baseline_calls, bytes_only, made.preparer)
+    served = {
+        member
+        for (site,) in table.keys
+        for member in (site.info.members if isinstance(site.info, GroupInfo) else [site])
+    }
+    whole = sum(call.weight_bytes for site in served for call in baseline_calls(site, made.final))
+    kept = sum(columns[0].cost.weight_bytes for columns in table.columns)
+    limits = Limits({"weights": part * whole}, {"weights": whole - kept}, {"error": 1.0})
+    search = Search(table, limits)
+    choice = search.next()
+    if choice is None:
+        return [], 0.0
+    stored = whole - kept + sum(column.cost.weight_bytes for column in search.columns(choice))
+    return made.chosen(search, choice), stored / whole
+
+
+def site_error(made: Compiler, proposal: Proposal) -> float:
+    """E‖Δy‖² / E‖y‖² over the outputs of a site or group, on the rows that were recorded."""
+    site, tensors = proposal.site, made.preparer(proposal)
+    info, found = site.info, 0.0
+    outputs = [(0, site)]
+    if isinstance(info, GroupInfo):
+        outputs = [(k, info.members[k]) for k in info.outputs]
+    for k, member in outputs:
+        recorded = made.statistics.at(member)
+        inputs, y = {**recorded.inputs, "member": k}, recorded.exact()
+        change = proposal.rewrite.emulate(proposal.match, proposal.candidate, tensors, inputs) - y
+        found += float(change.square().sum() / y.square().sum().clamp_min(1e-30))
+    return found
+
+
+if __name__ == "__main__":
+    main()

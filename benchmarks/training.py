@@ -1,0 +1,117 @@
+"""Peak and seconds of a training step under budgets: fxopt beside eager and PyTorch's own knob.
+
+    python benchmarks/training.py [--model llama] [--layers 4] [--batch 2] [--seq 256]
+
+One JSON line a run. `predicted` is fxopt's count, `peak` what was alive as measured (storages on a
+CPU, the allocator's statistic on CUDA) beyond parameters and buffers, `equal` whether loss,
+gradients and random state are eager's bit for bit. `stock` is `torch.compile(backend="aot_eager")`
+under `torch._functorch.config.activation_memory_budget`, the strongest knob that needs no change
+to a model; its peak is measured on CUDA only, since counting storages turns compilation off.
+Random weights: speed and bytes, never quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch._functorch import config as functorch
+
+import fxopt
+from fxopt.training import measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["llama", "gpt2"], default="gpt2")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--budgets", type=int, default=6)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    model = build(args).to(args.device, getattr(torch, args.dtype)).train()
+    ids = torch.randint(args.vocabulary, (args.batch, args.seq), device=args.device)
+    inputs = {"input_ids": ids, "labels": ids}
+    eager = measure.outcome(model, inputs)
+    report("eager", model, model, inputs, eager)
+    shares = torch.linspace(1.0, 0.4, args.budgets).tolist()
+    for share in shares:
+        try:
+            opt: Any = fxopt.optimize(
+                model,
+                fxopt.Budget(activations=f"{share:.0%}"),
+                inputs,
+                workload=fxopt.Train(args.batch, args.seq),
+            )
+        except fxopt.BudgetError as error:
+            opt = error.best
+        rows = {row.name: row for row in opt.plan.totals}
+        predicted = round(rows["memory"].predicted - rows["memory"].measured) + measure.peak(
+            opt, inputs
+        )
+        report(
+            "fxopt", model, opt, inputs, eager,
+            budget=round(share, 2), predicted=predicted, held=opt.report.kept,
+        )  # fmt: skip
+    for share in shares:
+        torch.compiler.reset()
+        with functorch.patch(activation_memory_budget=share):
+            stock: Any = torch.compile(model, backend="aot_eager")
+            measure.outcome(stock, inputs)
+            report("stock", model, stock, inputs, eager, budget=round(share, 2))
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """A small causal language model; GPT-2 has dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    heads = max(1, args.hidden // 64)
+    if args.model == "gpt2":
+        config = GPT2Config(
+            n_embd=args.hidden, n_layer=args.layers, n_head=heads, vocab_size=args.vocabulary,
+            n_positions=args.seq, use_cache=False, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
+    llama = LlamaConfig(
+        hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, use_cache=False,
+        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
+        vocab_size=args.vocabulary, max_position_embeddings=args.seq,
+    )  # fmt: skip
+    return LlamaForCausalLM(llama)
+
+
+def report(
+    name: str,
+    model: nn.Module,
+    module: nn.Module,
+    inputs: dict[str, Any],
+    eager: measure.Outcome,
+    **facts: Any,
+) -> None:
+    outcome = measure.outcome(module, inputs)
+    found = {n.replace("_orig_mod.", ""): t for n, t in outcome.tensors.items()}
+    worst, off = eager.difference(measure.Outcome(found))
+    timing = measure.seconds(model, module, inputs)
+    counted = name != "stock" or measure.device_of(model).type == "cuda"
+    line = {
+        "run": name,
+        "peak": measure.peak(module, inputs) if counted else None,
+        "ratio": round(timing.second / timing.first, 3),
+        "equal": off == 0.0,
+        "worst": worst,
+        "off": float(f"{off:.2g}"),
+    }
+    print(json.dumps({**line, **facts}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

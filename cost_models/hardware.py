@@ -1,0 +1,149 @@
+"""Facts about the device at hand, probed once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_dir
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one device can do. Rates are achieved ones, measured, not the vendor's.
+
+    `bandwidth` in bytes/s (read plus written), `matmul_rate` in flop/s by dtype name,
+    `launch_seconds` for one eager op, `memory_bytes` in all, `threads` for a CPU.
+    """
+
+    name: str
+    kind: str
+    bandwidth: float
+    matmul_rate: dict[str, float]
+    launch_seconds: float
+    memory_bytes: int
+    threads: int
+    probed: str
+
+    def rate(self, dtype: str) -> float:
+        """flop/s of a large matrix product; an unknown dtype counts as the slowest."""
+        return self.matmul_rate.get(dtype, min(self.matmul_rate.values()))
+
+
+def cache_folder() -> Path:
+    """Where measurements live: `$FXOPT_CACHE_DIR`, or the user's cache folder."""
+    return Path(os.environ.get("FXOPT_CACHE_DIR") or user_cache_dir("fxopt"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write through a temporary name, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1, sort_keys=True))
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The stored value, or None when there is none or it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The marketing name of a GPU, or the processor's model and thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} x{torch.get_num_threads()}"
+
+
+def probe(device: torch.device | str = "cpu", *, refresh: bool = False) -> Device:
+    """Facts of `device`, read from disk when this machine was probed before."""
+    device = torch.device(device)
+    name = device_name(device)
+    path = cache_folder() / f"device-{_slug(name)}.json"
+    stored = None if refresh else read_json(path)
+    if isinstance(stored, dict) and stored.get("torch") == torch.__version__:
+        return Device(**stored["facts"])
+    facts = _measure(device, name)
+    write_json(path, {"torch": torch.__version__, "facts": asdict(facts)})
+    return facts
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue, so that a host clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_call(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.05) -> float:
+    """Seconds of `call`: the lower quartile over repeats that fill about `seconds`, at least 5.
+
+    What else runs on the machine only ever adds time, so the fast repeats tell more.
+    """
+    call()
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < deadline and len(times) < 200):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 4]
+
+
+def _measure(device: torch.device, name: str) -> Device:
+    cuda = device.type == "cuda"
+    size = 2**28 if cuda else 2**25
+    source = torch.ones(size, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), device)
+    small = torch.ones(8, device=device)
+    return Device(
+        name=name,
+        kind=device.type,
+        bandwidth=2 * source.nbytes / copy,
+        matmul_rate={str(d).removeprefix("torch."): _matmul_rate(device, d) for d in _DTYPES},
+        launch_seconds=time_call(lambda: small + small, device, seconds=0.02),
+        memory_bytes=_memory(device),
+        threads=torch.get_num_threads(),
+        probed=date.today().isoformat(),
+    )
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / time_call(lambda: a @ b, device)
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text).strip("-").lower()

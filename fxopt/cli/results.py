@@ -1,0 +1,42 @@
+"""What commands read and print: plans, and the rows of their budgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command import INFEASIBLE, OK, Output
+
+if TYPE_CHECKING:
+    from fxopt.ir.plan import Plan
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file, or in a folder that holds one."""
+    from fxopt.ir.plan import Plan
+
+    return Plan.load(path / "plan.json" if path.is_dir() else path)
+
+
+def show_plan(made: Plan, output: Output) -> int:
+    """Print a plan; INFEASIBLE when it is not predicted to keep its budget."""
+    output.show(made, json.loads(made.model_dump_json()))
+    over = [
+        row
+        for row in made.totals
+        if row.limit is not None and row.predicted is not None and row.predicted > row.limit
+    ]
+    return INFEASIBLE if over else OK
+
+
+def show_result(opt: Any, out: Path, output: Output) -> int:
+    """Print what was made: the plan and its report, or the report's rows."""
+    document = {"out": str(out), "rows": rows_of(opt.report.rows), "notes": opt.report.notes}
+    output.show(f"{opt.plan}\n\n{opt.report}\n\nwrote {out}", document)
+    return OK
+
+
+def rows_of(rows: Any) -> list[dict[str, Any]]:
+    """Rows of a report as JSON."""
+    return [{**vars(row), "excess": row.excess} for row in rows]

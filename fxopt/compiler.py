@@ -1,0 +1,477 @@
+"""One optimisation from capture to verified module: what `optimize`, `plan` and `apply` share."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import passes
+from .capture import Captured, capture
+from .cost_models.hardware import Device, probe
+from .cost_models.measured import Measured
+from .cost_models.memory import live_bytes
+from .decide.calibration import Batch, Calibration, bind, split
+from .decide.evaluate import run_as_decoded
+from .decide.peaks import Points, points, shifted
+from .decide.propose import Proposal, Proposals, propose
+from .decide.quality import Kind, Quality, Reference
+from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
+from .decide.statistics import Call, Statistics, collect
+from .decide.table import Column, Preparer, Table, build
+from .decide.verify import weight_bytes
+from .emit.editor import GraphEditor
+from .emit.module import OptimizedModule, emit
+from .fingerprint import structure_fingerprint, weights_fingerprint
+from .host import Host, refuse_cache, uncached
+from .hosted import Optimized
+from .inputs import default_inputs, default_workload
+from .ir.budget import Budget
+from .ir.errors import FxoptError
+from .ir.rewrite import Rewrite
+from .ir.workload import Forward, Generate, Scenario, Train, Workload, scenarios
+from .passes.baseline import baseline_calls, cache_bytes
+from .progress import Progress, stepping
+
+logger = logging.getLogger("fxopt")
+
+SWAP_SECONDS = 30.0
+SWAPS, TRIALS = 96, 8
+"""Time for measuring single sites in all, how many at most, and how many whole choices; the rest
+keep priors corrected by those measured."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `optimize`, resolved."""
+
+    model: nn.Module
+    budget: Budget
+    workload: Workload
+    example: Batch
+    calibration: Calibration
+    keep: tuple[str, ...]
+    rewrites: tuple[str, ...] | None
+    at: str | None
+    seed: int
+    deadline: float
+    progress: Progress = field(default_factory=Progress)
+
+
+def resolve(
+    model: nn.Module,
+    budget: Budget,
+    example_inputs: Any,
+    *,
+    workload: Workload | None,
+    calibration: Iterable[Any] | None,
+    keep: Iterable[str],
+    rewrites: Sequence[str] | None,
+    at: str | None,
+    seed: int,
+    time_limit: float | None,
+) -> Request:
+    """Fill in what the caller left out; errors name the argument."""
+    names = _forward_names(model)
+    example = bind(default_inputs(model, example_inputs), names)
+    chosen = workload or default_workload(budget, example)
+    if isinstance(chosen, Train):
+        raise FxoptError(
+            "workload: a module that trains is measured as fxopt.optimize makes it (its .report); "
+            "verify and calibration are for fxopt.Forward and fxopt.Generate"
+        )
+    if isinstance(chosen, Forward):
+        chosen = _sized(chosen, example)
+    if at:
+        refuse_cache(at, budget, chosen)
+        example = uncached(model, at, example)
+        keep = [name.removeprefix(f"{at}.") for name in keep]
+    items = None if calibration is None else list(calibration)
+    if items is not None and not items:
+        raise FxoptError("calibration: it is empty; pass inputs, or omit it to use example_inputs")
+    return Request(
+        model=model,
+        budget=budget,
+        workload=chosen,
+        example=example,
+        calibration=split(
+            items if items is not None else [example], names, given=items is not None
+        ),
+        keep=tuple(keep),
+        rewrites=None if rewrites is None else tuple(rewrites),
+        at=at or None,
+        seed=seed,
+        deadline=time.monotonic() + (time_limit if time_limit is not None else 1e9),
+    )
+
+
+def training_step(
+    model: nn.Module,
+    budget: Budget,
+    example_inputs: Any,
+    workload: Workload | None,
+    calibration: Any,
+    at: str | None,
+) -> tuple[Batch, Train] | None:
+    """Example and workload where these arguments ask for a training step, None where not."""
+    speaks_of_steps = workload is None and budget.cost_rows == ("activations",)
+    if not isinstance(workload, Train) and (budget.quality or not speaks_of_steps):
+        return None
+    if at is not None or calibration is not None:
+        name = "at" if at is not None else "calibration"
+        raise FxoptError(f"{name}: fxopt.Train plans the whole step, exactly; leave {name} out")
+    example = bind(default_inputs(model, example_inputs), _forward_names(model))
+    chosen = workload or default_workload(budget, example)
+    assert isinstance(chosen, Train)
+    return example, chosen
+
+
+def _forward_names(model: nn.Module) -> list[str]:
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def _sized(workload: Forward, example: Batch) -> Forward:
+    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
+    shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
+    return Forward(workload.batch or shape[0], workload.length or shape[1])
+
+
+class Compiler:
+    """Captures once; scores, searches and realises on demand. Holds no result."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.captured: Captured = capture(
+            request.model,
+            request.example,
+            generate=isinstance(request.workload, Generate),
+            at=request.at,
+        )
+        loaded = passes.load(request.rewrites)
+        self.rewrites: list[Rewrite] = [r for r in loaded if set(r.workloads) != {"train"}]
+        self.host: Host | None = None
+        if request.at is not None:
+            self.host = Host(request.model, request.at, self.captured, request.example)
+            self.host.check(self._module(GraphEditor(self.captured)))
+        self._swap_seconds = SWAP_SECONDS
+
+    @cached_property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        """The calls of the workload, the longest last."""
+        work = self.request.workload
+        return scenarios(self.host.workload(work) if self.host else work, self.source)
+
+    @cached_property
+    def source(self) -> int:
+        """Tokens that an encoder makes of the workload's prompt; 0 where there is no encoder."""
+        work = self.request.workload
+        if not (isinstance(work, Generate) and self.captured.encoder_decoder):
+            return 0
+        return self.captured.source or work.prompt
+
+    @cached_property
+    def final(self) -> Scenario:
+        """The last call of the workload: its cache is the largest."""
+        work = self.request.workload
+        if isinstance(work, Generate):
+            past = work.new_tokens - 1 + (0 if self.source else work.prompt)
+            return Scenario("final", work.batch, 1, past, repeats=0, source=self.source)
+        return replace(self.scenarios[-1], repeats=0)
+
+    @cached_property
+    def device(self) -> torch.device:
+        first = next(iter(self.request.model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @cached_property
+    def hardware(self) -> Device:
+        return probe(self.device)
+
+    @cached_property
+    def quality(self) -> Quality:
+        """How errors are measured: the budget's row, or KL (outputs without logits: relative)."""
+        row = self.request.budget.quality
+        kinds: dict[str | None, Kind] = {
+            "kl": "kl",
+            "loss_increase": "loss_increase",
+            "relative_error": "relative_error",
+            "metric_drop": "metric",
+        }
+        kind = kinds.get(row) or ("kl" if self.logits is not None else "relative_error")
+        if kind in ("kl", "loss_increase") and self.logits is None:
+            raise FxoptError(
+                f"Budget.{row}: the model returns no logits; use relative_error or a metric"
+            )
+        work = self.request.workload
+        prompt, new = (work.prompt, work.new_tokens) if isinstance(work, Generate) else (0, 0)
+        # a decoder that follows an encoder begins with one token
+        prompt = 1 if self.source else prompt
+        return Quality(kind, self.captured.causal_lm, prompt, new)
+
+    @cached_property
+    def logits(self) -> int | None:
+        """Index of the model's output that holds logits, if any does."""
+        names = self.host.names if self.host else self.captured.output.leaf_names()
+        if "logits" in names:
+            return names.index("logits")
+        return None
+
+    def evaluate(self, graph: fx.GraphModule, batch: Batch, positions: Tensor | None) -> Tensor:
+        """The output that quality looks at, over the positions that count, for one sequence."""
+        generates = self.captured.causal_lm or self.source > 0
+        prompt = self.quality.prompt_of(_length(batch)) if generates else 0
+
+        def call(arguments: list[Any]) -> Sequence[Any]:
+            return run_as_decoded(graph, arguments, prompt)
+
+        with torch.no_grad():
+            output = self._run(call, batch, positions)[self.logits or 0]
+        mask = batch.get("decoder_attention_mask" if self.source else "attention_mask")
+        if positions is None and isinstance(mask, Tensor) and output.shape[:2] == mask.shape:
+            return output[mask.bool()]
+        return output
+
+    def _run(self, call: Call, batch: Batch, positions: Tensor | None) -> Sequence[Any]:
+        """The model's outputs for one sequence, `call` computing those of its graph."""
+        if self.host is not None:
+            return self.host.outputs(call, batch)
+        return call(self.captured.arguments(**_keep(batch, positions, self.captured.causal_lm)))
+
+    @cached_property
+    def proposals(self) -> Proposals:
+        return propose(
+            self.captured.sites,
+            self.rewrites,
+            (*self.scenarios, self.final),
+            self.request.workload.kind,
+            self.request.keep,
+        )
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        run, output, quality = self._run, self.logits or 0, self.quality
+        host = self.host
+        if host is not None and not host.differentiable(output):
+            # No gradient says what matters further on: the submodule's own error ranks its sites,
+            # and what is measured of the whole model scales that.
+            run, output, quality = host.inner, 0, replace(quality, kind="relative_error")
+        fit = self.request.calibration.fit
+        with self.request.progress.stage("recording", len(fit)) as advance:
+            return collect(
+                self.captured.graph,
+                self.captured.sites,
+                fit,
+                stepping(advance, run),
+                output,
+                quality,
+                seed=self.request.seed,
+            )
+
+    @cached_property
+    def preparer(self) -> Preparer:
+        return Preparer(self.statistics)
+
+    @cached_property
+    def costs(self) -> Measured:
+        dtype = next((p.dtype for p in self.request.model.parameters()), torch.float32)
+        return Measured(self.hardware, str(dtype).removeprefix("torch."))
+
+    def table(self) -> Table:
+        """Every option priced: statistics, priors and measured costs."""
+        with torch.no_grad():
+            table = build(
+                self.proposals,
+                (*self.scenarios, self.final),
+                baseline_calls,
+                self.costs,
+                self.preparer,
+                partial(self.request.progress.track, "scoring"),
+            )
+        self.costs.save()
+        return table
+
+    def realise(
+        self,
+        proposals: Iterable[Proposal],
+        tensors: Callable[[Proposal], Mapping[str, Tensor]] | None = None,
+    ) -> GraphEditor:
+        """A copy of the graph with `proposals` applied in the order of the rewrites.
+
+        `tensors` gives what they register; by default it is prepared from the statistics.
+        """
+        tensors = tensors or self.preparer
+        order = {rewrite.name: i for i, rewrite in enumerate(self.rewrites)}
+        editor = GraphEditor(self.captured)
+        for proposal in sorted(proposals, key=lambda p: order[p.rewrite.name]):
+            with editor.applying(proposal.rewrite.name):
+                proposal.rewrite.apply(
+                    proposal.match, proposal.candidate, tensors(proposal), editor
+                )
+        editor.finish()
+        return editor
+
+    def emit(self, editor: GraphEditor) -> Optimized:
+        """The module that people get: generated classes around the edited graph."""
+        module = self._module(editor)
+        return self.host.around(module) if self.host else module
+
+    def _module(self, editor: GraphEditor) -> OptimizedModule:
+        return emit(self.captured, editor, self.host.part if self.host else self.request.model)
+
+    def whole(self, graph: fx.GraphModule) -> nn.Module:
+        """The model with the tensors of an edited graph for those that it replaces."""
+        return self.host.holding(graph) if self.host else graph
+
+    @cached_property
+    def structure(self) -> str:
+        """Fingerprint of names, ops, shapes and dtypes of the canonical graph."""
+        return structure_fingerprint(self.captured.graph)
+
+    @cached_property
+    def weights(self) -> str:
+        """Fingerprint of the values of parameters and buffers."""
+        return weights_fingerprint(self.host.part if self.host else self.request.model)
+
+    def facts(self) -> dict[str, Any]:
+        """The device and the library versions a plan was made with."""
+        return {
+            "device": self.hardware.name,
+            "kind": self.hardware.kind,
+            "torch": str(torch.__version__),
+        }
+
+    def sizes(self, scenario: Scenario) -> dict[str, int]:
+        """The graph's symbols as numbers at a scenario's sizes."""
+        roles = {
+            "batch": scenario.batch,
+            "length": scenario.source or scenario.queries,
+            "total": scenario.length,
+            "keep": 1 if isinstance(self.request.workload, Generate) else scenario.queries,
+        }
+        inputs = self.host.inputs if self.host else self.request.example
+        shapes = {n: v.shape for n, v in inputs.items() if isinstance(v, Tensor)}
+        return {
+            name: roles.get(dim.role) or shapes.get(dim.input, {dim.dim: 1})[dim.dim]
+            for name, dim in self.captured.symbols.items()
+        }
+
+    @cached_property
+    def choose_reference(self) -> Reference:
+        return self._reference(self.request.calibration.choose)
+
+    @cached_property
+    def verify_reference(self) -> Reference:
+        verifying = partial(self.request.progress.track, "verifying")
+        return self._reference(self.request.calibration.verify, verifying)
+
+    def _reference(
+        self, batches: Sequence[Batch], watch: Callable[[Sequence[Batch]], Iterable[Batch]] = iter
+    ) -> Reference:
+        graph = self.captured.graph
+        return Reference(self.quality, self.evaluate, graph, batches, watch=watch)
+
+    @cached_property
+    def kept_weights(self) -> int:
+        """Bytes of the weights of the model as it is."""
+        return weight_bytes(self.request.model)
+
+    def kv_cache_bytes(self, graph: fx.GraphModule, *, element_size: int | None = None) -> int:
+        """Bytes of the cache at the workload's final length; `element_size` 2 gives the
+        16-bit baseline that ratios refer to."""
+        if not isinstance(self.request.workload, Generate):
+            return 0
+        return cache_bytes(graph, self.final, element_size)
+
+    def limits(self, baseline: Mapping[str, float], table: Table) -> Limits:
+        """The budget as rows over the table's columns, relative rows made absolute."""
+        budget = self.request.budget
+        rows = dict(budget.absolute(baseline))
+        if budget.quality is not None:
+            rows["error"] = self.quality.additive(rows.pop(budget.quality))
+        kept = [column[0].cost for column in table.columns]
+        seconds = sum(c.seconds for c in kept)
+        baseline = {**baseline, "latency": baseline.get("latency", seconds)}
+        constants = {
+            "weights": baseline["weights"] - sum(c.weight_bytes for c in kept),
+            "kv_cache": baseline["kv_cache_now"] - sum(c.state_bytes for c in kept),
+            "latency": baseline["latency"] - seconds,
+            **self._call_constants(baseline, table),
+        }
+        constants["memory"] = constants["weights"] + constants["kv_cache"]
+        at = self._points(baseline["temporaries"], table) if "temporaries" in baseline else {}
+        return Limits(rows, constants, self._objective(baseline), at)
+
+    def _points(self, measured: float, table: Table) -> Points:
+        """Temporaries of the kept graph at each of its points in the workload's largest call.
+
+        Liveness knows the graph; callers' frames hold more, which `measured` tells.
+        """
+        live = live_bytes(self.captured.graph.graph, self.sizes(self.scenarios[0]))
+        wanted = {site.key for sites in table.keys for site in sites}
+        at = points(live, self.captured.sites, wanted)
+        return shifted(at, measured - max(at.values()))
+
+    def _call_constants(self, baseline: Mapping[str, float], table: Table) -> dict[str, float]:
+        """For latency rows of single calls: what the call takes beyond the sites' own ops."""
+        constants: dict[str, float] = {}
+        for scenario in self.scenarios:
+            row = f"latency.{scenario.name}"
+            if row in baseline:
+                kept = (columns[0].seconds.get(scenario.name, 0.0) for columns in table.columns)
+                constants[row] = baseline[row] - sum(kept)
+        return constants
+
+    def _objective(self, baseline: Mapping[str, float]) -> dict[str, float]:
+        """One main row; the others break ties, weighted by their share of the original."""
+        scale = {
+            "latency": 1 / max(baseline["latency"], 1e-9),
+            "memory": 1 / max(baseline["weights"] + baseline["kv_cache_now"], 1.0),
+        }
+        match self.request.budget.objective:
+            case "error":
+                return {"error": 1.0, "latency": 1e-9 * scale["latency"]}
+            case "latency":
+                return {"latency": scale["latency"], "memory": 1e-3 * scale["memory"]}
+            case "memory":
+                return {"memory": scale["memory"], "latency": 1e-3 * scale["latency"]}
+
+    def measure_column(self, column: Column) -> float:
+        """Additive error of one swapped site, on the `choose` part."""
+        graph = self.realise(column.proposals).graph
+        measured = self.choose_reference.measure(graph, batches=1)
+        return self.quality.additive(measured.mean)
+
+    def search(self, search: Search, measure: Any) -> Trial | None:
+        """Measure what the solver takes, solve again, measure whole choices."""
+        began = time.monotonic()
+        enough = min(self.request.deadline, began + self._swap_seconds)
+        stage = self.request.progress.stage
+        with stage("comparing", min(SWAPS, len(search.table.keys))) as advance:
+            column = stepping(advance, self.measure_column)
+            measure_swaps(search, column, deadline=enough, limit=SWAPS)
+        self._swap_seconds -= time.monotonic() - began
+        with stage("searching", TRIALS) as advance:
+            trial = stepping(advance, measure)
+            return improve(search, trial, deadline=self.request.deadline, rounds=TRIALS)
+
+    def chosen(self, search: Search, choice: Choice) -> list[Proposal]:
+        """The proposals of a choice, in the order of the graph."""
+        return [p for column in search.columns(choice) for p in column.proposals]
+
+
+def _keep(batch: Batch, positions: Tensor | None, causal_lm: bool) -> Batch:
+    return {**batch, "logits_to_keep": positions} if causal_lm else batch
+
+
+def _length(batch: Batch) -> int:
+    first = next(v for v in batch.values() if isinstance(v, Tensor))
+    return first.shape[1] if first.ndim > 1 else 1

@@ -1,0 +1,1 @@
+"""Statistics, scores, the solver and the verification: the loop that turns sites into a plan."""

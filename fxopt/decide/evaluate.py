@@ -1,0 +1,29 @@
+"""Running a canonical graph for its quality: the cache is read as decoding would read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.ops import attend, attend_as_decoded
+
+
+class _AsDecoded(fx.Interpreter):
+    """Attention ops with a cache layout see the packed image of what lies behind `prompt`."""
+
+    def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self.prompt = prompt
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is attend and kwargs.get("layout") and self.prompt > 0:
+            return attend_as_decoded(*args, prompt=self.prompt, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def run_as_decoded(graph: fx.GraphModule, arguments: list[Any], prompt: int) -> tuple[Tensor, ...]:
+    """The outputs of `graph`, its tokens from `prompt` on decoded one by one."""
+    with torch.no_grad():
+        return _AsDecoded(graph, prompt).run(*arguments)

@@ -1,0 +1,290 @@
+"""The loop of solve, measure, correct: from a priced table to a choice that was measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from .peaks import PEAK_ROWS, Points, row_at
+from .solve import Group, Problem, Row, nearest, solve, total, undominated
+from .table import Column, Table
+
+Choice = tuple[int, ...]
+Rows = Mapping[str, float]
+
+GAP = 1e-3
+"""Relative gap at which a choice counts as optimal: below what costs are measured to."""
+
+FASTER = 1.02
+"""A rewrite that serves no byte row must be measured at least this much faster."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budget in the solver's terms: `rows` by name (error in its additive form), the part
+    of each that no option changes, and what to minimise. `points` are the temporaries that the
+    rows of peaks count beside their constants, at each point of the program."""
+
+    rows: Mapping[str, float]
+    constants: Mapping[str, float]
+    objective: Mapping[str, float]
+    points: Points = field(default_factory=dict)
+
+    def excess(self, measured: Rows) -> float:
+        """The smallest number that every measured row / limit - 1 stays under."""
+        return max((measured[n] / limit - 1 for n, limit in self.rows.items()), default=0.0)
+
+    def constant(self, name: str) -> dict[str, float]:
+        """The solver's rows of one row of the budget, and the constant of each."""
+        constant = self.constants.get(name, 0.0)
+        if name not in PEAK_ROWS or not self.points:
+            return {name: constant}
+        return {row_at(name, p): constant + alive for p, alive in self.points.items()}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice with what was predicted and measured of it."""
+
+    choice: Choice
+    predicted: Rows
+    measured: Rows
+    excess: float
+    value: float
+
+
+@dataclass
+class Search:
+    """Proposes choices, is told what they measured, remembers the best.
+
+    `correction` scales a row's predictions to what was measured of whole choices.
+    """
+
+    table: Table
+    limits: Limits
+    correction: dict[str, float] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    fixed: Mapping[int, int] = field(default_factory=dict)
+    stopped: bool = False
+    solver_seconds: float = 40.0
+
+    def problem(self) -> Problem:
+        """The program with today's corrections."""
+        rows = tuple(
+            Row(row, limit, constant)
+            for name, limit in self.limits.rows.items()
+            for row, constant in self.limits.constant(name).items()
+        )
+        groups = self.table.groups(self.correction.get("error", 1.0))
+        return Problem(
+            groups,
+            rows,
+            self.limits.objective,
+            cuts=tuple(trial.choice for trial in self.trials),
+            forbidden=self._forbidden() | self._dominated(groups),
+            exclusive=self.table.exclusive,
+        )
+
+    def _dominated(self, groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
+        """Options that another beats or equals in every row that counts: most of them."""
+        expanded = (row for name in self.limits.rows for row in self.limits.constant(name))
+        rows = sorted({*expanded, *self.limits.objective})
+        # where a choice excludes another, the other must be able to keep its site
+        bound = {g for members in self.table.exclusive for g in members}
+        return frozenset(
+            (g, o)
+            for g, group in enumerate(groups)
+            if g not in self.fixed
+            for o in set(range(len(group.options))) - set(undominated(group.options, rows))
+            if o or g not in bound
+        )
+
+    def _forbidden(self) -> frozenset[tuple[int, int]]:
+        """Options that a lock excludes, or that are no faster where no byte row is served."""
+        pairs: set[tuple[int, int]] = set()
+        slow_is_useless = not self._bytes_matter()
+        for g, columns in enumerate(self.table.columns):
+            for o, column in enumerate(columns):
+                if g in self.fixed:
+                    excluded = o != self.fixed[g]
+                else:
+                    excluded = slow_is_useless and o > 0 and _no_faster(column, columns[0])
+                if excluded:
+                    pairs.add((g, o))
+        return frozenset(pairs)
+
+    def _bytes_matter(self) -> bool:
+        wanted = {*self.limits.rows, *(n for n, w in self.limits.objective.items() if w > 1e-3)}
+        return bool(wanted & {"weights", "kv_cache", "memory", "activations"})
+
+    def next(self) -> Choice | None:
+        """The best choice not tried yet that is predicted to hold; None when there is none."""
+        with self._timed() as limit:
+            found = solve(self.problem(), time_limit=limit, gap=GAP)
+        return None if found is None else found.choice
+
+    def nearest(self) -> Choice | None:
+        """The untried choice predicted to come nearest to the rows."""
+        with self._timed() as limit:
+            choice = nearest(self.problem(), time_limit=limit)
+        return None if any(t.choice == choice for t in self.trials) else choice
+
+    @contextmanager
+    def _timed(self) -> Generator[float]:
+        """Seconds for one solve: a part of what is left, so that many hard programs in a row
+        cost no more than a few."""
+        began = time.monotonic()
+        yield max(self.solver_seconds / 4, 0.5)
+        self.solver_seconds -= time.monotonic() - began
+
+    def predict(self, choice: Choice) -> dict[str, float]:
+        """Every row of `choice` as predicted, in the solver's form."""
+        problem = self.problem()
+        names = {*self.limits.rows, *self.limits.objective, "error"}
+        return {
+            name: max(
+                total(problem, choice, row) + constant
+                for row, constant in self.limits.constant(name).items()
+            )
+            for name in sorted(names)
+        }
+
+    def tell(self, choice: Choice, measured: Rows) -> Trial:
+        """Record what `choice` measured; later predictions are corrected by it."""
+        predicted = self.predict(choice)
+        value = sum(w * measured.get(n, predicted[n]) for n, w in self.limits.objective.items())
+        trial = Trial(choice, predicted, measured, self.limits.excess(measured), value)
+        self.trials.append(trial)
+        self.correct(choice, predicted, measured)
+        return trial
+
+    def _widest(self, choice: Choice, row: str) -> str:
+        """The point of the program at which the peak of `choice` is expected."""
+        problem = self.problem()
+        return max(
+            self.limits.points,
+            key=lambda p: total(problem, choice, row_at(row, p)) + self.limits.points[p],
+        )
+
+    def correct(self, choice: Choice, predicted: Rows, measured: Rows) -> None:
+        """Scale the error row by measured / predicted, within a factor of 10 at a time; move the
+        point of the program where the peak was expected by what it measured more or less."""
+        peak = next((n for n in PEAK_ROWS if n in measured and n in self.limits.rows), None)
+        if peak is not None and self.limits.points:
+            widest = self._widest(choice, peak)
+            alive = self.limits.points[widest] + measured[peak] - predicted[peak]
+            self.limits = replace(self.limits, points={**self.limits.points, widest: alive})
+        if predicted.get("error", 0.0) > 0 and measured.get("error", 0.0) > 0:
+            ratio = measured["error"] / predicted["error"]
+            before = self.correction.get("error", 1.0)
+            self.correction["error"] = before * min(max(ratio, 0.1), 10.0)
+
+    def tighten(self, trial: Trial, row: str, factor: float) -> None:
+        """What was measured of `trial` elsewhere was `factor` times worse in `row`: ask that much
+        more of every choice, and take this one for failed."""
+        rows = {n: v / factor if n == row else v for n, v in self.limits.rows.items()}
+        self.limits = replace(self.limits, rows=rows)
+        self.trials = [
+            replace(t, excess=max(self.limits.excess(t.measured), 1e-6 if t is trial else t.excess))
+            for t in self.trials
+        ]
+
+    def ranked(self) -> list[Trial]:
+        """The trials, nearest to the budget first."""
+        return sorted(self.trials, key=lambda t: t.excess)
+
+    @property
+    def best(self) -> Trial | None:
+        """The feasible trial of least objective, else the one nearest to the budget."""
+        feasible = [t for t in self.trials if t.excess <= 0]
+        if feasible:
+            return min(feasible, key=lambda t: t.value)
+        return min(self.trials, key=lambda t: t.excess, default=None)
+
+    def columns(self, choice: Choice) -> list[Column]:
+        """The columns that a choice takes."""
+        return [c[o] for c, o in zip(self.table.columns, choice, strict=True)]
+
+
+def _no_faster(column: Column, kept: Column) -> bool:
+    return column.cost.seconds * FASTER > kept.cost.seconds
+
+
+def measure_swaps(
+    search: Search,
+    measure: Callable[[Column], float],
+    *,
+    deadline: float,
+    limit: int = 96,
+    rounds: int = 10,
+) -> int:
+    """Measure, one site at a time, the options that the solver takes, and let it think again.
+
+    Those with the largest predicted error first; returns how many were measured.
+    """
+    done = 0
+    for _ in range(rounds):
+        choice = search.next() or search.nearest()
+        if choice is None:
+            return done
+        waiting = [
+            (g, o)
+            for g, o in enumerate(choice)
+            if o and search.table.columns[g][o].measured is None
+        ]
+        waiting.sort(key=lambda at: -search.table.columns[at[0]][at[1]].prior)
+        if not waiting:
+            return done
+        for g, o in waiting:
+            if done >= limit or time.monotonic() > deadline:
+                search.table.learn()
+                return done
+            column = search.table.columns[g][o]
+            search.table.columns[g][o] = replace(column, measured=measure(column))
+            done += 1
+        search.table.learn()
+    return done
+
+
+def improve(
+    search: Search,
+    measure: Callable[[Choice], Rows],
+    *,
+    deadline: float,
+    rounds: int = 8,
+) -> Trial | None:
+    """Solve, measure the whole choice, correct, again: until the first that holds is not bettered.
+
+    When nothing holds, the last rounds go to the choices nearest to the budget.
+    """
+    for _ in range(rounds):
+        if time.monotonic() > deadline and search.trials:
+            search.stopped = True
+            break
+        best = search.best
+        held = best is not None and best.excess <= 0
+        choice = search.next()
+        if choice is None and held:
+            break
+        choice = choice if choice is not None else search.nearest()
+        if choice is None:
+            break
+        predicted = search.predict(choice)
+        worth = sum(w * predicted[n] for n, w in search.limits.objective.items())
+        if held and best is not None and worth >= best.value * (1 - 1e-3):
+            break
+        search.tell(choice, measure(choice))
+    return search.best
+
+
+def identity(table: Table) -> Choice:
+    """The choice that keeps every site."""
+    return tuple(0 for _ in table.columns)
+
+
+def uniform(table: Table, label: str) -> Choice:
+    """The choice that takes the option `label` wherever a group has it."""
+    labels: Sequence[list[str]] = [[c.label for c in columns] for columns in table.columns]
+    return tuple(names.index(label) if label in names else 0 for names in labels)

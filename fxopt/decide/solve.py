@@ -1,0 +1,341 @@
+"""The choice: one option a group under linear rows, as a mixed-integer program.
+
+The exact program goes to HiGHS; a greedy Lagrangian walk stands beside it, and the better of
+the two is returned, so that a time limit never leaves the caller empty-handed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_matrix
+
+from .peaks import row_of
+
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Option:
+    """One column of the program: what choosing it adds to each row.
+
+    An amount named `row` counts in every `row@point`, unless there is one of that name too.
+    """
+
+    label: str
+    amounts: Mapping[str, float]
+
+    def amount(self, row: str) -> float:
+        """What the option adds to `row`."""
+        found = self.amounts.get(row)
+        return self.amounts.get(row_of(row), 0.0) if found is None else found
+
+
+@dataclass(frozen=True)
+class Group:
+    """A decision: exactly one of `options` is taken."""
+
+    key: str
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """sum of amounts + constant <= limit."""
+
+    name: str
+    limit: float
+    constant: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What two options add to the rows when both are chosen, beyond their sum.
+
+    `first` and `second` are (group, option) indices.
+    """
+
+    first: tuple[int, int]
+    second: tuple[int, int]
+    amounts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Minimise the weighted sum of row amounts `objective` under `rows`.
+
+    `cuts` are full choices that were tried and must not come back; `forbidden` are single
+    (group, option) pairs, locked out or known to serve nothing. Of each set of groups in
+    `exclusive` at most one takes another option than its first, which is never forbidden there.
+    """
+
+    groups: tuple[Group, ...]
+    rows: tuple[Row, ...]
+    objective: Mapping[str, float]
+    pairs: tuple[Pair, ...] = ()
+    cuts: tuple[tuple[int, ...], ...] = ()
+    forbidden: frozenset[tuple[int, int]] = frozenset()
+    exclusive: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`choice[g]` is the option of group g; `gap` bounds how far from optimal it can be."""
+
+    choice: tuple[int, ...]
+    value: float
+    gap: float
+    method: str
+
+
+def total(problem: Problem, choice: Sequence[int], row: str) -> float:
+    """The amount that `choice` adds to `row`, pairs included, constants not."""
+    amount = sum(
+        group.options[o].amount(row) for group, o in zip(problem.groups, choice, strict=True)
+    )
+    for pair in problem.pairs:
+        if choice[pair.first[0]] == pair.first[1] and choice[pair.second[0]] == pair.second[1]:
+            amount += pair.amounts.get(row, 0.0)
+    return amount
+
+
+def value(problem: Problem, choice: Sequence[int]) -> float:
+    """The objective of `choice`."""
+    return sum(w * total(problem, choice, row) for row, w in problem.objective.items())
+
+
+def violation(problem: Problem, choice: Sequence[int]) -> float:
+    """The largest relative excess over any row; 0 or less when all hold."""
+    worst = 0.0
+    for row in problem.rows:
+        amount = total(problem, choice, row.name) + row.constant
+        scale = max(abs(row.limit), ROUNDING)
+        worst = max(worst, (amount - row.limit) / scale)
+    if tuple(choice) in problem.cuts or problem.forbidden & set(enumerate(choice)):
+        return float("inf")
+    if any(sum(choice[g] > 0 for g in groups) > 1 for groups in problem.exclusive):
+        return float("inf")
+    return worst
+
+
+def solve(problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4) -> Solution | None:
+    """The best feasible choice found, or None when the program is proved infeasible or nothing
+    was found in time. Deterministic for a given time limit that is not reached."""
+    if not problem.groups:
+        # nothing to decide, and HiGHS takes no empty program
+        empty = Solution((), 0.0, 0.0, "milp")
+        return empty if violation(problem, ()) <= 0 else None
+    exact = _milp(problem, time_limit, gap)
+    if exact is not None and exact.gap <= gap:
+        return exact
+    found = [s for s in (exact, greedy(problem)) if s is not None]
+    return min(found, key=lambda s: s.value, default=None)
+
+
+def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
+    """The choice whose largest amount / limit over the rows is smallest; cuts are respected.
+
+    What is returned when the rows cannot all hold; the objective breaks ties.
+    """
+    relaxed = _milp(problem, time_limit, 1e-6, relax=True) if problem.groups else None
+    if relaxed is not None:
+        return relaxed.choice
+    return tuple(0 for _ in problem.groups)
+
+
+def undominated(options: Sequence[Option], rows: Iterable[str]) -> list[int]:
+    """Indices of options that no other beats or equals in every row (first of equals stays)."""
+    rows = list(rows)
+    table = np.array([[o.amount(r) for r in rows] for o in options])
+    keep: list[int] = []
+    for i, mine in enumerate(table):
+        others = np.delete(table, i, axis=0)
+        beaten = (others <= mine).all(1) & (others < mine).any(1)
+        twin = any((table[j] == mine).all() for j in keep)
+        if not beaten.any() and not twin:
+            keep.append(i)
+    return keep
+
+
+def _milp(
+    problem: Problem, time_limit: float, gap: float, *, relax: bool = False
+) -> Solution | None:
+    index = _columns(problem)
+    width = len(index) + len(problem.pairs) + relax
+    cost = np.zeros(width)
+    for row, weight in problem.objective.items():
+        cost += weight * _row(problem, index, row, width)
+    cost /= np.abs(cost).max() or 1.0
+    upper = np.ones(width)
+    upper[[index[pair] for pair in problem.forbidden]] = 0
+    if relax:
+        # the common excess is worth more than any objective
+        cost = 1e-4 * cost / max(len(problem.groups), 1)
+        cost[-1], upper[-1] = 1.0, np.inf
+    with _silent():
+        result = milp(
+            cost,
+            integrality=np.concatenate([np.ones(len(index)), np.zeros(width - len(index))]),
+            bounds=Bounds(np.zeros(width), upper),  # pyright: ignore[reportArgumentType]
+            constraints=_constraints(problem, index, width, relax=relax),
+            options={"time_limit": time_limit, "mip_rel_gap": gap},
+        )
+    if result.x is None:
+        return None
+    choice = tuple(
+        max(range(len(group.options)), key=lambda o: result.x[index[g, o]])
+        for g, group in enumerate(problem.groups)
+    )
+    if not relax and violation(problem, choice) > 1e-6:
+        return None
+    return Solution(choice, value(problem, choice), float(result.mip_gap or 0.0), "milp")
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """HiGHS prints a line of its own debugging past every option: send it nowhere."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _columns(problem: Problem) -> dict[tuple[int, int], int]:
+    pairs = ((g, o) for g, group in enumerate(problem.groups) for o in range(len(group.options)))
+    return {pair: column for column, pair in enumerate(pairs)}
+
+
+def _row(
+    problem: Problem, index: Mapping[tuple[int, int], int], row: str, width: int
+) -> np.ndarray:
+    line = np.zeros(width)
+    for (g, o), column in index.items():
+        line[column] = problem.groups[g].options[o].amount(row)
+    for p, pair in enumerate(problem.pairs):
+        line[len(index) + p] = pair.amounts.get(row, 0.0)
+    return line
+
+
+def _constraints(
+    problem: Problem, index: Mapping[tuple[int, int], int], width: int, *, relax: bool
+) -> list[LinearConstraint]:
+    """One-hot groups, budget rows scaled to 1, products of pairs, cuts.
+
+    `relax`: the last column z lets every row reach limit * z, z >= 0.
+    """
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    low: list[float] = []
+    high: list[float] = []
+
+    def add(line: Mapping[int, float], lower: float, upper: float) -> None:
+        for column, amount in line.items():
+            rows.append(len(low))
+            columns.append(column)
+            values.append(amount)
+        low.append(lower)
+        high.append(upper)
+
+    for g, group in enumerate(problem.groups):
+        add({index[g, o]: 1.0 for o in range(len(group.options))}, 1, 1)
+    for row in problem.rows:
+        line = _row(problem, index, row.name, width)
+        scale = max(abs(row.limit - row.constant), np.abs(line).max(), ROUNDING)
+        if relax:
+            line[-1] = -row.limit
+        limit = (0.0 if relax else row.limit) - row.constant
+        add(dict(enumerate(line / scale)), -np.inf, limit / scale)
+    for p, pair in enumerate(problem.pairs):
+        x, y, both = index[pair.first], index[pair.second], len(index) + p
+        add({both: 1, x: -1, y: -1}, -1, np.inf)
+        add({both: 1, x: -1}, -np.inf, 0)
+        add({both: 1, y: -1}, -np.inf, 0)
+    for groups in problem.exclusive:
+        kept = {index[g, 0]: 1.0 for g in groups}
+        add(kept, len(groups) - 1, np.inf)
+    for cut in problem.cuts:
+        add({index[g, o]: 1.0 for g, o in enumerate(cut)}, -np.inf, len(cut) - 1)
+    matrix = coo_matrix((values, (rows, columns)), shape=(len(low), width)).tocsr()
+    bounds: Any = np.array([low, high])
+    return [LinearConstraint(matrix, *bounds)]
+
+
+def greedy(problem: Problem) -> Solution | None:
+    """Walk from the most feasible choice: best multiplier-weighted option a group, then the
+    single changes that lower the objective and keep every row."""
+    best: tuple[int, ...] | None = None
+    for weight in [0.0, *np.geomspace(1e-6, 1e6, 49)]:
+        choice = _apart(
+            problem,
+            tuple(
+                min(
+                    (o for o in range(len(group.options)) if (g, o) not in problem.forbidden),
+                    key=lambda o, options=group.options: _priced(problem, options[o], weight),
+                )
+                for g, group in enumerate(problem.groups)
+            ),
+            weight,
+        )
+        if violation(problem, choice) <= 0 and (
+            best is None or value(problem, choice) < value(problem, best)
+        ):
+            best = choice
+    if best is None:
+        return None
+    best = _descend(problem, best)
+    return Solution(best, value(problem, best), float("inf"), "greedy")
+
+
+def _apart(problem: Problem, choice: tuple[int, ...], weight: float) -> tuple[int, ...]:
+    """`choice` with the first option in all groups of an exclusive set but the one that gains
+    most."""
+    made = list(choice)
+
+    def gain(g: int) -> float:
+        options = problem.groups[g].options
+        kept, taken = (_priced(problem, options[o], weight) for o in (0, made[g]))
+        return kept - taken
+
+    for groups in problem.exclusive:
+        best = max(groups, key=gain)
+        for g in groups:
+            made[g] = made[g] if g == best else 0
+    return tuple(made)
+
+
+def _priced(problem: Problem, option: Option, weight: float) -> float:
+    objective = sum(w * option.amount(r) for r, w in problem.objective.items())
+    price = sum(
+        option.amount(row.name) / max(abs(row.limit - row.constant), ROUNDING)
+        for row in problem.rows
+    )
+    return objective + weight * price
+
+
+def _descend(problem: Problem, choice: tuple[int, ...]) -> tuple[int, ...]:
+    improved = True
+    while improved:
+        improved = False
+        for g, group in enumerate(problem.groups):
+            for o in range(len(group.options)):
+                trial = (*choice[:g], o, *choice[g + 1 :])
+                if (
+                    value(problem, trial) < value(problem, choice) - ROUNDING
+                    and violation(problem, trial) <= 0
+                ):
+                    choice, improved = trial, True
+    return choice

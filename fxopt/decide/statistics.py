@@ -1,0 +1,237 @@
+"""One pass forward and one backward over the fit part: what every score is made from.
+
+The backward pass starts from labels sampled from the model itself, so that the squared
+directional derivatives estimate the Fisher information (Fisher-Taylor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.ops import attend
+from ..ir.site import GroupInfo, LinearInfo, Site
+from .calibration import Batch, padding_of
+from .quality import Quality
+
+Call = Callable[[list[Any]], Sequence[Any]]
+"""The graph's inputs in order -> its outputs."""
+Run = Callable[[Call, Batch, Tensor | None], Sequence[Any]]
+"""(call, batch, positions that count) -> the outputs of the model that `call` computes."""
+
+ROWS = 1024
+"""Rows of a linear's input (and gradient) that are kept, over all sequences."""
+
+
+@dataclass
+class Recorded:
+    """Recordings at one node. `gradients` are of the sampled log-likelihood, by `inputs`' rows
+    (linear [T, out]) or whole (attention [B, N, H, Dv]); `weight` scales the sum over rows to a
+    sum over all positions."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    outputs: Tensor | None = None
+    gradients: Tensor | None = None
+    row_weight: float = 1.0
+    gram_sum: Tensor | None = None
+    gram_rows: int = 0
+    members: tuple[Recorded, ...] = ()
+
+    @property
+    def gram(self) -> Tensor:
+        """E[x xT] in float64, [in, in]."""
+        if self.gram_sum is None:
+            raise ValueError("no input was recorded at this site")
+        return self.gram_sum / max(self.gram_rows, 1)
+
+    def exact(self) -> Tensor:
+        """What a linear returns for the rows in `inputs`."""
+        assert self.weight is not None
+        y = self.inputs["x"] @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass
+class Statistics:
+    """Recordings by node name; `positions` that counted in all; see `second_order`."""
+
+    nodes: dict[str, Recorded]
+    positions: int
+    attention_positions: int
+
+    def at(self, site: Site) -> Recorded:
+        """What was recorded at the node of `site`; a group has its members' as well."""
+        recorded = self.nodes[site.node]
+        if not isinstance(site.info, GroupInfo):
+            return recorded
+        return replace(recorded, members=tuple(map(self.at, site.info.members)))
+
+    def second_order(self, site: Site, change: Tensor) -> float:
+        """Fisher-Taylor estimate of the additive error that `change` of the site's recorded
+        output makes: 1/2 sum_t <g_t, change_t>^2 over the positions that count.
+
+        `change` has the shape of the recorded gradients; attention sites count their head only.
+        """
+        recorded = self.at(site)
+        if recorded.gradients is None:
+            return 0.0
+        product = recorded.gradients.float() * change.float()
+        if site.head is not None:
+            info = site.info
+            group = info.num_heads // info.num_kv_heads  # type: ignore[union-attr]
+            heads = slice(site.head * group, (site.head + 1) * group)
+            product = product[:, :, heads].flatten(2)
+            count = max(self.attention_positions, 1)
+        else:
+            count = max(self.positions, 1)
+        inner = product.sum(-1)
+        return 0.5 * recorded.row_weight * inner.square().sum().item() / count
+
+
+def collect(
+    graph: fx.GraphModule,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    run: Run,
+    logits: int,
+    quality: Quality,
+    *,
+    seed: int = 0,
+    attention_sequences: int = 1,
+) -> Statistics:
+    """Run `graph` over `batches` and record every linear and attention site.
+
+    `run` runs the model around the graph, which it may call several times; `logits` is the index
+    of the output that quality looks at. No parameter gets a gradient.
+    """
+    recorder = _Recorder(graph, sites, quality)
+    generator = torch.Generator().manual_seed(seed)
+    counted = attended = 0
+    for i, batch in enumerate(batches):
+        positions = quality.positions(batch)
+        recorder.begin(batch, keep_attention=i < attention_sequences)
+        with torch.enable_grad():
+            outputs = run(recorder.call, batch, positions)
+            score, count = _sampled_score(outputs[logits], quality, generator)
+        counted += count
+        attended += count if i < attention_sequences else 0
+        recorder.end(score, len(batches), generator)
+    return Statistics(recorder.nodes, counted, attended)
+
+
+def _sampled_score(output: Tensor, quality: Quality, generator: torch.Generator) -> Any:
+    """(scalar to differentiate, number of positions): log p of sampled labels, or for relative
+    errors a random projection of the output, scaled by its norm."""
+    if quality.kind == "relative_error":
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        # 1/2 <g, d>^2 estimates half of |J d|^2 / |y|^2: sqrt(2) makes it whole
+        scale = 2**0.5 / output.detach().float().norm().clamp_min(1e-30)
+        return (output * noise).sum() * scale, 1
+    log_p = output.flatten(0, -2).float().log_softmax(-1)
+    labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+    return log_p.gather(1, labels.to(log_p.device)).sum(), log_p.shape[0]
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, sites: Sequence[Site], quality: Quality) -> None:
+        super().__init__(graph)
+        self.nodes: dict[str, Recorded] = {
+            s.node: Recorded() for s in sites if s.family in ("linear", "attention")
+        }
+        self.linear = {s.node: s.info for s in sites if isinstance(s.info, LinearInfo)}
+        self.quality = quality
+        self.mask: Tensor | None = None
+        self.keep_attention = False
+        self._live: list[tuple[str, Tensor, Tensor]] = []
+        self._grams: dict[str, Tensor] = {}
+
+    def begin(self, batch: Batch, *, keep_attention: bool) -> None:
+        self.mask = padding_of(batch)
+        self.keep_attention = keep_attention
+        self._live.clear()
+
+    def call(self, arguments: list[Any]) -> Sequence[Any]:
+        """Run the graph once, recording."""
+        self._grams.clear()
+        return self.run(*arguments)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name not in self.nodes:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        output = super().run_node(n)
+        if n.name in self.linear:
+            self._linear(n, args, output)
+        elif n.target is attend and self.keep_attention:
+            self._attention(n, args, kwargs, output)
+        return output
+
+    def _track(self, n: fx.Node, x: Tensor, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()
+        self._live.append((n.name, x, output))
+
+    def _linear(self, n: fx.Node, args: tuple[Any, ...], output: Tensor) -> None:
+        x, recorded = args[0].detach(), self.nodes[n.name]
+        recorded.weight = args[1].detach()
+        recorded.bias = args[2].detach() if len(args) > 2 and args[2] is not None else None
+        source = n.all_input_nodes[0].name
+        if source not in self._grams:
+            rows = self._unpadded(x).float()
+            self._grams[source] = (rows.T @ rows).double()
+        gram = self._grams[source]
+        # sites that share an input share one matrix until another sequence comes
+        recorded.gram_sum = gram if recorded.gram_sum is None else recorded.gram_sum + gram
+        recorded.gram_rows += self._unpadded(x).shape[0]
+        self._track(n, x, output)
+
+    def _attention(
+        self, n: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        recorded = self.nodes[n.name]
+        names = ("q", "k", "v", "mask", "bias", "sinks")
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs.pop("state", None)
+        inputs.pop("start", None)
+        recorded.inputs = {**inputs, "prompt": self.quality.prompt_of(inputs["k"].shape[2])}
+        recorded.outputs = output.detach()
+        self._track(n, output, output)
+
+    def end(self, score: Tensor, sequences: int, generator: torch.Generator) -> None:
+        """Take the gradients of this sequence's `score` and keep a sample of rows."""
+        for (name, x, _), gradient in zip(self._live, self._gradients(score), strict=True):
+            recorded = self.nodes[name]
+            if name not in self.linear:
+                recorded.gradients = gradient
+                continue
+            rows, grads = self._unpadded(x), self._unpadded(gradient)
+            count = min(len(rows), max(1, ROWS // sequences))
+            pick = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)
+            recorded.row_weight = len(rows) / max(count, 1)
+            before = recorded.inputs.get("x")
+            rows, grads = rows[pick], grads[pick]
+            recorded.inputs["x"] = rows if before is None else torch.cat([before, rows])
+            kept = recorded.gradients
+            recorded.gradients = grads if kept is None else torch.cat([kept, grads])
+        self._live.clear()
+
+    def _gradients(self, score: Tensor) -> list[Tensor]:
+        outputs = [output for _, _, output in self._live]
+        if not outputs or not score.requires_grad:
+            return [torch.zeros_like(output) for output in outputs]
+        found: Any = torch.autograd.grad(score, outputs, allow_unused=True)
+        pairs = zip(outputs, found, strict=True)
+        return [torch.zeros_like(o) if g is None else g for o, g in pairs]
+
+    def _unpadded(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.mask is not None and rows.shape[0] == self.mask.numel():
+            return rows[self.mask.flatten()]
+        return rows

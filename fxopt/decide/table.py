@@ -1,0 +1,292 @@
+"""From proposals to the columns of the program: joint options with their amounts a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..ir.cost import Cost, CostModel, OpCall
+from ..ir.site import GroupInfo, Site
+from ..ir.workload import Scenario
+from .peaks import PEAK_ROWS, row_at
+from .propose import Baseline, Proposal, Proposals, total_cost
+from .solve import Group, Option
+from .statistics import Statistics
+
+KEEP = "keep"
+Rows = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One joint option of a group: the proposals it realises (none: keep), what it costs and
+    errs. `prior` and `measured` are additive errors; `seconds` is of one call, by scenario."""
+
+    proposals: tuple[Proposal, ...]
+    cost: Cost
+    prior: float
+    measured: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return "+".join(p.candidate.label for p in self.proposals) or KEEP
+
+    @property
+    def error(self) -> float:
+        """The best estimate of the additive error."""
+        return self.prior if self.measured is None else self.measured
+
+
+@dataclass
+class Table:
+    """Groups of columns; column 0 of each group keeps its sites as they are.
+
+    `factor` corrects unmeasured priors by what was measured of the same kind of candidate.
+    """
+
+    keys: list[tuple[Site, ...]]
+    columns: list[list[Column]]
+    factor: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def exclusive(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of decisions of which at most one rewrites anything: those that change one
+        linear, alone or with others."""
+        changing: dict[str, list[int]] = {}
+        for g, sites in enumerate(self.keys):
+            if sites[0].family == "linear":
+                for site in _members(sites[0]):
+                    changing.setdefault(site.key, []).append(g)
+        return tuple(dict.fromkeys(tuple(found) for found in changing.values() if len(found) > 1))
+
+    def groups(self, scale: float) -> tuple[Group, ...]:
+        """The solver's groups, errors multiplied by `scale`."""
+        return tuple(
+            Group(
+                sites[0].key,
+                tuple(Option(c.label, self.amounts(c, columns[0], scale)) for c in columns),
+            )
+            for sites, columns in zip(self.keys, self.columns, strict=True)
+        )
+
+    def amounts(self, column: Column, kept: Column, scale: float = 1.0) -> Rows:
+        """What a column adds to each row; `kept` is the first of its group."""
+        error = column.error
+        if column.measured is None:
+            error *= self.factor.get(kind(column), 1.0)
+        return {
+            "error": max(error, 0.0) * scale,
+            "latency": column.cost.seconds,
+            **{f"latency.{name}": seconds for name, seconds in column.seconds.items()},
+            "weights": float(column.cost.weight_bytes),
+            "kv_cache": float(column.cost.state_bytes),
+            "memory": float(column.cost.weight_bytes + column.cost.state_bytes),
+            **_shrunk(column, kept),
+        }
+
+    def learn(self) -> None:
+        """Correct the priors of each kind of candidate by the ratio seen where it was measured."""
+        sums: dict[str, tuple[float, float]] = {}
+        for columns in self.columns:
+            for column in columns:
+                if column.measured is not None and column.prior > 0:
+                    prior, seen = sums.get(kind(column), (0.0, 0.0))
+                    sums[kind(column)] = (prior + column.prior, seen + max(column.measured, 0.0))
+        self.factor = {k: min(max(seen / prior, 0.1), 10.0) for k, (prior, seen) in sums.items()}
+
+
+def _shrunk(column: Column, kept: Column) -> Rows:
+    """What the rewrite of a large intermediate takes off the peaks at its own point."""
+    sites = [p.site for p in column.proposals if p.site.family == "activation"]
+    change = float(column.cost.temporary_bytes - kept.cost.temporary_bytes)
+    return {row_at(row, site.key): change for site in sites for row in PEAK_ROWS}
+
+
+def kind(column: Column) -> str:
+    """Candidates of equal kind share a correction of their priors."""
+    return "+".join(f"{p.rewrite.name}:{p.candidate.label}" for p in column.proposals)
+
+
+class Preparer:
+    """Prepared tensors of proposals, made on demand and kept while they fit in `limit` bytes."""
+
+    def __init__(self, statistics: Statistics, *, limit: int = 2 * 2**30) -> None:
+        self.statistics = statistics
+        self._limit = limit
+        self._kept: dict[tuple[str, str, str], dict[str, Tensor]] = {}
+        self._bytes = 0
+
+    def __call__(self, proposal: Proposal) -> dict[str, Tensor]:
+        key = (proposal.site.key, proposal.rewrite.name, proposal.candidate.label)
+        if key in self._kept:
+            return self._kept[key]
+        recorded = self.statistics.at(proposal.site)
+        tensors = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
+        size = sum(t.nbytes for t in tensors.values())
+        if self._bytes + size <= self._limit:
+            self._kept[key] = tensors
+            self._bytes += size
+        return tensors
+
+
+def build(
+    proposals: Proposals,
+    scenarios: Sequence[Scenario],
+    baseline: Baseline,
+    cost: CostModel,
+    preparer: Preparer,
+    watch: Callable[[list[tuple[Site, ...]]], Iterable[tuple[Site, ...]]] = iter,
+) -> Table:
+    """Price every option. Attention and KV cache of one head are one joint decision.
+
+    `watch` iterates over the groups, and may count them.
+    """
+    priors = _Priors(preparer)
+    keys: list[tuple[Site, ...]] = []
+    columns: list[list[Column]] = []
+    for sites in watch(_joint(proposals.sites)):
+        options = [proposals.by_site.get((s.family, s.key), []) for s in sites]
+        if not any(options):
+            continue
+        keys.append(sites)
+        made: list[Column] = []
+        for chosen in _product(options):
+            total, seconds = _cost(sites, chosen, scenarios, baseline, cost)
+            known = 0.0 if all(p.rewrite.exact for p in chosen) else None
+            made.append(Column(chosen, total, sum(map(priors, chosen)), known, seconds))
+        columns.append(made)
+    return Table(keys, columns)
+
+
+def _joint(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Sites that are decided together: attention and cache of a head; each other site alone."""
+    caches = {s.key: s for s in sites if s.family == "kv_cache"}
+    groups: list[tuple[Site, ...]] = []
+    for site in sites:
+        if site.family == "attention" and site.key in caches:
+            groups.append((site, caches[site.key]))
+        elif site.family != "kv_cache":
+            groups.append((site,))
+    return groups
+
+
+def _product(options: list[list[Proposal]]) -> list[tuple[Proposal, ...]]:
+    chosen: list[tuple[Proposal, ...]] = [()]
+    for proposals in options:
+        changing = [p for p in proposals if not _is_identity(p)]
+        chosen = [c + extra for c in chosen for extra in [(), *((p,) for p in changing)]]
+    return chosen
+
+
+def _is_identity(proposal: Proposal) -> bool:
+    """An exact choice that the canonical graph already makes (`attention.exact`)."""
+    return proposal.rewrite.exact and not proposal.candidate.parameters
+
+
+def _cost(
+    sites: tuple[Site, ...],
+    chosen: tuple[Proposal, ...],
+    scenarios: Sequence[Scenario],
+    baseline: Baseline,
+    model: CostModel,
+) -> tuple[Cost, dict[str, float]]:
+    """Seconds summed over scenarios (and of one call each), bytes at the last (longest) one.
+
+    Temporaries are those of the call with the most. A scenario of no repeats is there for its
+    bytes: its calls are not timed.
+    """
+    by_family = {p.site.family: p for p in chosen}
+    seconds: dict[str, float] = {}
+    repeated = 0.0
+    bytes_ = Cost()
+    for scenario in scenarios:
+        total = Cost()
+        price = model if scenario.repeats else _bytes_only
+        for site in sites:
+            seen = site.at(scenario)
+            if seen is None:
+                continue
+            if site.family == "kv_cache" and "kv_cache" not in by_family:
+                total += Cost(state_bytes=_state_bytes(baseline, site, seen))
+                continue
+            if site.family == "attention" and "kv_cache" in by_family and seen.past > 0:
+                continue  # the cache's own call reads and attends
+            proposal = by_family.get(site.family)
+            if proposal is None:
+                total += total_cost(baseline(site, seen), price)
+                continue
+            match = _with_window(proposal, by_family)
+            calls = proposal.rewrite.lower(match, proposal.candidate, seen)
+            total += total_cost(calls, price)
+        if scenario.repeats:
+            seconds[scenario.name] = total.seconds
+            repeated += scenario.repeats * total.seconds
+        bytes_ = replace(total, temporary_bytes=max(bytes_.temporary_bytes, total.temporary_bytes))
+    return replace(bytes_, seconds=repeated), seconds
+
+
+def _bytes_only(call: OpCall) -> Cost:
+    return Cost(0.0, call.weight_bytes, call.state_bytes, call.temporary_bytes)
+
+
+def _state_bytes(baseline: Baseline, site: Site, scenario: Scenario) -> int:
+    return sum(call.state_bytes for call in baseline(site, scenario))
+
+
+def _with_window(proposal: Proposal, by_family: Mapping[str, Proposal]) -> Any:
+    """A packed cache under a window reads only the window: tell its `lower`."""
+    attention = by_family.get("attention")
+    if proposal.site.family != "kv_cache" or attention is None:
+        return proposal.match
+    window = attention.candidate.parameters.get("window", 0)
+    match = proposal.match
+    return type(match)(match.site, {**match.extra, "window": window})
+
+
+def _members(site: Site) -> tuple[Site, ...]:
+    return site.info.members if isinstance(site.info, GroupInfo) else (site,)
+
+
+class _Priors:
+    """Fisher-Taylor priors; attention candidates are emulated once for all heads of an op."""
+
+    def __init__(self, preparer: Preparer) -> None:
+        self._preparer = preparer
+        self._changes: dict[tuple[str, str, str], Tensor] = {}
+
+    def __call__(self, proposal: Proposal) -> float:
+        statistics = self._preparer.statistics
+        site, recorded = proposal.site, statistics.at(proposal.site)
+        if proposal.rewrite.exact or recorded.gradients is None:
+            return 0.0
+        if isinstance(site.info, GroupInfo):
+            return sum(self._of_member(proposal, k) for k in site.info.outputs)
+        return statistics.second_order(site, self._change(proposal))
+
+    def _of_member(self, proposal: Proposal, member: int) -> float:
+        site = _members(proposal.site)[member]
+        recorded = self._preparer.statistics.at(site)
+        inputs = {**recorded.inputs, "member": member}
+        tensors = self._preparer(proposal)
+        output = proposal.rewrite.emulate(proposal.match, proposal.candidate, tensors, inputs)
+        return self._preparer.statistics.second_order(site, output - recorded.exact())
+
+    def _change(self, proposal: Proposal) -> Tensor:
+        site, rewrite = proposal.site, proposal.rewrite
+        recorded = self._preparer.statistics.at(site)
+        key = (site.node, rewrite.name, proposal.candidate.label)
+        if key in self._changes:
+            return self._changes[key]
+        tensors = self._preparer(proposal)
+        output = rewrite.emulate(proposal.match, proposal.candidate, tensors, recorded.inputs)
+        if site.head is None:
+            return output - recorded.exact()
+        assert recorded.outputs is not None
+        if any(node != site.node for node, _, _ in self._changes):
+            self._changes.clear()  # the heads of one op come one after another
+        self._changes[key] = output - recorded.outputs
+        return self._changes[key]

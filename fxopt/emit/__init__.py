@@ -1,0 +1,1 @@
+"""From an edited graph to a module that people can read, run, save and export."""

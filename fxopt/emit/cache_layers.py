@@ -1,0 +1,186 @@
+"""The state of one attention behind the interface of a layer of `transformers.Cache`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from fxopt.ir.errors import FxoptError
+from fxopt.kernels.kv_attention.filled import fill
+from fxopt.kernels.kv_attention.layout import allocate, parse, split_state, state_shapes
+
+Spec = tuple[int, int, int, str]
+"""(num_kv_heads, head_dim, value_dim, layout) of one layer."""
+
+
+class Length:
+    """Tokens in the cache: `start` for the graph, `value` for Python; `capacity` is the room."""
+
+    def __init__(self, capacity: int, device: torch.device | str | None) -> None:
+        self.start = torch.zeros((), dtype=torch.int64, device=device)
+        self.value = 0
+        self.capacity = capacity
+
+    def set(self, value: int) -> None:
+        self.value = value
+        self.start.fill_(value)
+
+
+class CacheLayer(CacheLayerMixin):
+    """One layer's state; its length is the whole cache's."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, spec: Spec, batch: int, dtype: torch.dtype, length: Length) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_dim, self.value_dim, self.layout = spec
+        self.dtype, self.length = dtype, length
+        self.device = length.start.device
+        self.state = self._empty(batch)
+        self.batch_size = batch
+        self.is_initialized = True
+
+    def _empty(self, batch: int) -> list[Tensor]:
+        return allocate(
+            parse(self.layout), batch, self.num_kv_heads, self.head_dim, self.value_dim,
+            self.length.capacity, self.dtype, self.device,
+        )  # fmt: skip
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the state was allocated with the layer."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        raise FxoptError(
+            "fxopt.Cache.update: an fxopt cache is written by the rewritten module it was made "
+            "for; pass it as past_key_values to that module, and a DynamicCache to other models"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.length.value
+
+    def get_max_length(self) -> int:
+        return self.length.capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length.value + query_length, 0
+
+    def _parts(self) -> list[tuple[str, bool, Tensor, int]]:
+        """(name, packed, tensor, used) of each tensor; `used` counts along dimension 2."""
+        found: list[tuple[str, bool, Tensor, int]] = []
+        for _, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
+            blocks = int((part["block_start"].diff() > 0).sum()) if fmt else 0
+            for name, tensor in part.items():
+                used = tensor.shape[2] if tensor.dim() > 2 else tensor.shape[0]
+                if fmt is None:
+                    used = self.length.value
+                elif tensor.dim() == 5:
+                    used = blocks
+                found.append((name, fmt is not None, tensor, used))
+        return found
+
+    def reset(self) -> None:
+        for name, _, tensor, _ in self._parts():
+            if name == "block_start":
+                tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows taken from `beam_idx`, in place and only as far as they are used."""
+        index = beam_idx.to(self.device)
+        for name, _, tensor, used in self._parts():
+            if name != "block_start":
+                filled = tensor[:, :, :used]
+                filled.copy_(filled.index_select(0, index))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.batch_size, device=self.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        index = indices.to(self.device)
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        for place, (name, _, tensor, _) in enumerate(self._parts()):
+            if name != "block_start":
+                with torch.inference_mode(False):
+                    self.state[place] = tensor.index_select(0, index.clone())
+        self.batch_size = index.numel()
+
+    def truncate(self, length: int) -> None:
+        """Forget packed tokens from position `length` on; a cut block keeps its own length."""
+        for _, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
+            if fmt is not None:
+                part["block_start"].clamp_(max=max(0, length - fmt.sink))
+        self.reserve(self.length.capacity)
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to `capacity` tokens, and to the blocks that short ones cost beside it."""
+        state: list[Tensor] = []
+        for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
+            shapes = state_shapes(
+                fmt, self.batch_size, len(heads), self.head_dim, self.value_dim,
+                capacity, self.dtype,
+            )  # fmt: skip
+            extra = 0
+            if fmt is not None:
+                starts = part["block_start"]
+                extra = int((starts.diff() > 0).sum()) - int(starts[-1]) // fmt.group
+            for name, tensor in part.items():
+                shape = list(shapes[name][0])
+                if tensor.dim() in (1, 5):
+                    shape[0 if tensor.dim() == 1 else 2] += extra
+                state.append(self._grown(name, tensor, shape))
+        self.state[:] = state
+
+    def _grown(self, name: str, tensor: Tensor, shape: list[int]) -> Tensor:
+        dim = 0 if tensor.dim() == 1 else 2
+        old = tensor.shape[dim]
+        if shape[dim] <= old:
+            return tensor
+        with torch.inference_mode(False):
+            grown = tensor.new_zeros(shape)
+        # A ring that can still grow never wrapped, so every token keeps its place.
+        grown.narrow(dim, 0, old).copy_(tensor)
+        if name == "block_start":
+            grown[old:] = tensor[-1]
+        return grown
+
+
+class FilledLayer(CacheLayer):
+    """Keys and values of another sequence, of the encoder's result: stored whole, then read.
+
+    Its `state` is empty until `fill`, and its length has nothing to do with the cache's.
+    """
+
+    def _empty(self, batch: int) -> list[Tensor]:
+        return []
+
+    def fill(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        """Store k [B, KV, T, D] and v [B, KV, T, Dv], packed once as the layout says."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.state = fill(k, v, mask, self.layout)
+        self.batch_size = k.shape[0]
+
+    def reset(self) -> None:
+        self.state = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows taken from `beam_idx`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        index = indices.to(self.device)
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index
+        with torch.inference_mode(False):
+            self.state = [tensor.index_select(0, index.clone()) for tensor in self.state]
+        self.batch_size = index.numel()
+
+    def truncate(self, length: int) -> None:
+        """Nothing to do: these tokens are not those that were generated."""
+
+    def reserve(self, capacity: int) -> None:
+        """Nothing to do: nothing is appended."""

@@ -1,0 +1,158 @@
+"""Causal language models: one graph, all of Hugging Face `generate`, packed caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
+
+from ..ir.errors import FxoptError
+from .binding import fill_text_inputs
+from .cache import Cache, usable
+from .module import OptimizedModule
+
+# Tokens beyond the prompt that a cache made by a plain call has room for.
+ROOM = 256
+
+
+class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
+    """A rewritten causal language model with `generate`.
+
+    It holds no request state: the cache is made by `generate` with the capacity it needs, by a
+    call with `use_cache=True`, or by `make_cache`, and is passed as `past_key_values`. Threads
+    that generate at the same time share nothing but the weights.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    hf_quantizer = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits for `input_ids` [batch, length], as the original computes them.
+
+        attention_mask [batch, cached + length], nonzero where a token is no padding. With
+        `use_cache=True` or `past_key_values` the result carries the `fxopt.Cache`, to which the
+        new tokens were appended. `labels` adds the original's loss.
+        """
+        if input_ids is None:
+            raise TypeError("forward() missing argument 'input_ids', which the graph reads")
+        loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        inputs = self._bind((), kwargs)
+        inputs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "logits_to_keep": logits_to_keep,
+        }
+        cache = self._cache_for(past_key_values, use_cache, input_ids)
+        start = None if cache is None else cache.start
+        past = 0 if cache is None else cache.get_seq_length()
+        fill_text_inputs(inputs, self.program.positions, past, start)
+        if cache is not None:
+            # With the length, not `start` alone, no layer waits for the device to learn it.
+            inputs |= {"past": cache.states, "start": cache.length}
+        output = self._build_output(self.run_flat(inputs))
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        found = {"loss": self._loss(output, labels, loss_arguments), "past_key_values": cache}
+        found = {name: value for name, value in found.items() if value is not None}
+        if found:
+            loss = {"loss": found.pop("loss")} if "loss" in found else {}
+            output = type(output)(**loss, **dict(output.items()), **found)
+        return output.to_tuple() if return_dict is False else output
+
+    def make_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache of `capacity` tokens for `batch` sequences, on the module's device."""
+        specs = [(s.num_kv_heads, s.head_dim, s.value_dim, s.layout) for s in self._states]
+        return Cache.allocate(specs, batch, capacity, self._states[0].dtype, self.device)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module of the original that embeds `input_ids`."""
+        return self._module_reading("input_ids")
+
+    def _module_reading(self, name: str) -> nn.Module:
+        node = next(n for n in self.graph.find_nodes(op="placeholder") if n.target == name)
+        for user in node.users:
+            weight = user.args[0] if user.args else None
+            if getattr(weight, "op", "") == "get_attr":
+                return self.get_submodule(str(weight.target).rpartition(".")[0])  # pyright: ignore
+        raise FxoptError(f"{self.program.name}: no embedding reads {name}")
+
+    def _cache_for(self, cache: Any, use_cache: bool | None, ids: Tensor) -> Cache | None:
+        if cache is None:
+            if not use_cache:
+                return None
+            return self.make_cache(ids.shape[0], ids.shape[1] + ROOM)
+        layouts = [state.layout for state in self._states]
+        return usable(cache, self.program.name, layouts, ids.shape[1])
+
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """The one place where `generate` knows how long the sequences can become."""
+        capacity = max_cache_length + 1
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.all():
+            # It only grows by ones: asked once here, no step has to ask or to apply it.
+            del model_kwargs["attention_mask"]
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            cache.reserve(capacity)
+            return
+        if cache is None and generation_config.use_cache:
+            rows = max(
+                generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+            )
+            model_kwargs["past_key_values"] = self.make_cache(batch_size * rows, capacity)
+
+    def _loss(
+        self, output: Any, labels: Tensor | None, arguments: Mapping[str, Any]
+    ) -> Tensor | None:
+        if labels is None:
+            return None
+        config = self.config.get_text_config()
+        return self._loss_function(
+            logits=output.logits, labels=labels, vocab_size=config.vocab_size, **arguments
+        )
+
+    @cached_property
+    def _loss_function(self) -> Callable[..., Tensor]:
+        from transformers.loss import loss_utils
+
+        known: dict[str, Any] = loss_utils.LOSS_MAPPING
+        kind = getattr(self.config, "loss_type", None) or "ForCausalLM"
+        if kind not in known:
+            raise FxoptError(
+                f"labels: the config asks for the loss {kind!r}, which transformers does not "
+                "have; compute the loss from the logits"
+            )
+        return known[kind]

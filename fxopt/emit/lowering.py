@@ -1,0 +1,214 @@
+"""A module's graph in operators that other tools know: what ONNX export traces.
+
+Each fxopt op stands as its traceable reference. For generation the attention nodes take their
+cache and return it longer; the graph is the same otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.fx.traceback import annotate
+
+from ..ir.errors import ExportError
+from ..ir.ops import attend
+from .attributes import attribute
+from .frames import state_index
+from .program import Program, State
+from .registry import references
+from .targets import bare_name
+
+Kind = Literal["forward", "generate"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the cache of one attention."""
+
+    layer: int
+    name: str
+
+    @property
+    def past(self) -> str:
+        return f"past.{self.layer}.{self.name}"
+
+    @property
+    def present(self) -> str:
+        return f"present.{self.layer}.{self.name}"
+
+
+class Lowered(nn.Module):
+    """Runs a program node by node, positionally: `inputs` names the arguments in order.
+
+    The result is the graph's outputs, and with "generate" the present state of every slot.
+    Nodes that a rewrite made are annotated with its name while they are traced.
+    """
+
+    def __init__(
+        self, program: Program, tensors: Mapping[str, Tensor], kind: Kind, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.program, self.kind, self.dtype = program, kind, dtype
+        cast = {key: _cast(value, dtype) for key, value in tensors.items()}
+        program.tree.with_tensors(cast).fill(self, lambda module, entry: nn.Module)
+        self.halves = {t.dtype for t in tensors.values() if t.dtype in _HALVES} - {dtype}
+        self.references = references()
+        check_lowers(program.graph, self.references)
+
+    @cached_property
+    def inputs(self) -> list[str]:
+        """Names of the tensors that a call takes."""
+        skip = {"past", "start", "logits_to_keep"} if self.program.positions else set[str]()
+        names = [name for name in self.program.placeholders if name not in skip]
+        return names + [slot.past for slot in self.slots]
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """The tensors of the cache, layer by layer."""
+        if self.kind == "forward":
+            return []
+        return [
+            Slot(layer, name)
+            for layer, state in enumerate(self.program.states)
+            for name in state_names(state)
+        ]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.inputs, inputs, strict=True))
+        if "logits_to_keep" in self.program.placeholders and "logits_to_keep" not in given:
+            ids = given["input_ids"]
+            given["logits_to_keep"] = torch.arange(ids.shape[1], device=ids.device)
+        present: dict[int, Sequence[Tensor]] = {}
+        values: dict[fx.Node, Any] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                flat = [state for layer in sorted(present) for state in present[layer]]
+                return (*fx.map_arg(node.args[0], values.__getitem__), *flat)
+            with annotate(_provenance(node)):
+                values[node] = self._run(node, values, given, present)
+        raise AssertionError("a graph ends with its output")
+
+    def _run(
+        self,
+        node: fx.Node,
+        values: Mapping[fx.Node, Any],
+        given: Mapping[str, Any],
+        present: dict[int, Sequence[Tensor]],
+    ) -> Any:
+        if node.op == "placeholder":
+            return given.get(str(node.target))
+        if node.op == "get_attr":
+            return attribute(self, str(node.target))
+        layer = state_index(node)
+        if layer is not None:
+            return [given[s.past] for s in self.slots if s.layer == layer] or None
+        arguments = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = self._convert(arguments)
+        if node.target is attend:
+            return self._attend(node, args, kwargs, present)
+        target: Any = node.target
+        if isinstance(target, OpOverload) and target.namespace == "fxopt":
+            target = self.references[bare_name(target)]
+        return target(*args, **kwargs)
+
+    def _attend(
+        self, node: fx.Node, args: Any, kwargs: Any, present: dict[int, Sequence[Tensor]]
+    ) -> Tensor:
+        call = _attend_arguments(*args, **kwargs)
+        state, layout = call.pop("state"), call.pop("layout")
+        call.pop("start")
+        if not state:
+            return self.references["attention"](**call)  # pyright: ignore
+        from ..kernels.kv_attention import cached_attention_functional
+
+        q, k, v = (call.pop(name) for name in "qkv")
+        source: Any = node.kwargs["state"]
+        out, grown = cached_attention_functional(q, k, v, state, **call, layout=layout)
+        present[source.args[1]] = grown
+        return out
+
+    def _convert(self, value: Any) -> Any:
+        """Half precisions that are written into the graph become the wanted dtype."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._convert(item) for item in value)
+        if isinstance(value, dict):
+            return {name: self._convert(item) for name, item in value.items()}
+        if isinstance(value, str):
+            # fxopt::chunked holds its casts in a program's text
+            for half in self.halves:
+                value = value.replace(str(half), str(self.dtype))
+            return value
+        return self.dtype if isinstance(value, torch.dtype) and value in self.halves else value
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_lowers(graph: fx.Graph, known: Mapping[str, Any]) -> None:
+    """ExportError for the first fxopt op that has no traceable reference."""
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, OpOverload) or target.namespace != "fxopt":
+            continue
+        if bare_name(target) not in known:
+            raise ExportError(
+                f"{node.meta.get('fqn') or node.name}: fxopt::{bare_name(target)} has no reference "
+                f"that can be traced (rewrite: {node.meta.get('fxopt') or 'none'}); nothing was "
+                "written. Leave that rewrite out with rewrites=, or keep= the site"
+            )
+
+
+def state_names(state: State) -> list[str]:
+    """Names of the tensors of one attention's growing state; classes of heads are numbered."""
+    from ..kernels.kv_attention.layout import functional_names, parse
+
+    classes = functional_names(parse(state.layout), state.num_kv_heads)
+    if len(classes) == 1:
+        return classes[0]
+    return [f"{name}.{index}" for index, names in enumerate(classes) for name in names]
+
+
+def empty_states(lowered: Lowered, batch: int) -> list[Tensor]:
+    """A past of length 0 for every slot."""
+    from ..kernels.kv_attention.layout import empty_past, parse
+
+    found: list[Tensor] = []
+    for state in lowered.program.states if lowered.kind == "generate" else ():
+        dtype = lowered.dtype if state.dtype in lowered.halves else state.dtype
+        found += empty_past(
+            parse(state.layout), batch, state.num_kv_heads, state.head_dim, state.value_dim, dtype
+        )
+    return found
+
+
+def _attend_arguments(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, bias: Any = None, sinks: Any = None,
+    state: Any = None, start: Any = None, *, scale: float, causal: bool = False,
+    window: Sequence[int] = (0,), softcap: float = 0.0, sink_tokens: Sequence[int] = (0,),
+    layout: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of `attend` by name, defaults filled in."""
+    return {
+        "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks, "state": state,
+        "start": start, "scale": scale, "causal": causal, "window": list(window),
+        "softcap": softcap, "sink_tokens": list(sink_tokens), "layout": layout,
+    }  # fmt: skip
+
+
+def _provenance(node: fx.Node) -> dict[str, str]:
+    rewrite = node.meta.get("fxopt")
+    return {"fxopt": rewrite, "site": node.meta.get("site", "")} if rewrite else {}
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    plain = value.detach().cpu()
+    if value.dtype in _HALVES:
+        plain = plain.to(dtype)
+    is_parameter = isinstance(value, nn.Parameter)
+    return nn.Parameter(plain, requires_grad=False) if is_parameter else plain

@@ -1,0 +1,368 @@
+"""One frame of the graph as the text of one `forward`."""
+
+from __future__ import annotations
+
+import keyword
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..ir.ops import attend
+from .facts import facts, tensor_facts
+from .frames import Frame, floats, is_size_arithmetic, state_index
+from .layout import INDENT, WIDTH, assign, wrap
+from .loops import Loop, find_loops
+from .paths import module_path, tensor_path
+from .spelling import ATOM, Expr, literal, spell
+from .targets import op_name
+from .tree import Tree
+
+_HINTS = {"add": "x", "attend": "attention", "getitem": "item", "sym_size": "length"}
+_PASSING = {"mul", "to", "unsqueeze", "view", "expand", "reshape", "contiguous", "slice", "getitem",
+            "transpose", "permute", "index", "select"}  # fmt: skip
+# Names that generated code reads.
+_TAKEN = {
+    "self", "F", "nn", "torch", "math", "operator", "zip", "float", "slice", "getattr",
+    attend.__name__,
+}  # fmt: skip
+
+
+@dataclass
+class Method:
+    """What a caller needs to know: the values to hand in, those that come back, and the text."""
+
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    text: str = ""
+    name: str = "forward"
+
+
+@dataclass
+class Statement:
+    """One line to be: it assigns `outputs`; `write` makes its expression from its operands."""
+
+    outputs: list[fx.Node | None]
+    write: Callable[[Callable[[fx.Node], Expr]], Expr]
+    loop: Loop | None = None
+
+
+@dataclass
+class Writer:
+    """Writes the method of one frame; `methods` has those of the inner frames."""
+
+    tree: Tree
+    frame: Frame
+    methods: dict[int, Method]
+    hints: dict[fx.Node, str]
+    method: Method
+    result: Any
+    reserved: frozenset[str] = frozenset()
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    owners: dict[str, fx.Node] = field(default_factory=dict)
+    left: Counter[fx.Node] = field(default_factory=Counter)
+    pending: list[tuple[fx.Node, Expr, list[fx.Node]]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def write(self) -> str:
+        """The text of the method, its `def` line included."""
+        statements = [*self._statements(), Statement([], self._returned)]
+        for statement in statements:
+            for node in self._operands(statement):
+                self.left[node] += 1
+        self._name_inputs()
+        for statement in statements[:-1]:
+            self._add(statement)
+        if self.result is not None or self.method.outputs:
+            self._add(statements[-1], "return ")
+        self._flush()
+        words = ["self", *(self.names[node] for node in self.method.inputs)]
+        head = wrap(f"{INDENT}def {self.method.name}({', '.join(words)}):")
+        return "\n".join([*head, *(self.lines or [f"{INDENT * 2}pass"])])
+
+    def _statements(self) -> Iterator[Statement]:
+        loops = {
+            id(loop.frames[0]): loop for loop in find_loops(self.frame, self.methods, self.tree)
+        }
+        skip: set[int] = set()
+        for item in self.frame.items:
+            if isinstance(item, fx.Node):
+                if id(item) in skip:
+                    continue
+                self._name_roles(item)
+                parts = self._parts(item)
+                skip.update(id(part) for part in parts)
+                yield Statement([*(parts or [item])], lambda ref, node=item: spell(node, ref))
+            elif id(item) in loops:
+                loop = loops[id(item)]
+                skip.update(id(frame) for frame in loop.frames)
+                self.hints[loop.result] = "x"
+                self.hints[loop.carried] = "x"
+                yield Statement([loop.result], lambda ref, loop=loop: self._loop(loop, ref), loop)
+            elif id(item) not in skip:
+                method = self.methods[id(item)]
+                yield Statement([*method.outputs], lambda ref, f=item: self._call(f, ref))
+
+    def _parts(self, node: fx.Node) -> list[fx.Node | None]:
+        """The nodes that take a list apart, by position, when nothing else reads the list."""
+        count = facts(node)
+        if not isinstance(count, int) or count < 2 or not node.users:
+            return []
+        here = self.frame.own
+        parts: list[fx.Node | None] = [None] * count
+        for user in node.users:
+            if user.target is not operator.getitem or user not in here:
+                return []
+            index: Any = user.args[1]
+            if not isinstance(index, int) or not 0 <= index < count or parts[index] is not None:
+                return []
+            parts[index] = user
+        return parts
+
+    def _name_roles(self, node: fx.Node) -> None:
+        if node.target is attend:
+            for role, value in zip("qkv", node.args, strict=False):
+                if isinstance(value, fx.Node):
+                    self.hints[value] = role
+
+    def _call(self, frame: Frame, ref: Callable[[fx.Node], Expr]) -> Expr:
+        method = self.methods[id(frame)]
+        words = ", ".join(ref(node).text for node in method.inputs)
+        callee = module_path(self.tree, self.frame.module, frame.path, self.reserved)
+        dotted = "" if method.name == "forward" else f".{method.name}"
+        return Expr(f"{callee}{dotted}({words})")
+
+    def _loop(self, loop: Loop, ref: Callable[[fx.Node], Expr]) -> Expr:
+        """Only names the operands, in order; `_add_loop` writes the text."""
+        for node in loop.operands:
+            ref(node)
+        return Expr("")
+
+    def _returned(self, ref: Callable[[fx.Node], Expr]) -> Expr:
+        if self.result is not None:
+            return literal(self.result, ref)
+        words = [ref(node).text for node in self.method.outputs]
+        return Expr(", ".join(words))
+
+    def _operands(self, statement: Statement) -> list[fx.Node]:
+        """The named values that a statement reads, in the order of its text."""
+        found: list[fx.Node] = []
+        statement.write(lambda node: self._reference(node, found, lambda _: Expr("x")))
+        return found
+
+    def _reference(
+        self, node: fx.Node, found: list[fx.Node], named: Callable[[fx.Node], Expr]
+    ) -> Expr:
+        if node in self.method.inputs or not floats(node):
+            found.append(node)
+            return named(node)
+        if node.op == "get_attr":
+            path = tensor_path(self.tree, self.frame.module, str(node.target), self.reserved)
+            assert path is not None
+            return Expr(path)
+        if node.op == "placeholder" or state_index(node) is not None:
+            source: Any = node if node.op == "placeholder" else node.args[0]
+            found.append(source)
+            index = "" if node.op == "placeholder" else f"[{state_index(node)}]"
+            return Expr(f"{named(source).text}{index}")
+        if is_size_arithmetic(node):
+            return spell(node, lambda operand: self._reference(operand, found, named))
+        source, attribute = size_source(self.frame, self.method.inputs, node)
+        found.append(source)
+        return Expr(f"{named(source).at(ATOM)}.{attribute}")
+
+    def _name_inputs(self) -> None:
+        plain = [
+            n
+            for n in self.method.inputs
+            if n.op not in ("placeholder", "get_attr") and state_index(n) is None
+        ]
+        for node in self.method.inputs:
+            if node.op == "placeholder":
+                lone = not plain and self.frame.path and _is_float(node)
+                base = "x" if lone and node is self.method.inputs[0] else str(node.target)
+            elif state_index(node) is not None:
+                base = "state"
+            elif plain and node is plain[0] and tensor_facts(node) is not None:
+                base = "x"
+            else:
+                base = self._hint(node)
+            self._bind(node, base)
+
+    def _hint(self, node: fx.Node) -> str:
+        origin: Any = node
+        while origin not in self.hints and op_name(origin) in _PASSING and origin.args:
+            source = origin.args[0]
+            if source in self.method.inputs:
+                return re.sub(r"_\d+$", "", self.names[source])
+            if not isinstance(source, fx.Node) or floats(source):
+                break
+            origin = source
+        if origin.op == "get_attr":
+            return "_".join(str(origin.target).split(".")[-2:])
+        if op_name(origin) == "sym_size" and not origin.args[1]:
+            return "batch"
+        name = self.hints.get(origin) or _HINTS.get(op_name(origin), op_name(origin))
+        return name.strip("_") or "x"
+
+    def _bind(self, node: fx.Node, base: str) -> str:
+        if not base.isidentifier() or keyword.iskeyword(base) or base in _TAKEN:
+            base = f"{base}_" if f"{base}_".isidentifier() else "x"
+        name, count = base, 0
+        while name in self.owners:
+            count += 1
+            name = f"{base}_{count}"
+        self.names[node] = name
+        self.owners[name] = node
+        return name
+
+    def _spend(self, used: Sequence[fx.Node]) -> None:
+        """The values in `used` are read; a name whose value is not read again is free."""
+        for node in used:
+            self.left[node] -= 1
+            name = self.names[node]
+            if not self.left[node] and self.owners.get(name) is node:
+                del self.owners[name]
+
+    def _add(self, statement: Statement, prefix: str = "") -> None:
+        operands = self._operands(statement)
+        waiting = [node for node, _, _ in self.pending]
+        wanted = [node for node in operands if node in waiting]
+        nests = statement.loop is None and wanted == waiting[len(waiting) - len(wanted) :]
+        if wanted and nests:
+            expr, used = self._build(statement, wanted)
+            nests = self._fits(statement, expr, prefix)
+        if wanted and not nests:
+            self._flush()
+            wanted = []
+        if statement.loop is not None:
+            self._flush()
+            self._add_loop(statement.loop)
+            return
+        expr, used = self._build(statement, wanted)
+        if wanted:
+            del self.pending[len(self.pending) - len(wanted) :]
+        only = statement.outputs[0] if len(statement.outputs) == 1 else None
+        if only is not None and self.left[only] == 1 and not prefix:
+            self.pending.append((only, expr, used))
+            return
+        self._flush()
+        self._emit(statement.outputs, expr, used, prefix)
+
+    def _fits(self, statement: Statement, expr: Expr, prefix: str) -> bool:
+        names = (self._hint(node) if node else "_" for node in statement.outputs)
+        name = prefix or f"{', '.join(names)} = "
+        return len(INDENT) * 2 + len(name) + len(expr.text) <= WIDTH
+
+    def _build(self, statement: Statement, nested: list[fx.Node]) -> tuple[Expr, list[fx.Node]]:
+        texts = {node: (expr, used) for node, expr, used in self.pending if node in nested}
+        used: list[fx.Node] = []
+
+        def named(node: fx.Node) -> Expr:
+            if node in texts:
+                used.extend(texts[node][1])
+                return texts[node][0]
+            used.append(node)
+            return Expr(self.names.get(node, "x"))
+
+        expr = statement.write(lambda node: self._reference(node, [], named))
+        return expr, used
+
+    def _flush(self) -> None:
+        waiting, self.pending = self.pending, []
+        for node, expr, used in waiting:
+            self._emit([node], expr, used)
+
+    def _emit(
+        self, outputs: Sequence[fx.Node | None], expr: Expr, used: list[fx.Node], prefix: str = ""
+    ) -> None:
+        self._spend(used)
+        if any(node and self.left[node] for node in outputs) and not prefix:
+            names = [
+                self._bind(node, self._hint(node)) if node and self.left[node] else "_"
+                for node in outputs
+            ]
+            if expr.text == names[0] and len(names) == 1:
+                return
+            self.lines += assign(", ".join(names), expr.text)
+            return
+        self.lines += wrap(f"{INDENT * 2}{prefix}{expr.text}")
+
+    def _add_loop(self, loop: Loop) -> None:
+        """`for layer, state in zip(self.layers, past): x = layer(x, ..., state)`"""
+        carried = self.names[loop.carried]
+        self._spend([loop.carried])
+        if carried in self.owners:
+            fresh = self._bind(loop.result, "x")
+            self.lines.append(f"{INDENT * 2}{fresh} = {carried}")
+        else:
+            fresh = self._bind(loop.result, carried)
+        layer = self._free(loop.singular)
+        states = [self._free("state", taken={layer}, skip=i) for i in range(len(loop.states))]
+        names = iter(states)
+        words: list[str] = []
+        for node in self.methods[id(loop.frames[0])].inputs:
+            if node is loop.carried:
+                words.append(fresh)
+            elif state_index(node) is not None and loop.varies(node):
+                words.append(next(names))
+            else:
+                words.append(self._build(Statement([], lambda ref, n=node: ref(n)), [])[0].text)
+        modules = module_path(self.tree, self.frame.module, loop.container, self.reserved)
+        sources = [f"{modules}{loop.span(self.tree, self.frame.module)}"]
+        past = next((self.names[n] for n in self.method.inputs if n.target == "past"), "past")
+        sources += [f"{past}{part}" for part in loop.states]
+        over = sources[0] if len(sources) == 1 else f"zip({', '.join(sources)}, strict=True)"
+        call = "" if loop.method == "forward" else f".{loop.method}"
+        head = ", ".join([layer, *states])
+        self.lines += wrap(f"{INDENT * 2}for {head} in {over}:")
+        self.lines += wrap(f"{INDENT * 3}{fresh} = {layer}{call}({', '.join(words)})")
+        self._spend([node for node in loop.operands if node is not loop.carried])
+
+    def _free(self, base: str, taken: Collection[str] = (), skip: int = 0) -> str:
+        name, count = (base, 0) if not skip else (f"{base}_{skip}", skip)
+        while name in self.owners or name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        return name
+
+
+def size_source(frame: Frame, inputs: Sequence[fx.Node], node: fx.Node) -> tuple[fx.Node, str]:
+    """The value in reach of `frame` that has the length or device which `node` reads."""
+    found = find_size(frame, inputs, node)
+    assert found is not None
+    return found
+
+
+def find_size(frame: Frame, inputs: Sequence[fx.Node], node: fx.Node) -> tuple[fx.Node, str] | None:
+    """(value, "shape[1]") for a length, (value, "device") for a device; None if out of reach."""
+    source: Any = node.args[0]
+    if node.target is getattr:
+        near = [n for n in inputs if tensor_facts(n) is not None and not _maybe_none(n)]
+        chosen = source if source in inputs else (near[0] if near else None)
+        return None if chosen is None else (chosen, str(node.args[1]))
+    where = f"shape[{literal(node.args[1], lambda n: Expr(n.name)).text}]"
+    if source in inputs or (not floats(source) and source in set(frame.nodes())):
+        return source, where
+    wanted = facts(node)
+    for candidate in inputs if wanted is not None else ():
+        known = tensor_facts(candidate)
+        if known is not None and wanted in known.shape and not _maybe_none(candidate):
+            return candidate, f"shape[{known.shape.index(wanted)}]"
+    return None
+
+
+def _maybe_none(node: fx.Node) -> bool:
+    """An input that only masks attention may be left out by the caller."""
+    return node.op == "placeholder" and all(
+        user.target is attend and user.kwargs.get("mask") is node for user in node.users
+    )
+
+
+def _is_float(node: fx.Node) -> bool:
+    known = tensor_facts(node)
+    return known is not None and known.dtype.is_floating_point

@@ -1,0 +1,57 @@
+"""What a caller may leave out: example inputs from a config, the workload from the budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decide.calibration import Batch
+from .ir.budget import Budget
+from .ir.errors import FxoptError
+from .ir.workload import Forward, Generate, Train, Workload
+
+
+def default_inputs(model: nn.Module, example_inputs: Any) -> Any:
+    """The example inputs, or random ones that a Hugging Face config describes."""
+    if example_inputs is not None:
+        return example_inputs
+    config = getattr(model, "config", None)
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    vocab = getattr(config, "vocab_size", None)
+    name = getattr(model, "main_input_name", None)
+    if name == "input_ids" and isinstance(vocab, int):
+        longest = getattr(config, "max_position_embeddings", 128) or 128
+        shape = (2, min(128, longest))
+        decodes = getattr(config, "is_encoder_decoder", False)
+        names = ["input_ids", *(["decoder_input_ids"] if decodes else [])]
+        return {n: torch.randint(vocab, shape, generator=generator).to(device) for n in names}
+    bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", 0)
+    if name == "input_features" and isinstance(bins, int) and isinstance(vocab, int):
+        dtype = next(p.dtype for p in model.parameters())
+        features = torch.randn(2, bins, 2 * frames, generator=generator).to(device, dtype)
+        ids = torch.randint(vocab, (2, 32), generator=generator).to(device)
+        return {"input_features": features, "decoder_input_ids": ids}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if name == "pixel_values" and isinstance(size, int):
+        pixels = torch.randn(2, channels, size, size, generator=generator)
+        dtype = next(p.dtype for p in model.parameters())
+        return {"pixel_values": pixels.to(device, dtype)}
+    raise FxoptError(
+        f"example_inputs: {type(model).__name__} has no config that says what it takes; "
+        "pass a tensor, a tuple or a dict of arguments"
+    )
+
+
+def default_workload(budget: Budget, example: Batch) -> Workload:
+    """`Generate` when the budget speaks of the KV cache, `Train` when only of activations."""
+    rows = set(budget.cost_rows)
+    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
+    shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
+    if "kv_cache" in rows:
+        return Generate(batch=shape[0], prompt=shape[1], new_tokens=128)
+    if rows == {"activations"} and budget.quality is None:
+        return Train(batch=shape[0], seq=shape[1])
+    return Forward(batch=shape[0], length=shape[1])

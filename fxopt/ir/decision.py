@@ -1,0 +1,135 @@
+"""Decisions: what happens at one site, what else was possible there, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from .cost import Cost
+from .errors import PlanError
+from .names import hint
+from .site import FAMILIES, Family
+
+KEEP = "keep"
+
+
+def _rewrite_name(name: str) -> str:
+    family, _, rest = name.partition(".")
+    if name != KEEP and (family not in FAMILIES or not rest):
+        raise ValueError(f"{name!r} is not {KEEP!r} or a name like 'linear.low_rank'")
+    return name
+
+
+RewriteName = Annotated[str, AfterValidator(_rewrite_name)]
+ParameterValues = dict[str, int | float | str | bool]
+
+
+class PlanModel(BaseModel):
+    # JSON has no infinity: such numbers are stored as texts, and read back.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, ser_json_inf_nan="strings")
+
+
+class Alternative(PlanModel):
+    """What else was possible at a site, and why it was not chosen. Keeping the site is one too."""
+
+    rewrite: RewriteName
+    label: str = ""
+    parameters: ParameterValues = Field(default_factory=dict)
+    version: int = 1
+    cost: Cost = Cost()
+    error: float | None = None
+    feasible: bool = True
+    reason: str = ""
+
+
+class Refused(PlanModel):
+    """A site that a rewrite (or, with `rewrite` None, any rewrite) cannot serve, and why."""
+
+    family: Family
+    key: str
+    reason: str
+    rewrite: RewriteName | None = None
+
+
+class Decision(PlanModel):
+    """What happens at one site.
+
+    `key` is `fqn[#ordinal][/kv=h]`; `rewrite` is "family.name" or "keep"; `label` is the short
+    name of the candidate; `kernel` its pinned configuration; `cost` that of the site as decided;
+    `error` the predicted change of the quality row (None: unknown); `reason` says why this was
+    chosen or why the site was kept. `alternatives` holds the other candidates, "keep" among them
+    when the site is rewritten. `locked` decisions are not solved again.
+    """
+
+    key: str
+    family: Family
+    rewrite: RewriteName = KEEP
+    version: int = 1
+    label: str = ""
+    parameters: ParameterValues = Field(default_factory=dict)
+    kernel: dict[str, Any] = Field(default_factory=dict)
+    cost: Cost = Cost()
+    error: float | None = None
+    reason: str = ""
+    alternatives: list[Alternative] = Field(default_factory=list[Alternative])
+    locked: bool = False
+
+    @model_validator(mode="after")
+    def _check_family(self) -> Decision:
+        if self.rewritten and self.rewrite.partition(".")[0] != self.family:
+            raise ValueError(f"{self.rewrite!r} is no rewrite of the family {self.family!r}")
+        return self
+
+    @property
+    def rewritten(self) -> bool:
+        return self.rewrite != KEEP
+
+    @property
+    def kept(self) -> Cost | None:
+        """What the site costs as it was, where the plan knows."""
+        if not self.rewritten:
+            return self.cost
+        return next((other.cost for other in self.alternatives if other.rewrite == KEEP), None)
+
+    def choose(self, rewrite: str, label: str | None = None) -> None:
+        """Swap the decision for one of its alternatives; PlanError where there is no such one."""
+        if rewrite == self.rewrite and label in (None, self.label):
+            return
+        found = [
+            other
+            for other in self.alternatives
+            if other.rewrite == rewrite and label in (None, other.label)
+        ]
+        if len(found) != 1:
+            raise PlanError(_no_choice(self, rewrite, label, found))
+        chosen = found[0]
+        mine = Alternative(
+            rewrite=self.rewrite,
+            label=self.label,
+            parameters=self.parameters,
+            version=self.version,
+            cost=self.cost,
+            error=self.error,
+            reason="replaced by hand",
+        )
+        self.alternatives = [mine if other is chosen else other for other in self.alternatives]
+        self.rewrite, self.version, self.label = chosen.rewrite, chosen.version, chosen.label
+        self.parameters, self.kernel = chosen.parameters, {}
+        self.cost, self.error, self.reason = chosen.cost, chosen.error, "chosen by hand"
+
+
+def _no_choice(
+    decision: Decision, rewrite: str, label: str | None, found: Sequence[Alternative]
+) -> str:
+    site = f"the {decision.family} site {decision.key!r}"
+    if found:
+        labels = ", ".join(repr(other.label) for other in found)
+        return f"{site} has {len(found)} alternatives {rewrite!r}: give a label of {labels}"
+    here = [other for other in decision.alternatives if other.rewrite == rewrite]
+    if here and label is not None:
+        labels = [other.label for other in here]
+        return f"{site} has no {rewrite!r} labelled {label!r}, only {labels}.{hint(label, labels)}"
+    offered = list(dict.fromkeys(other.rewrite for other in decision.alternatives))
+    return f"{site} has no alternative {rewrite!r}, only {offered}.{hint(rewrite, offered)}"

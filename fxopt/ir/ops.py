@@ -1,0 +1,98 @@
+"""The canonical attention call that graphs and generated source contain.
+
+It is a plain function over registered ops, so one graph serves every lowering: without a
+state it is the stateless (differentiable) op, with one it appends to the state and reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .recording import is_recorded
+
+
+class Length(Protocol):
+    """How many tokens a cache holds: `start`, a 0-d int64 tensor on its device, and `value`."""
+
+    start: Tensor
+    value: int
+
+
+def attend(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    state: Sequence[Tensor] | None = None,
+    start: Tensor | Length | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: Sequence[int] = (0,),
+    softcap: float = 0.0,
+    sink_tokens: Sequence[int] = (0,),
+    layout: str = "",
+) -> Tensor:
+    """Attention with grouped-query heads.
+
+    q [B, H, N, D]; k [B, KV, T, D]; v [B, KV, T, Dv]; returns [B, N, H, Dv], contiguous.
+    mask [B, T], nonzero where a key may be seen; bias [B or 1, H or 1, N or 1, T], added to the
+    scores; sinks [H], one extra logit a head. Query i stands at position i + T - N. `causal`:
+    no key after it; `window` w > 0: only keys nearer than w, except the first `sink_tokens`
+    unmasked keys of the row (both one number, or one a KV head); `softcap` c > 0:
+    c * tanh(score / c). A query that sees no key returns 0.
+
+    With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
+    only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
+    With a `Length` no eager call waits for the device to learn that number. `layout` says how
+    the cache stores keys and values; empty means exactly. Without k and v the state was filled
+    once, before (with keys of another sequence): all of it is read and nothing written.
+    """
+    if k is None:
+        return torch.ops.fxopt.filled_attention.default(
+            q, state, mask, bias, sinks, scale, softcap, layout
+        )
+    if state is None:
+        return torch.ops.fxopt.attention.default(
+            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens
+        )
+    length = None
+    if start is not None and not isinstance(start, Tensor):
+        length = None if is_recorded(start.start) else start.value
+        start = start.start
+    return torch.ops.fxopt.cached_attention.default(
+        q, k, v, state, start, mask, bias, sinks,
+        scale, causal, window, softcap, sink_tokens, layout, length,
+    )  # fmt: skip
+
+
+def attend_as_decoded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    state: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
+    *,
+    prompt: int,
+    scale: float,
+    causal: bool = False,
+    window: Sequence[int] = (0,),
+    softcap: float = 0.0,
+    sink_tokens: Sequence[int] = (0,),
+    layout: str = "",
+) -> Tensor:
+    """What `attend` would return for each query, had the tokens from `prompt` on been decoded
+    one at a time through a cache of `layout`. Takes whole sequences; `state` is not read."""
+    return torch.ops.fxopt.decoded_attention(
+        q, k, v, mask, bias, sinks,
+        scale, causal, list(window), softcap, list(sink_tokens), layout, prompt,
+    )  # fmt: skip

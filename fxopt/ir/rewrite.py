@@ -1,0 +1,158 @@
+"""The contract of a rewrite: match, propose, price, prepare, emulate, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from .cost import OpCall
+from .site import Family, Site
+from .workload import Scenario
+
+Parameters = Mapping[str, int | float | str | bool]
+
+
+class Statistic(Enum):
+    """What a rewrite needs to know of a site's calibration data."""
+
+    GRAM = "gram"
+    INPUTS = "inputs"
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that a rewrite can serve; `extra` carries what matching found."""
+
+    site: Site
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rewrite does not serve a site."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to rewrite one site. `label` is short and unique among the site's candidates."""
+
+    rewrite: str
+    label: str
+    parameters: Parameters
+    touches: tuple[str, ...] = ()
+
+
+class SiteStatistics(Protocol):
+    """What was recorded at one site on the `fit` part of the calibration data.
+
+    Linear: `inputs` {"x": [T, in]} a sample of unpadded rows, `gram` E[x xT] as float64 [in, in]
+    over all of them. A group of linears: those of its last member, and `members`. Attention:
+    `inputs` holds the arguments of `attend` by name for a few sequences, "prompt" the number of
+    tokens processed before decoding begins.
+    """
+
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def gram(self) -> Tensor: ...
+    @property
+    def members(self) -> Sequence[SiteStatistics]: ...
+
+
+class Editor(Protocol):
+    """The only way to change a graph; every edit is recorded for the diff."""
+
+    def node(self, site: Site) -> fx.Node:
+        """The node of `site` in the graph being edited."""
+        ...
+
+    def tensor(self, site: Site, name: str, value: Tensor) -> fx.Node:
+        """Register `value` as `<module of the site>.<name>` (a Parameter if floating, else a
+        buffer) and return a get_attr node that reads it."""
+        ...
+
+    def call(
+        self, site: Site, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node:
+        """Insert a call before the site's node; it inherits the site's module."""
+        ...
+
+    def replace(self, site: Site, new: fx.Node) -> None:
+        """Let `new` stand for the site's node; parameters that nothing reads any more go."""
+        ...
+
+    def update(self, site: Site, **kwargs: Any) -> None:
+        """Change keyword arguments of the site's node in place."""
+        ...
+
+
+class Rewrite(Protocol):
+    """A frozen dataclass whose fields are its options. Nothing is kept on `self` between calls.
+
+    One of groups has a class variable `groups` besides, the kind of `GroupInfo` that it serves. Its
+    `emulate` is called for each output of the group, with the inputs of that member and its index
+    as `inputs["member"]`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def workloads(self) -> frozenset[str]: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def paper(self) -> str: ...
+    @property
+    def needs(self) -> frozenset[Statistic]: ...
+
+    def match(self, site: Site) -> Match | Refusal: ...
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]: ...
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        """Why a match has no candidate for these scenarios, in numbers; None if it has some."""
+        ...
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        """The op calls that stand at this site under the candidate, for the cost models."""
+        ...
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        """Projection, packing, fit: the tensors that `apply` registers. Deterministic."""
+        ...
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """What the site's node would return for its recorded `inputs` under the candidate."""
+        ...
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None: ...
+
+
+def element_size(dtype: torch.dtype) -> int:
+    """Bytes of one element of `dtype`."""
+    return torch.empty((), dtype=dtype).element_size()

@@ -1,0 +1,140 @@
+"""Sites: the places of a canonical graph where a cheaper computation can stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from .cost import OpCall
+from .workload import Scenario
+
+Family = Literal["attention", "kv_cache", "linear", "activation"]
+FAMILIES: tuple[Family, ...] = ("attention", "kv_cache", "linear", "activation")
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """`y[..., out] = x[..., in] @ weight.T + bias`; the weight is stored [out, in].
+
+    `transposed` says that the parameter itself is stored [in, out] (GPT-2's Conv1D).
+    `shared_with` names other users of the same parameter (tied embeddings).
+    """
+
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    transposed: bool = False
+    shared_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionInfo:
+    """One attention op; query head h reads KV head h // (num_heads // num_kv_heads).
+
+    `window` 0 means unlimited; `softcap` 0.0 means none. `cross`: keys come from another
+    sequence. `cached`: the op can read its keys and values through a cache while generating.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    causal: bool
+    window: int
+    softcap: float
+    has_mask: bool
+    has_bias: bool
+    has_sinks: bool
+    cross: bool
+    cached: bool
+
+
+@dataclass(frozen=True)
+class TemporaryInfo:
+    """A large intermediate: `nodes` compute it (an MLP's hidden, the logits) token by token.
+
+    `row_bytes` are alive for each token at the widest moment, `out_bytes` are its result.
+    """
+
+    kind: Literal["mlp", "head"]
+    nodes: tuple[str, ...]
+    row_bytes: int
+    out_bytes: int
+
+
+@dataclass(frozen=True)
+class SavedInfo:
+    """A tensor that the forward of a training step makes and its backward reads.
+
+    `bytes` of its memory; `calls` are the ops that make it again from what else is saved.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    calls: tuple[OpCall, ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """Linears that a rewrite of groups decides together, or leaves to be decided apart.
+
+    "shared_input": they read one tensor. "channels": each input channel of the last is made, by
+    the nodes `between`, of that channel of the others' outputs alone, and they are read nowhere
+    else. Either the group is rewritten or its members are, never both.
+    """
+
+    kind: Literal["shared_input", "channels"]
+    members: tuple[Site, ...]
+    between: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> range:
+        """Indices of the members whose outputs are seen outside of the group."""
+        count = len(self.members)
+        return range(count) if self.kind == "shared_input" else range(count - 1, count)
+
+
+SiteInfo = LinearInfo | AttentionInfo | TemporaryInfo | SavedInfo | GroupInfo
+
+
+@dataclass(frozen=True)
+class Site:
+    """One decision of a plan.
+
+    `key` is `fqn[#ordinal][/kv=h]`, unique within its family; `node` is the name of the fx node
+    in the canonical graph. Attention and KV-cache sites are one a KV head and share `op`, the key
+    without the head. `blocked` is the reason when no rewrite is legal here at all. `side` is
+    "encoder" where an encoder-decoder model computes from the encoder's inputs alone.
+    """
+
+    family: Family
+    key: str
+    node: str
+    info: SiteInfo
+    op: str
+    head: int | None = None
+    blocked: str | None = None
+    side: Literal["", "encoder"] = ""
+
+    def at(self, scenario: Scenario) -> Scenario | None:
+        """A call of the workload as this site sees it; None where it does not run in it.
+
+        With an encoder, the encoder's side runs once over the source, and the keys of
+        cross-attention are the source: stored by the first call, past ones for the others.
+        """
+        source = scenario.source
+        if not source:
+            return scenario
+        first = replace(scenario, queries=source, past=0)
+        if isinstance(self.info, AttentionInfo) and self.info.cross:
+            later = replace(scenario, past=source - scenario.queries)
+            return later if scenario.past else first
+        if self.side != "encoder":
+            return scenario
+        return None if scenario.past and scenario.repeats else first

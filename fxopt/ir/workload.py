@@ -1,0 +1,86 @@
+"""Workloads: what the rewritten module will be asked to do, as sizes that costs refer to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of call: `queries` new tokens a sequence after `past` cached ones.
+
+    `repeats` is how often the workload makes such a call, so that its latency is a sum. `source`
+    is how many tokens an encoder reads, once, for each sequence; 0 where there is no encoder.
+    """
+
+    name: str
+    batch: int
+    queries: int
+    past: int
+    repeats: int = 1
+    source: int = 0
+
+    @property
+    def length(self) -> int:
+        """Keys that the last query of the call can see."""
+        return self.past + self.queries
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One pass over the example inputs; `batch` and `length` are read from them when None."""
+
+    batch: int | None = None
+    length: int | None = None
+    kind: Literal["forward"] = "forward"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """A prompt of `prompt` tokens for `batch` sequences, then `new_tokens` decoding steps."""
+
+    batch: int
+    prompt: int
+    new_tokens: int = 128
+    kind: Literal["generate"] = "generate"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Generate.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """One training step on `batch` sequences of `seq` tokens."""
+
+    batch: int
+    seq: int
+    kind: Literal["train"] = "train"
+
+
+Workload = Forward | Generate | Train
+
+
+def scenarios(workload: Workload, source: int = 0) -> tuple[Scenario, ...]:
+    """The calls a workload consists of; its latency is their sum weighted by `repeats`.
+
+    With `source` the prompt is what an encoder reads, as that many tokens, and the decoder begins
+    with one token.
+    """
+    if isinstance(workload, Generate) and source:
+        batch, new = workload.batch, workload.new_tokens
+        return (
+            Scenario("prefill", batch, 1, 0, source=source),
+            Scenario("decode", batch, 1, max(1, new // 2), repeats=new, source=source),
+        )
+    if isinstance(workload, Generate):
+        middle = workload.prompt + workload.new_tokens // 2
+        return (
+            Scenario("prefill", workload.batch, workload.prompt, 0),
+            Scenario("decode", workload.batch, 1, middle, repeats=workload.new_tokens),
+        )
+    if isinstance(workload, Train):
+        return (Scenario("train", workload.batch, workload.seq, 0),)
+    return (Scenario("forward", workload.batch or 1, workload.length or 1, 0),)

@@ -1,0 +1,175 @@
+"""The rows of a budget, measured: before, of a trial, and for the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .compiler import Compiler
+from .decide.runs import Latency, measure_latency, peak_temporaries
+from .decide.verify import weight_bytes
+from .emit.editor import GraphEditor
+from .hosted import Optimized
+from .ir.errors import RowResult
+
+UNITS = {
+    "latency": "s",
+    "memory": "bytes",
+    "weights": "bytes",
+    "kv_cache": "bytes",
+    "activations": "bytes",
+    "kl": "nats",
+    "loss_increase": "nats",
+    "relative_error": "",
+    "metric_drop": "",
+}
+
+
+class Measurer:
+    """Measures what the budget speaks of, and reports weights and cache beside it.
+
+    Rows that take long (latency, memory) are measured only when the budget has them.
+    """
+
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler = compiler
+        self.budget = compiler.request.budget
+        self.wanted = set(self.budget.rows())
+        self.notes: list[str] = []
+        self.p99: float | None = None
+
+    @cached_property
+    def baseline(self) -> dict[str, float]:
+        """What the original measures, by row name; "kv_cache" in 16-bit, as ratios refer to it,
+        "kv_cache_now" in the model's own dtype."""
+        compiler = self.compiler
+        graph = compiler.captured.graph
+        rows: dict[str, float] = {
+            "weights": float(compiler.kept_weights),
+            "kv_cache": float(compiler.kv_cache_bytes(graph, element_size=2)),
+            "kv_cache_now": float(compiler.kv_cache_bytes(graph)),
+        }
+        if self._timed:
+            latency = self._latency(compiler.request.model)
+            rows["latency"] = latency.before
+            rows |= {f"latency.{name}": t.first for name, t in latency.calls.items()}
+        if self._sized:
+            rows["activations"] = self.temporaries(compiler.request.model)
+            # of the module that keeps every site: what the solver counts from
+            rows["temporaries"] = self.temporaries(compiler.emit(compiler.realise([])))
+            rows["memory"] = rows["weights"] + rows["kv_cache_now"] + rows["activations"]
+        if compiler.quality.kind == "metric":
+            rows["metric"] = self._metric(compiler.request.model)
+        return rows
+
+    @property
+    def _timed(self) -> bool:
+        return any(name.startswith("latency") for name in self.wanted)
+
+    @property
+    def _sized(self) -> bool:
+        return bool(self.wanted & {"memory", "activations"})
+
+    def trial(self, editor: GraphEditor) -> dict[str, float]:
+        """Solver rows of a realised graph, quality on the `choose` part."""
+        rows = self._bytes(editor)
+        module = self.compiler.emit(editor) if self._timed or self._sized else None
+        rows |= self._slow(editor, module)
+        rows["error"] = self._error(editor, self.compiler.choose_reference)
+        return rows
+
+    def contract(self, editor: GraphEditor, module: Optimized) -> dict[str, float]:
+        """Rows by their names in the budget, quality on the `verify` part."""
+        rows = self._bytes(editor)
+        rows["weights"] = float(weight_bytes(module))
+        rows |= self._slow(editor, module)
+        error = self._error(editor, self.compiler.verify_reference)
+        rows[self.quality_row] = self.compiler.quality.measured(error)
+        return rows
+
+    @property
+    def quality_row(self) -> str:
+        kind = self.compiler.quality.kind
+        return "metric_drop" if kind == "metric" else kind
+
+    def solver_name(self, row: str) -> str:
+        """The solver's name of a budget row."""
+        return "error" if row == self.quality_row else row
+
+    def _error(self, editor: GraphEditor, reference: Any) -> float:
+        """Additive error of a realised graph; a metric is asked of the emitted module."""
+        quality = self.compiler.quality
+        if quality.kind == "metric":
+            return self.baseline["metric"] - self._metric(self.compiler.emit(editor))
+        measured = reference.measure(editor.graph)
+        self.p99 = measured.p99
+        return quality.additive(measured.mean)
+
+    def _metric(self, module: nn.Module) -> float:
+        assert self.budget.metric is not None
+        return float(self.budget.metric(module))
+
+    def _bytes(self, editor: GraphEditor) -> dict[str, float]:
+        weights = weight_bytes(self.compiler.whole(editor.graph))
+        cache = self.compiler.kv_cache_bytes(editor.graph)
+        return {
+            "weights": float(weights),
+            "kv_cache": float(cache),
+            "memory": float(weights + cache) + self.baseline.get("temporaries", 0.0),
+        }
+
+    def _slow(self, editor: GraphEditor, module: Optimized | None) -> dict[str, float]:
+        rows: dict[str, float] = {}
+        if module is not None and self._timed:
+            latency = self._latency(module)
+            # what counts is the upper bound of the ratio, interleaved with the original
+            rows["latency"] = latency.ratio_upper * self.baseline["latency"]
+            for name, timing in latency.calls.items():
+                before = self.baseline[f"latency.{name}"]
+                rows[f"latency.{name}"] = timing.ratio_upper * before
+        if module is not None and self._sized:
+            rows["activations"] = self.temporaries(module)
+            bytes_ = weight_bytes(module) + self.compiler.kv_cache_bytes(editor.graph)
+            rows["memory"] = rows["activations"] + bytes_
+        return rows
+
+    def _latency(self, module: nn.Module) -> Latency:
+        request = self.compiler.request
+        return measure_latency(
+            request.model, module, request.workload, request.example, self.compiler.device
+        )
+
+    def temporaries(self, module: nn.Module) -> float:
+        """Peak bytes of one call of the workload beyond weights and cache."""
+        request = self.compiler.request
+        return float(
+            peak_temporaries(module, request.workload, request.example, self.compiler.device)
+        )
+
+    def rows(
+        self, predicted: Mapping[str, float], measured: Mapping[str, float]
+    ) -> list[RowResult]:
+        """One result for each row of the budget, and for weights and cache in any case."""
+        limits = self.budget.absolute(self.baseline)
+        always = ["weights", *(["kv_cache"] if self.baseline["kv_cache"] else [])]
+        names = [*limits, *(n for n in (*always, self.quality_row) if n not in limits)]
+        return [self._row(name, limits.get(name), predicted, measured) for name in names]
+
+    def _row(
+        self,
+        name: str,
+        limit: float | None,
+        predicted: Mapping[str, float],
+        measured: Mapping[str, float],
+    ) -> RowResult:
+        guess = predicted.get(self.solver_name(name))
+        if name == self.quality_row and guess is not None:
+            guess = self.compiler.quality.measured(guess)
+        before = 0.0 if name == self.quality_row else self.baseline.get(name)
+        if name == "kv_cache" and limit is None:
+            before = self.baseline["kv_cache_now"]  # no ratio refers to 16 bits here
+        unit = UNITS[name.partition(".")[0]]
+        return RowResult(name, limit, guess, measured.get(name), unit, before)

@@ -1,0 +1,1 @@
+"""Pages of plans: text, differences, reports and HTML. Data in, text out; decides nothing."""

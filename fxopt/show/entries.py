@@ -1,0 +1,107 @@
+"""The sites of a plan as pages list them: each once, with all that is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fxopt.ir.plan import Decision, Plan, Refused
+
+MARKS = {"~": "rewritten", "=": "kept", "!": "locked", "x": "refused"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site: a mark, what stands there, why, and what refused it; `decision` if it has one."""
+
+    mark: str
+    key: str
+    family: str
+    what: str
+    reasons: tuple[str, ...]
+    decision: Decision | None = None
+
+
+def entries(plan: Plan) -> list[Entry]:
+    """Every site of the plan's decisions, then those that were only refused."""
+    refused: dict[tuple[str, str], list[Refused]] = {}
+    for refusal in plan.refusals:
+        refused.setdefault((refusal.family, refusal.key), []).append(refusal)
+    decided = [_decided(d, refused.pop((d.family, d.key), [])) for d in plan.decisions]
+    alone = [
+        Entry("x", key, family, "refused", _sentences(refusals))
+        for (family, key), refusals in refused.items()
+    ]
+    return decided + alone
+
+
+def summary(plan: Plan) -> str:
+    """How many sites are rewritten, kept though candidates existed, and served by no rewrite."""
+    sites = entries(plan)
+    rewritten = sum(entry.decision is not None and entry.decision.rewritten for entry in sites)
+    refused = sum(entry.mark == "x" for entry in sites)
+    locked = sum(entry.mark == "!" for entry in sites)
+    kept = len(sites) - rewritten - refused
+    counts = f"Plan: {rewritten} rewritten, {kept} kept, {refused} refused"
+    return counts + (f" ({locked} locked)" if locked else "")
+
+
+def choice(decision: Decision) -> str:
+    """What stands at the site, in a few words."""
+    return f"{decision.rewrite} {decision.label}".strip() if decision.rewritten else "kept"
+
+
+def why(decision: Decision) -> str:
+    """The reason of a decision; of a kept site without one, why each alternative was not taken."""
+    if decision.reason or decision.rewritten:
+        return decision.reason or "no reason given"
+    others = [other for other in decision.alternatives if other.rewrite != decision.rewrite]
+    if not others:
+        return "no rewrite serves this site"
+    default = {True: "not worth its cost", False: "does not fit the budget"}
+    return "; ".join(
+        f"not {f'{other.rewrite} {other.label}'.strip()}: {other.reason or default[other.feasible]}"
+        for other in others
+    )
+
+
+def _decided(decision: Decision, refusals: Sequence[Refused]) -> Entry:
+    served = decision.rewritten or decision.alternatives
+    mark = "!" if decision.locked else "~" if decision.rewritten else "=" if served else "x"
+    mark = "=" if mark == "x" and not refusals else mark
+    what = "refused" if mark == "x" else choice(decision)
+    reasons = _sentences(refusals)
+    if decision.reason or mark != "x":
+        reasons = (why(decision), *(text for text in reasons if text != decision.reason))
+    return Entry(mark, decision.key, decision.family, what, reasons, decision)
+
+
+def _sentences(refusals: Sequence[Refused]) -> tuple[str, ...]:
+    texts = [f"{r.rewrite}: {r.reason}" if r.rewrite else r.reason for r in refusals]
+    return tuple(dict.fromkeys(texts))
+
+
+def ops_of(key: str) -> list[str]:
+    """The ops that a site stands for: one without its head, or the members of a group, whose
+    key is "mlp.gate_proj+up_proj" or, from several modules, "a.proj+b.proj"."""
+    first, *others = key.partition("/kv=")[0].split("+")
+    prefix = first.rpartition(".")[0]
+    prefix = f"{prefix}." if prefix else ""
+    return [first, *(other if "." in other else prefix + other for other in others)]
+
+
+def counted(decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions whose costs add up to the model's: a group or its members, never both."""
+    groups = [d for d in decisions if len(ops_of(d.key)) > 1]
+    within = {op for group in groups if group.rewritten for op in ops_of(group.key)}
+    return [
+        d
+        for d in decisions
+        if (d.rewritten if d in groups else d.family != "linear" or d.key not in within)
+    ]
+
+
+def by_family(sites: Sequence[Entry], families: Sequence[str]) -> Mapping[str, list[Entry]]:
+    """The entries of each family that has any."""
+    found = {family: [site for site in sites if site.family == family] for family in families}
+    return {family: listed for family, listed in found.items() if listed}

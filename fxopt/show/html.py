@@ -1,0 +1,157 @@
+"""A plan, or the difference of two, as one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fxopt.ir.changes import PlanDiff
+from fxopt.ir.plan import Decision, Plan
+
+from . import summary
+from .compact import Encoder, columns_of, rounded, to_script
+from .entries import MARKS, Entry, choice, entries, why
+from .entries import summary as summary_text
+from .rows import cells
+from .text import workload_text
+
+HERE = Path(__file__).parent
+SCRIPTS = ("data", "number", "table", "details", "tree", "layout", "graph", "scatter", "main")
+ROW = ("name", "unit", "limit", "before", "predicted", "measured")
+DIFF_MARKS = {"~": "changed", "+": "added", "-": "removed"}
+SHOWN_LINES = 30
+"""Folded lines of one kind that are written out; the table of decisions has them all."""
+
+
+def render(plan: Plan) -> str:
+    """The page. It loads nothing, and no text of the plan can become part of its markup."""
+    listed = entries(plan)
+    encoder = Encoder()
+    encoder.add(listed)
+    data = {
+        "mode": "plan",
+        "blocks": encoder.blocks(plan.blocks),
+        "sources": encoder.sources(plan.sources),
+        "rows": columns_of(plan.totals, ROW),
+        "trials": [
+            {"rows": columns_of(t.rows, ROW), "holds": t.holds, "taken": t.taken}
+            for t in plan.trials
+        ],
+        "looser": [
+            {"row": x.row, "limit": rounded(x.limit), "rows": columns_of(x.rows, ROW)}
+            for x in plan.looser
+        ],
+        "binds": summary.binding(plan),
+        "objective": summary.objective(plan),
+        "unit": _error_unit(plan),
+    }
+    return _page(
+        data | encoder.encoded(),
+        title=summary_text(plan),
+        plan=plan,
+        marks=MARKS,
+        workload=workload_text(plan.workload),
+        device=plan.hardware.get("name") or plan.hardware.get("device"),
+        cards=summary.cards(plan),
+        binding=summary.binding_sentence(plan),
+        objective=summary.objective(plan),
+        outlooks=summary.outlooks(plan),
+        at_sites=summary.at_sites(plan),
+        timed=any(r.name.startswith("latency") and r.measured is not None for r in plan.totals),
+        lines=summary.lines(plan),
+        shown=SHOWN_LINES,
+        by_hand=any(d.reason == "chosen by hand" for d in plan.decisions),
+        diff=None,
+    )
+
+
+def render_diff(diff: PlanDiff) -> str:
+    """The page of what changes from one plan to another."""
+    encoder = Encoder()
+    pairs: list[tuple[int, int]] = []
+    listed: list[Entry] = []
+    sides = [
+        *((before, after) for before, after in diff.changed),
+        *((None, after) for after in diff.added),
+        *((before, None) for before in diff.removed),
+    ]
+    for side in sides:
+        at: list[int] = []
+        for decision in side:
+            at.append(-1 if decision is None else len(listed))
+            listed += [] if decision is None else [_entry(decision)]
+        pairs.append((at[0], at[1]))
+    encoder.add(listed)
+    data = {"mode": "diff", "pairs": pairs, "blocks": [], "sources": {}, "unit": ""}
+    counts = f"{len(diff.changed)} changed, {len(diff.added)} added, {len(diff.removed)} removed"
+    return _page(
+        data | encoder.encoded(),
+        title=f"Diff: {counts}" + ("" if diff else " (the plans decide the same)"),
+        plan=None,
+        marks=DIFF_MARKS,
+        diff=diff,
+        totals=[[side and cells(side, {}) for side in rows] for rows in diff.totals],
+    )
+
+
+def _entry(decision: Decision) -> Entry:
+    mark = "!" if decision.locked else "~" if decision.rewritten else "="
+    text = why(decision)
+    return Entry(mark, decision.key, decision.family, choice(decision), (text,), decision)
+
+
+def _error_unit(plan: Plan) -> str:
+    """What the errors of decisions are measured in."""
+    return "nats" if plan.budget.quality in (None, "kl", "loss_increase") else ""
+
+
+def _page(data: dict[str, Any], **context: Any) -> str:
+    scripts = [_vendored(), _script()]
+    style = (HERE / "web" / "style.css").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template("plan.html.jinja")
+        .render(
+            data=to_script(data),
+            scripts=scripts,
+            style=style,
+            script_hashes=" ".join(map(_source_hash, scripts)),
+            style_hash=_source_hash(style),
+            **context,
+        )
+    )
+
+
+@cache
+def _script() -> str:
+    parts = [(HERE / "web" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    return '(() => {\n"use strict";\n' + "\n".join(parts) + "})();\n"
+
+
+@cache
+def _vendored() -> str:
+    """Dagre without the comment that would have developer tools look for a file beside it."""
+    text = (HERE / "vendor" / "dagre.min.js").read_text(encoding="utf-8")
+    return text.partition("//# sourceMappingURL")[0]
+
+
+def _source_hash(text: str) -> str:
+    """How a content security policy names the one inline text that may run."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(HERE / "web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

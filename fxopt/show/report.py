@@ -1,0 +1,42 @@
+"""The report of a verified module: predicted against measured, row by row of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxopt.ir.errors import RowResult
+
+from .page import Page, has_colours, width
+from .rows import HEADS, cells, deviation, table
+
+
+@dataclass
+class Report:
+    """What was allowed, predicted and measured. `written` holds limits as the user wrote them."""
+
+    rows: list[RowResult]
+    notes: list[str] = field(default_factory=list[str])
+    written: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def kept(self) -> bool:
+        """Whether every row that has a limit was measured and keeps it."""
+        limited = [row for row in self.rows if row.limit is not None]
+        return all(row.measured is not None and row.excess <= 0 for row in limited)
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def render(report: Report, *, colours: bool | None = None, columns: int | None = None) -> str:
+    page = Page(columns or width())
+    heads = [*HEADS[:5], "off by", HEADS[5]]
+    lines = [cells(row, report.written) for row in report.rows]
+    offs = [deviation(row) for row in report.rows]
+    page.verbatim(
+        table(heads, [[*line[:5], off, line[5]] for line, off in zip(lines, offs, strict=True)])
+    )
+    for note in report.notes:
+        page.add(f"Note: {note}")
+    return page.render(has_colours() if colours is None else colours)

@@ -1,0 +1,120 @@
+"""Steps that are really run: their peak, seconds and results, with nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..decide.verify import Timing, compare, peak_live_bytes
+from .capture import scalar_loss
+
+Inputs = Mapping[str, Any]
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step leaves: its outputs, gradients, changed buffers and random state, on the host."""
+
+    tensors: dict[str, Tensor]
+
+    def difference(self, other: Outcome) -> tuple[str, float]:
+        """The tensor that differs most, relative to its norm, and by how much; 0.0: bit-equal."""
+        worst = ("", 0.0)
+        for name in self.tensors.keys() | other.tensors.keys():
+            mine, theirs = self.tensors.get(name), other.tensors.get(name)
+            if mine is None or theirs is None:
+                return name, float("inf")
+            if not torch.equal(mine, theirs):
+                a, b = mine.double(), theirs.double()
+                off = ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
+                worst = max(worst, (name, off), key=lambda found: found[1])
+        return worst
+
+
+def step(module: nn.Module, inputs: Inputs) -> Any:
+    """Forward and backward: of the `loss` if there is one, else of ones for every output."""
+    output = module(**inputs)
+    loss = scalar_loss(output)
+    leaves = [loss] if loss is not None else _differentiable(output)
+    torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+    return output
+
+
+def outcome(module: nn.Module, inputs: Inputs) -> Outcome:
+    """One step from fixed random state; parameters, buffers and gradients are as before after."""
+    with untouched(module):
+        torch.manual_seed(SEED)
+        output = step(module, inputs)
+        found = {f"output {i}": t for i, t in enumerate(_tensors(output))}
+        gradients = ((n, p.grad) for n, p in module.named_parameters())
+        found |= {f"gradient of {n}": g for n, g in gradients if g is not None}
+        found |= {f"buffer {n}": b for n, b in module.named_buffers()}
+        found["random state"] = torch.get_rng_state()
+        return Outcome({name: t.detach().to("cpu", copy=True) for name, t in found.items()})
+
+
+def peak(module: nn.Module, inputs: Inputs) -> int:
+    """Most bytes alive in one step beyond what was alive before it, gradients included."""
+    with untouched(module):
+        step(module, inputs)
+        _clear(module)
+        return peak_live_bytes(lambda: step(module, inputs), device_of(module))
+
+
+def seconds(first: nn.Module, second: nn.Module, inputs: Inputs) -> Timing:
+    """Steps of two modules over the same parameters, in turn."""
+
+    def run(module: nn.Module) -> Callable[[], None]:
+        def call() -> None:
+            _clear(module)
+            step(module, inputs)
+
+        return call
+
+    with untouched(first), untouched(second):
+        return compare(run(first), run(second), device_of(first), seconds=1.0, least=3)
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Generator[None]:
+    """Put buffers, gradients and the random state back."""
+    device = device_of(module)
+    devices = [device] if device.type == "cuda" else []
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    gradients = [(p, p.grad) for p in module.parameters()]
+    _clear(module)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first parameter lies."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _clear(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _differentiable(output: Any) -> list[Tensor]:
+    return [leaf for leaf in _tensors(output) if leaf.requires_grad]

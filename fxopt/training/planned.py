@@ -1,0 +1,153 @@
+"""From a module and inputs to a planned step that runs."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dispatch.python import no_python_dispatcher
+from torch.utils._python_dispatch import (
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
+)
+
+from ..cost_models.hardware import probe
+from ..cost_models.measured import Measured
+from ..ir.errors import BudgetError, PlanError
+from ..ir.plan import Plan
+from ..ir.rewrite import Rewrite
+from ..ir.units import format_value
+from ..ir.workload import Train
+from ..passes.activation.recompute import MARK
+from .capture import joint
+from .emit import executable, partition
+from .measure import device_of
+from .module import Inputs, Run
+from .schedule import Schedule
+from .search import StepPlan, frontier, laid_out
+from .sites import Saved, applied, saved_tensors
+from .step import Step, node_key
+
+Pick = Callable[[Saved, float], StepPlan]
+"""Takes the saved tensors and a deadline (of `time.monotonic`), gives the plan to run."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every step, whatever its inputs."""
+
+    workload: Train
+    rewrites: tuple[Rewrite, ...]
+    keep: tuple[str, ...]
+    time_limit: float | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a planned step came about. `widest` is the op at which its peak stands, `structure`
+    names the traced graph."""
+
+    saved: Saved
+    plan: StepPlan
+    calls: Schedule
+    widest: str
+    structure: str
+
+
+def planned(model: nn.Module, inputs: Inputs, request: Request, pick: Pick) -> tuple[Run, Layout]:
+    """Trace the step of `model` in its present modes, pick a plan and lay it out."""
+    found: list[Layout] = []
+    deadline = time.monotonic() + (request.time_limit or float("inf"))
+
+    def cut(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        step = Step.of(graph.graph, count)
+        structure = _structure(step)
+        with _disable_current_modes(), no_python_dispatcher():
+            costs = _costs(model)
+            saved = saved_tensors(step, costs, request.rewrites, request.workload, request.keep)
+            costs.save()
+        plan = pick(saved, deadline)
+        chosen = [p for p in _proposals(saved) if saved.owners[p.site.key] in plan.dropped]
+        plan = replace(plan, dropped=applied(saved, chosen, MARK))
+        calls = laid_out(step, plan)
+        nodes = (*step.forward, *step.backward)
+        widest = node_key(nodes[int(calls.live().argmax())])
+        found.append(Layout(saved, plan, calls, widest, structure))
+        return partition(graph, calls, count)
+
+    with joint(model, inputs) as traced:
+        run = traced.build(cut, executable)
+    return run, found[0]
+
+
+@dataclass(frozen=True)
+class Further:
+    """Plans the steps of inputs that come later: under the same byte limit."""
+
+    request: Request
+    limit: float
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Run:
+        run, layout = planned(model, inputs, self.request, fastest(self.limit))
+        if layout.plan.peak > self.limit:
+            shapes = {n: tuple(t.shape) for n, t in inputs.items() if isinstance(t, torch.Tensor)}
+            raise BudgetError(
+                f"inputs {shapes} need {format_value(layout.plan.peak, 'bytes')} in a step at "
+                f"the least (at {layout.widest}), more than the budget that the module was "
+                "optimised for; call fxopt.optimize with the largest inputs as example_inputs",
+                [], "memory", None,
+            )  # fmt: skip
+        return run
+
+
+def fastest(limit: float) -> Pick:
+    """The fastest plan whose peak is below `limit` bytes, else the one with the lowest peak."""
+
+    def pick(saved: Saved, deadline: float) -> StepPlan:
+        plans = frontier(saved.step, saved.seconds, saved.droppable, deadline=deadline)
+        return next((p for p in plans if p.peak <= limit), plans[-1])
+
+    return pick
+
+
+def as_decided(plan: Plan) -> Pick:
+    """What `plan` says of each saved tensor; PlanError where it speaks of other tensors."""
+
+    def pick(saved: Saved, deadline: float) -> StepPlan:
+        known = {**saved.owners, **saved.others}
+        said = {decision.key: decision for decision in plan.decisions}
+        missing = [key for key in saved.owners if key not in said]
+        unknown = [key for key in said if key not in known]
+        if missing or unknown:
+            raise PlanError(
+                f"the plan was made for another step: it says nothing of {missing[:3]} and speaks "
+                f"of {unknown[:3]}; make it again with fxopt.plan for this model and these inputs"
+            )
+        dropped = frozenset(known[k] for k, d in said.items() if d.rewritten)
+        stops = frozenset(saved.others[k] for k in said if k in saved.others)
+        return StepPlan(dropped, stops, 0, 0.0).counted(saved.step, saved.seconds)
+
+    return pick
+
+
+def _proposals(saved: Saved) -> Sequence[Any]:
+    return [p for offered in saved.proposals.by_site.values() for p in offered]
+
+
+def _costs(model: nn.Module) -> Measured:
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    return Measured(probe(device_of(model)), str(dtype).removeprefix("torch."))
+
+
+def _structure(step: Step) -> str:
+    """SHA-256 over the ops of a step and the shapes and dtypes of what they make."""
+    digest = hashlib.sha256()
+    for node in (*step.forward, *step.backward):
+        value = node.meta.get("val")
+        shape = f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        digest.update(f"{node.target}|{shape}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,40 @@
+"""Registering an op by its schema.
+
+`torch.library.custom_op` wraps every call in Python of its own: 8 µs a call on a small tensor, and
+0.17 ms for an op that writes to a list of tensors, where an op registered here takes 2.5, or 6
+with a gradient. Eager decoding makes thousands of such calls a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Any:
+    """Make `torch.ops.fxopt.<name>` and return its default overload.
+
+    `implementation` serves every device, but CUDA where `cuda` is given; `fake` makes an output
+    of the same shape, dtype and strides; `backward` and `setup_context` are those of
+    `torch.library.register_autograd`.
+    """
+    op = f"fxopt::{name}"
+    torch.library.define(op, schema)
+    torch.library.impl(op, "default", implementation)
+    if cuda is not None:
+        torch.library.impl(op, "cuda", cuda)
+    torch.library.register_fake(op, fake)
+    if backward is not None:
+        torch.library.register_autograd(op, backward, setup_context=setup_context)
+    return getattr(torch.ops.fxopt, name).default

@@ -1,0 +1,150 @@
+"""The arguments of one attention call, and how it splits by heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
+
+    `window` and `sink_tokens` have one entry a KV head here, (0, 0) where a head sees all keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    causal: bool
+    window: tuple[int, ...]
+    softcap: float
+    sink_tokens: tuple[int, ...]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads a KV head."""
+        return self.q.shape[1] // self.num_kv_heads
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    @property
+    def dense(self) -> bool:
+        """Whether no head has a window."""
+        return not any(self.window)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the call is what libraries call attention: causal from the corner, or full."""
+        extras = (self.mask, self.bias, self.sinks)
+        aligned = not self.causal or self.offset == 0 or self.q.shape[2] == 1
+        return aligned and self.dense and not self.softcap and all(t is None for t in extras)
+
+    def head_groups(self) -> list[list[int]]:
+        """KV heads by equal window and sink."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for head, choice in enumerate(zip(self.window, self.sink_tokens, strict=True)):
+            groups.setdefault(choice, []).append(head)
+        return list(groups.values())
+
+    def heads(self, chosen: Sequence[int]) -> Attention:
+        """The same call on some of the KV heads and their query heads."""
+        if len(chosen) == self.num_kv_heads:
+            return self
+        queries = query_heads(chosen, self.group_size)
+        bias = self.bias
+        if bias is not None and bias.shape[1] > 1:
+            bias = pick(bias, 1, queries)
+        return replace(
+            self,
+            q=pick(self.q, 1, queries),
+            k=pick(self.k, 1, chosen),
+            v=pick(self.v, 1, chosen),
+            bias=bias,
+            sinks=None if self.sinks is None else pick(self.sinks, 0, queries),
+            window=tuple(self.window[h] for h in chosen),
+            sink_tokens=tuple(self.sink_tokens[h] for h in chosen),
+        )
+
+
+def bind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: Sequence[int],
+    softcap: float,
+    sink_tokens: Sequence[int],
+) -> Attention:
+    """Check the arguments of `fxopt::attention` and give each KV head its window.
+
+    Raises ValueError for head counts and list lengths that do not fit.
+    """
+    heads, kv = q.shape[1], k.shape[1]
+    if heads % kv:
+        raise ValueError(f"attention: {heads} query heads do not share {kv} KV heads evenly")
+    reach = max(q.shape[2], k.shape[2])
+    # A window that reaches past both ends hides nothing.
+    windows = [w if 0 < w < reach else 0 for w in per_head("window", window, kv)]
+    tokens = per_head("sink_tokens", sink_tokens, kv)
+    return Attention(
+        q, k, v, mask, bias, sinks, scale, causal,
+        tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
+    )  # fmt: skip
+
+
+def per_head(name: str, values: Sequence[int], num_kv_heads: int) -> list[int]:
+    """One value a KV head from a list with one entry or `num_kv_heads` entries."""
+    if len(values) not in (1, num_kv_heads):
+        raise ValueError(
+            f"attention: {name} has {len(values)} entries; give 1 or {num_kv_heads}, the KV heads"
+        )
+    return list(values) * (num_kv_heads // len(values))
+
+
+def query_heads(chosen: Sequence[int], group_size: int) -> list[int]:
+    """The query heads that read the KV heads `chosen`."""
+    return [head * group_size + i for head in chosen for i in range(group_size)]
+
+
+def pick(x: Tensor, dim: int, chosen: Sequence[int]) -> Tensor:
+    """The ascending entries `chosen` of a dimension; a view where they are neighbours."""
+    pieces = [x.narrow(dim, begin, end - begin) for begin, end in _runs(chosen)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def put(out: Tensor, dim: int, chosen: Sequence[int], part: Tensor) -> None:
+    """Write `part` to the entries `chosen` of a dimension of `out`."""
+    done = 0
+    for begin, end in _runs(chosen):
+        out.narrow(dim, begin, end - begin).copy_(part.narrow(dim, done, end - begin))
+        done += end - begin
+
+
+def _runs(chosen: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours as ranges: slices copy faster than an index, and need none on the device."""
+    found: list[tuple[int, int]] = []
+    for place in chosen:
+        if found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+    return found

@@ -1,0 +1,234 @@
+"""A few queries with the keys that they can reach, and the two ways to attend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import Attention, query_heads
+
+Spans = Sequence[tuple[int, int]]
+
+# Elements of the largest temporary of a tile: its mask, or its scores.
+TILE_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Part:
+    """A call whose heads share one window, and the query heads of the whole that it stands for.
+
+    `rank` [B or 1, T] counts unmasked keys from 1 (T + 1 for masked ones); `sink_end` is the
+    column behind the last sink token. Both only where there are sink tokens.
+    """
+
+    call: Attention
+    heads: list[int]
+    rank: Tensor | None
+    sink_end: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """q [B, H, n, D], k [B, KV, S, D], v [B, KV, S, Dv]; `visible` [B or 1, 1, n, S] or None
+    where all keys are seen; bias [B or 1, H or 1, n or 1, S]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visible: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    softcap: float
+
+
+def without_idle_mask(call: Attention) -> Attention:
+    """Drop a mask that hides nothing; asking would stall any device but the CPU."""
+    if call.mask is None or call.mask.device.type != "cpu" or not bool((call.mask != 0).all()):
+        return call
+    return replace(call, mask=None)
+
+
+def parts(call: Attention) -> Iterator[Part]:
+    """The call split into heads of equal window and sink."""
+    for heads in call.head_groups():
+        part = call.heads(heads)
+        rank = _rank(part) if part.sink_tokens[0] else None
+        yield Part(part, query_heads(heads, call.group_size), rank, _sink_end(part, rank))
+
+
+def tiles(part: Part) -> Iterator[tuple[int, int]]:
+    """Query ranges whose temporaries stay small and whose keys are mostly seen."""
+    call = part.call
+    batch, heads, queries, _ = call.q.shape
+    keys, size = call.k.shape[2], 512
+    if call.window[0]:
+        size = max(64, min(size, call.window[0] // 2))
+        keys = min(keys, 2 * call.window[0] + size + part.sink_end)
+    copies = heads if is_explicit(call) or call.bias is not None else 1
+    size = max(1, min(size, TILE_ELEMENTS // max(1, batch * copies * keys)))
+    return ((start, min(start + size, queries)) for start in range(0, queries, size))
+
+
+def tile(part: Part, start: int, stop: int) -> Tile:
+    """Queries [start, stop) and the keys that at least one of them can reach."""
+    call = part.call
+    spans = _spans(part, start + call.offset, stop - 1 + call.offset)
+    bias = call.bias
+    if bias is not None:
+        bias = narrow(bias if bias.shape[2] == 1 else bias[:, :, start:stop], spans, -1)
+    return Tile(
+        call.q[:, :, start:stop],
+        narrow(call.k, spans, 2),
+        narrow(call.v, spans, 2),
+        _visible(part, spans, start + call.offset, stop - 1 + call.offset),
+        bias,
+        call.sinks,
+        call.scale,
+        call.softcap,
+    )
+
+
+def narrow(x: Tensor, spans: Spans, dim: int) -> Tensor:
+    """The entries of dimension `dim` that lie in `spans`."""
+    pieces = [x.narrow(dim, begin, end - begin) for begin, end in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def is_explicit(call: Attention) -> bool:
+    """Whether the library's op cannot express the call."""
+    return call.softcap > 0 or call.sinks is not None
+
+
+def attend(t: Tile) -> Tensor:
+    """[B, H, n, Dv]; rows that see no key are 0."""
+    if not t.q.numel() or not t.k.shape[2]:
+        return t.q.new_zeros(*t.q.shape[:3], t.v.shape[3])
+    if t.softcap > 0 or t.sinks is not None:
+        return explicit(t)[0]
+    return fused(t)
+
+
+def fused(t: Tile) -> Tensor:
+    """Through `F.scaled_dot_product_attention`."""
+    allowed = t.visible
+    if t.bias is not None:
+        allowed = t.bias.to(t.q.dtype)
+        if t.visible is not None:
+            allowed = allowed.masked_fill(~t.visible, -torch.inf)
+    batch, heads, queries, dim = t.q.shape
+    groups = heads // t.k.shape[1]
+    if queries > 1 or groups == 1:
+        return F.scaled_dot_product_attention(
+            t.q, t.k, t.v, allowed, scale=t.scale, enable_gqa=groups > 1
+        )
+    # The heads of a group as the queries of one head: keys and values are read once.
+    if allowed is not None and allowed.shape[1] > 1:
+        allowed = allowed.reshape(allowed.shape[0], -1, groups, allowed.shape[3])
+    q = t.q.reshape(batch, -1, groups, dim)
+    out = F.scaled_dot_product_attention(q, t.k, t.v, allowed, scale=t.scale)
+    return out.reshape(batch, heads, 1, -1)
+
+
+def explicit(t: Tile) -> tuple[Tensor, Tensor]:
+    """By the formula, in float32 at least: output [B, H, n, Dv] in q's dtype and lse [B, H, n]."""
+    batch, heads, queries, dim = t.q.shape
+    kv, keys = t.k.shape[1:3]
+    rows = heads // kv * queries
+    dtype = sum_dtype(t.q)
+    if not keys:
+        lse = t.q.new_full((batch, heads, queries), -torch.inf, dtype=dtype)
+        if t.sinks is not None:
+            lse = t.sinks.to(dtype)[:, None].expand_as(lse)
+        return t.q.new_zeros(batch, heads, queries, t.v.shape[3]), lse
+    q = t.q.to(dtype).reshape(batch, kv, rows, dim) * t.scale
+    scores = (q @ t.k.to(dtype).mT).view(batch, heads, queries, keys)
+    if t.softcap > 0:
+        scores = t.softcap * torch.tanh(scores / t.softcap)
+    if t.bias is not None:
+        scores = scores + t.bias
+    if t.visible is not None:
+        scores = scores.masked_fill(~t.visible, -torch.inf)
+    logit = None if t.sinks is None else t.sinks.to(dtype)[:, None, None]
+    weights, lse = softmax(scores, logit)
+    out = weights.view(batch, kv, rows, keys) @ t.v.to(dtype)
+    return out.view(batch, heads, queries, t.v.shape[3]).to(t.q.dtype), lse.squeeze(-1)
+
+
+def softmax(scores: Tensor, logit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights [..., S] and logarithm of their sum [..., 1], with one more `logit` a row.
+
+    A row of -inf alone has weights 0, also in its gradient, and -inf as logarithm.
+    """
+    highest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    if logit is not None:
+        highest = torch.maximum(highest, logit.detach())
+    weights = (scores - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    if logit is not None:
+        total = total + (logit - highest).exp()
+    return weights / total.masked_fill(total == 0, 1.0), highest + total.log()
+
+
+def sum_dtype(q: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _spans(part: Part, first: int, last: int) -> Spans:
+    """Columns that a query at positions `first` to `last` can reach, as at most two ranges."""
+    call = part.call
+    window, total = call.window[0], call.k.shape[2]
+    end = last + 1 if call.causal else last + window if window else total
+    end = max(0, min(total, end))
+    begin = min(end, max(0, first - window + 1)) if window else 0
+    if part.rank is None:
+        return ((begin, end),)
+    sink_end = min(part.sink_end, end) if call.causal else part.sink_end
+    if sink_end >= begin:
+        return ((0, max(end, sink_end)),)
+    return ((0, sink_end), (begin, end))
+
+
+def _visible(part: Part, spans: Spans, first: int, last: int) -> Tensor | None:
+    call, device = part.call, part.call.q.device
+    window = call.window[0]
+    rows = torch.arange(first, last + 1, device=device)[:, None]
+    columns = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
+    conditions: list[Tensor] = []
+    if window:
+        near = ((rows - columns).abs() < window)[None, None]
+        if part.rank is not None:
+            near = near | (narrow(part.rank, spans, 1) <= call.sink_tokens[0])[:, None, None]
+        conditions.append(near)
+    if call.causal and last > first:
+        conditions.append((columns <= rows)[None, None])
+    if call.mask is not None:
+        conditions.append(narrow(call.mask != 0, spans, 1)[:, None, None])
+    if not conditions:
+        return None
+    seen = conditions[0]
+    for condition in conditions[1:]:
+        seen = seen & condition
+    return seen.expand(seen.shape[0], 1, last + 1 - first, -1)
+
+
+def _rank(call: Attention) -> Tensor:
+    total = call.k.shape[2]
+    if call.mask is None:
+        return torch.arange(1, total + 1, device=call.q.device)[None]
+    unmasked = call.mask != 0
+    return unmasked.cumsum(1).masked_fill(~unmasked, total + 1)
+
+
+def _sink_end(call: Attention, rank: Tensor | None) -> int:
+    if rank is None:
+        return 0
+    if call.mask is None:
+        return min(call.sink_tokens[0], call.k.shape[2])
+    columns = (rank <= call.sink_tokens[0]).any(0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 0

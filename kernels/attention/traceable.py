@@ -1,0 +1,89 @@
+"""Attention without loops or branches on data: what torch.export and ONNX get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .spec import per_head
+from .tiles import softmax, sum_dtype
+
+
+def attention_traceable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: Sequence[int],
+    softcap: float,
+    sink_tokens: Sequence[int],
+) -> Tensor:
+    """`fxopt::attention` in standard operators, for any batch and length.
+
+    The same result as `attention_reference` up to rounding; scores [B, H, N, T] exist whole.
+    """
+    batch, heads, queries, dim = q.shape
+    kv, keys = k.shape[1], k.shape[2]
+    dtype = sum_dtype(q)
+    grouped = q.to(dtype).reshape(batch, kv, heads // kv, queries, dim) * scale
+    scores = grouped @ k.to(dtype).unsqueeze(2).mT
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        shape = (bias.shape[0], *((1, 1) if bias.shape[1] == 1 else (kv, heads // kv)))
+        scores = scores + bias.reshape(*shape, *bias.shape[2:])
+    windows = per_head("window", window, kv)
+    visible = _visible(
+        queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
+    )
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
+    weights, _ = softmax(scores, logit)
+    out = (weights @ v.to(dtype).unsqueeze(2)).reshape(batch, heads, queries, v.shape[3])
+    return out.transpose(1, 2).contiguous().to(q.dtype)
+
+
+def _visible(
+    queries: int,
+    keys: int,
+    mask: Tensor | None,
+    causal: bool,
+    window: Sequence[int],
+    sink_tokens: Sequence[int],
+    device: torch.device,
+) -> Tensor | None:
+    """[B or 1, KV or 1, 1, N or 1, T], or None where every key is seen."""
+    rows = (torch.arange(queries, device=device) + (keys - queries))[:, None]
+    columns = torch.arange(keys, device=device)
+    seen: Tensor | None = None
+    if any(window):
+        far = torch.iinfo(torch.int64).max
+        near = (rows - columns).abs() < _by_head([w or far for w in window], device)
+        if any(sink_tokens):
+            near = near | (_rank(columns, mask) <= _by_head(sink_tokens, device))
+        seen = near
+    if causal:
+        earlier = (columns <= rows)[None, None, None]
+        seen = earlier if seen is None else seen & earlier
+    if mask is not None:
+        unmasked = (mask != 0)[:, None, None, None]
+        seen = unmasked if seen is None else seen & unmasked
+    return seen
+
+
+def _by_head(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[None, :, None, None, None]
+
+
+def _rank(columns: Tensor, mask: Tensor | None) -> Tensor:
+    """Unmasked keys up to each one; hidden keys need none, since the mask hides them anyway."""
+    if mask is None:
+        return (columns + 1)[None, None, None, None]
+    return (mask != 0).to(torch.int64).cumsum(1)[:, None, None, None]

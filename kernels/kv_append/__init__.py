@@ -1,0 +1,1 @@
+"""Storing new tokens in a packed cache: quantised blocks, sink, recent tokens."""

@@ -1,0 +1,254 @@
+"""Triton kernels that store new tokens in a cache: blocks that are due, sink, ring.
+
+The bytes are those of `fxopt.kernels.kv_attention.packing`. Lengths are read on the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels._triton.common import tile
+from fxopt.kernels.kv_attention.layout import Blocks
+
+
+@triton.jit
+def _bfloat16_below(x):
+    """The bfloat16 at or below each float32, by its bits, as float32."""
+    b_bits = x.to(tl.int32, bitcast=True)
+    b_cut = b_bits - (b_bits & 0xFFFF)
+    b_down = tl.where((b_cut == b_bits) | (b_bits >= 0), b_cut, b_cut + 0x10000)
+    return b_down.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _affine(b_low, b_high, LEVELS: tl.constexpr):
+    """(scale, zero) of ranges; (0, 0) where nothing is valid."""
+    some = b_low <= b_high
+    b_low = tl.where(some, b_low, 0.0)
+    b_high = tl.where(some, b_high, 0.0)
+    b_levels = tl.zeros_like(b_low) + LEVELS
+    b_zero = _bfloat16_below(b_low)
+    b_scale = -_bfloat16_below(tl.div_rn(b_zero, b_levels) - tl.div_rn(b_high, b_levels))
+    return b_scale, b_zero
+
+
+@triton.jit
+def _load_tokens(ring, new, i_bh, p, m_t, channels, m_channels, fresh, RING, N, D: tl.constexpr):
+    """Tokens at positions `p` from the sink's end; those from `fresh` on are new."""
+    m_new = m_t & (p >= fresh)
+    m_old = m_t & (p < fresh)
+    o_old = (i_bh * RING + p % tl.maximum(RING, 1))[:, None] * D + channels[None, :]
+    o_new = (i_bh * N + p - fresh)[:, None] * D + channels[None, :]
+    b_old = tl.load(ring + o_old, mask=m_old[:, None] & m_channels[None, :], other=0.0)
+    b_new = tl.load(new + o_new, mask=m_new[:, None] & m_channels[None, :], other=0.0)
+    return tl.where(m_new[:, None], b_new, b_old)
+
+
+@triton.jit
+def _pack_side(
+    packed, scale, zero, ring, new, i_bh, i_block, p, m_t, m_valid, fresh, RING, N,
+    D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    W: tl.constexpr = D // PLANES
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    o_t = tl.arange(0, GROUP)
+    o_w = tl.arange(0, BLOCK_W)
+    m_w = o_w < W
+    if BITS == 16:
+        b_x = _load_tokens(ring, new, i_bh, p, m_t, o_w, m_w, fresh, RING, N, D)
+        p_out = packed + (i_block * GROUP + o_t)[:, None] * D + o_w[None, :]
+        tl.store(p_out, b_x, mask=m_w[None, :] & (o_t < GROUP)[:, None])
+    else:
+        b_low = tl.full((GROUP,), float("inf"), tl.float32)
+        b_high = tl.full((GROUP,), -float("inf"), tl.float32)
+        if not PER_CHANNEL:
+            for i_p in tl.static_range(PLANES):
+                b_x = _load_tokens(ring, new, i_bh, p, m_t, i_p * W + o_w, m_w, fresh, RING, N, D)
+                m_x = m_valid[:, None] & m_w[None, :]
+                b_x = b_x.to(tl.float32)
+                b_low = tl.minimum(b_low, tl.min(tl.where(m_x, b_x, float("inf")), 1))
+                b_high = tl.maximum(b_high, tl.max(tl.where(m_x, b_x, -float("inf")), 1))
+            b_scale, b_zero = _affine(b_low, b_high, LEVELS)
+            tl.store(scale + i_block * GROUP + o_t, b_scale.to(scale.dtype.element_ty))
+            tl.store(zero + i_block * GROUP + o_t, b_zero.to(zero.dtype.element_ty))
+        b_byte = tl.zeros((GROUP, BLOCK_W), tl.int32)
+        for i_p in tl.static_range(PLANES):
+            o_c = i_p * W + o_w
+            b_x = _load_tokens(ring, new, i_bh, p, m_t, o_c, m_w, fresh, RING, N, D)
+            b_x = b_x.to(tl.float32)
+            m_x = m_valid[:, None] & m_w[None, :]
+            if PER_CHANNEL:
+                b_c_low = tl.min(tl.where(m_x, b_x, float("inf")), 0)
+                b_c_high = tl.max(tl.where(m_x, b_x, -float("inf")), 0)
+                b_c_scale, b_c_zero = _affine(b_c_low, b_c_high, LEVELS)
+                tl.store(scale + i_block * D + o_c, b_c_scale.to(scale.dtype.element_ty), mask=m_w)
+                tl.store(zero + i_block * D + o_c, b_c_zero.to(zero.dtype.element_ty), mask=m_w)
+                b_step, b_base = b_c_scale[None, :] + b_x * 0, b_c_zero[None, :] + b_x * 0
+            else:
+                b_step, b_base = b_scale[:, None] + b_x * 0, b_zero[:, None] + b_x * 0
+            b_y = tl.div_rn(b_x - b_base, tl.where(b_step > 0, b_step, 1.0))
+            b_y = tl.minimum(tl.maximum(b_y, 0.0), LEVELS)
+            # Adding 1.5 * 2 ** 23 rounds to the nearest integer, halves to even.
+            b_code = ((b_y + 12582912.0) - 12582912.0).to(tl.int32)
+            b_byte += tl.where(m_x, b_code, 0) << (i_p * BITS)
+        p_out = packed + (i_block * GROUP + o_t)[:, None] * W + o_w[None, :]
+        tl.store(p_out, b_byte.to(tl.uint8), mask=m_w[None, :] & (o_t < GROUP)[:, None])
+
+
+@triton.jit
+def _plan_kernel(
+    start_ptr, block_start, counts, N, BLOCKS, kept,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Which blocks are due, now that N tokens come: their starts, and `counts` int64 [3]: blocks
+    in use, tokens packed before, tokens packed after the call.
+
+    `kept` tokens, the residual and the sink, are not packed. One program: every start is read
+    before the first one is written.
+    """
+    o_n = tl.arange(0, BLOCK)
+    old = tl.load(block_start + BLOCKS)
+    due = tl.maximum((tl.load(start_ptr) + N - kept) // GROUP * GROUP, old)
+    used = old * 0
+    for i_n in range(0, BLOCKS, BLOCK):
+        m_n = i_n + o_n < BLOCKS
+        b_low = tl.load(block_start + i_n + o_n, mask=m_n, other=0)
+        b_high = tl.load(block_start + i_n + o_n + 1, mask=m_n, other=0)
+        used += tl.sum((b_high > b_low).to(tl.int64), 0)
+    tl.store(counts, used)
+    tl.store(counts + 1, old)
+    tl.store(counts + 2, due)
+    tl.debug_barrier()
+    for i_n in range(0, BLOCKS + 1, BLOCK):
+        entry = i_n + o_n
+        b_start = tl.minimum((old // GROUP + entry - used) * GROUP, due)
+        tl.store(block_start + entry, b_start, mask=(entry > used) & (entry <= BLOCKS))
+
+
+@triton.jit
+def _pack_kernel(
+    k, v, start_ptr, counts, key, key_scale, key_zero, value, value_scale, value_zero,
+    recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Pack the i-th block that is due, if there are so many."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_n = tl.program_id(1)
+    used, old, due = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
+    aligned = (old // GROUP + i_n) * GROUP
+    low = tl.maximum(aligned, old)
+    if (low < due) & (used + i_n < BLOCKS):
+        fresh = tl.maximum(tl.load(start_ptr) - SINK, 0)
+        # New tokens that fill the sink come before position 0 and are skipped.
+        to_sink = tl.maximum(SINK - tl.load(start_ptr), 0)
+        p = low + tl.arange(0, GROUP)
+        m_t = p < aligned + GROUP
+        m_valid = m_t
+        if HAS_RANK:
+            p_rank = rank + (i_bh // H) * rank_b + SINK + p
+            m_valid = m_t & (tl.load(p_rank, mask=m_t, other=0) != 0)
+        i_block = i_bh * BLOCKS + used + i_n
+        _pack_side(
+            key, key_scale, key_zero, recent_k, k + to_sink * D, i_bh, i_block, p, m_t, m_valid,
+            fresh, RING, N, D, GROUP, K_BITS, True, BLOCK_K,
+        )  # fmt: skip
+        _pack_side(
+            value, value_scale, value_zero, recent_v, v + to_sink * DV, i_bh, i_block, p, m_t,
+            m_valid, fresh, RING, N, DV, GROUP, V_BITS, False, BLOCK_V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _append_kernel(
+    k, v, start_ptr, counts, sink_k, sink_v, recent_k, recent_v, N, RING,
+    D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """New tokens that are not packed, into the sink or the ring. With `EXACT` none is packed."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    position = tl.load(start_ptr) + o_n
+    p = position - SINK
+    m_ring = (o_n < N) & (p >= 0) & (RING > 0)
+    if not EXACT:
+        m_ring = m_ring & (p >= tl.load(counts + 2))
+    o_ring = i_bh * RING + p % tl.maximum(RING, 1)
+    for i_side in tl.static_range(2):
+        if i_side == 0:
+            new, sink, ring, o_d = k, sink_k, recent_k, tl.arange(0, BLOCK_D)
+            size = D
+        else:
+            new, sink, ring, o_d = v, sink_v, recent_v, tl.arange(0, BLOCK_V)
+            size = DV
+        m_d = (o_d < size)[None, :]
+        p_new = new + (i_bh * N + o_n)[:, None] * size + o_d[None, :]
+        b_x = tl.load(p_new, mask=(o_n < N)[:, None] & m_d, other=0.0)
+        if SINK > 0:
+            m_sink = (o_n < N) & (p < 0)
+            p_sink = sink + (i_bh * SINK + position)[:, None] * size + o_d[None, :]
+            tl.store(p_sink, b_x, mask=m_sink[:, None] & m_d)
+        tl.store(ring + o_ring[:, None] * size + o_d[None, :], b_x, mask=m_ring[:, None] & m_d)
+
+
+def append(
+    new: dict[str, Tensor],
+    part: dict[str, Tensor],
+    start: Tensor,
+    rank: Tensor | None,
+    fmt: Blocks | None,
+) -> None:
+    """Store the new tokens of one head class: blocks that are due, then sink and ring."""
+    k, v = new["key"], new["value"]
+    batch, heads, queries, dim = k.shape
+    value_dim, none = v.shape[3], k
+    counts = none if fmt is None else _pack(new, part, start, rank, fmt)
+    # A class that is stored exactly is a ring that never wraps.
+    ring_k, ring_v = (part["key"], part["value"]) if fmt is None else (
+        part["recent_key"], part["recent_value"],
+    )  # fmt: skip
+    _append_kernel[(batch * heads, triton.cdiv(queries, 32))](
+        k, v, start, counts, part.get("sink_key", none), part.get("sink_value", none),
+        ring_k, ring_v, queries, ring_k.shape[2],
+        D=dim, DV=value_dim, SINK=0 if fmt is None else fmt.sink, EXACT=fmt is None, BLOCK_T=32,
+        BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
+    )  # fmt: skip
+
+
+def _pack(
+    new: dict[str, Tensor],
+    part: dict[str, Tensor],
+    start: Tensor,
+    rank: Tensor | None,
+    fmt: Blocks,
+) -> Tensor:
+    """Pack the blocks that are due; returns the counts of `_plan_kernel`."""
+    k, v, starts = new["key"], new["value"], part["block_start"]
+    batch, heads, queries, dim = k.shape
+    blocks, none = part["key"].shape[2], k
+    counts = starts.new_empty(3)
+    _plan_kernel[(1,)](
+        start, starts, counts, queries, blocks, fmt.sink + fmt.residual,
+        GROUP=fmt.group, BLOCK=tile(blocks + 1, most=1024),
+    )  # fmt: skip
+    if blocks:
+        _pack_kernel[(batch * heads, min(blocks, triton.cdiv(queries, fmt.group)))](
+            k, v, start, counts, part["key"], part.get("key_scale", none),
+            part.get("key_zero", none), part["value"], part.get("value_scale", none),
+            part.get("value_zero", none), part["recent_key"], part["recent_value"],
+            none if rank is None else rank, queries, blocks, part["recent_key"].shape[2],
+            0 if rank is None else rank.stride(0),
+            H=heads, D=dim, DV=v.shape[3], GROUP=fmt.group, SINK=fmt.sink,
+            K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, HAS_RANK=rank is not None,
+            BLOCK_K=_plane(dim, fmt.key_bits), BLOCK_V=_plane(v.shape[3], fmt.value_bits),
+        )  # fmt: skip
+    return counts
+
+
+def _plane(channels: int, bits: int) -> int:
+    return triton.next_power_of_2(channels if bits == 16 else channels * bits // 8)

@@ -1,0 +1,78 @@
+"""One attention call as calls over head classes, each with the keys its storage gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Attend = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `fxopt.ir.ops.attend` takes beside keys, values and mask; shapes as there."""
+
+    q: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    causal: bool
+    window: Sequence[int]
+    softcap: float
+    sink_tokens: Sequence[int]
+
+    def select(self, heads: Sequence[int], num_kv_heads: int) -> Arguments:
+        """The arguments of the query heads that read the KV heads `heads`."""
+        if list(heads) == list(range(num_kv_heads)):
+            return self
+        group = self.q.shape[1] // num_kv_heads
+        bias = self.bias
+        if bias is not None and bias.shape[1] > 1:
+            bias = take(bias, heads, 1, group)
+        return Arguments(
+            take(self.q, heads, 1, group),
+            bias,
+            None if self.sinks is None else take(self.sinks, heads, 0, group),
+            self.scale,
+            self.causal,
+            [self.window[h] for h in heads] if len(self.window) > 1 else self.window,
+            self.softcap,
+            [self.sink_tokens[h] for h in heads] if len(self.sink_tokens) > 1 else self.sink_tokens,
+        )
+
+    def attend(self, attention: Attend, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(
+            self.q, k, v, mask, self.bias, self.sinks,
+            self.scale, self.causal, list(self.window), self.softcap, list(self.sink_tokens),
+        )  # fmt: skip
+
+
+def take(x: Tensor, heads: Sequence[int], dim: int, group: int = 1) -> Tensor:
+    """The slices of `dim` that belong to `heads`, `group` of them a head."""
+    if len(heads) * group == x.shape[dim] and list(heads) == sorted(heads):
+        return x
+    return torch.cat([x.narrow(dim, head * group, group) for head in heads], dim)
+
+
+def merge(outputs: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> Tensor:
+    """Outputs [B, N, heads of the class, Dv] of the classes, in the order of the heads."""
+    if len(outputs) == 1:
+        return outputs[0]
+    group = outputs[0].shape[2] // len(classes[0])
+    found = {
+        head: out.narrow(2, place * group, group)
+        for out, heads in zip(outputs, classes, strict=True)
+        for place, head in enumerate(heads)
+    }
+    return torch.cat([found[head] for head in sorted(found)], 2)
+
+
+def block_mask(mask: Tensor | None, start: int, blocks: int, group: int) -> Tensor | None:
+    """Which tokens of `blocks` blocks from position `start` count, as [B, 1, blocks, group, 1]."""
+    if mask is None:
+        return None
+    tokens = mask.narrow(1, start, blocks * group) != 0
+    return tokens.reshape(mask.shape[0], 1, blocks, group, 1)

@@ -1,0 +1,306 @@
+"""How a layer's cache stores keys and values, as a text that ops and plans carry.
+
+    ""                                 every KV head exactly
+    "k4v4g64r64s4"                     every KV head: 4-bit K and V, groups of 64 tokens,
+                                       a residual of 64 tokens and 4 sink tokens kept exactly
+    "0,2:k4v4g64r64s4|1,3:exact"       heads 0 and 2 packed, heads 1 and 3 exact
+
+Keys are quantised per channel over the tokens of a block, values per token over the channels of
+the head (KIVI, arXiv 2402.02750); only what is read back later is quantised (WKVQuant,
+arXiv 2402.12065).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BITS = (16, 8, 4, 2)
+GROUPS = (32, 64, 128)
+_FORMAT = re.compile(r"k(\d+)v(\d+)g(\d+)r(\d+)s(\d+)")
+FLOAT = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed storage: a block holds `group` tokens and is packed once.
+
+    16 bits on one side keep that side in the model's dtype. The newest `residual` tokens and
+    the first `sink` positions are never packed.
+    """
+
+    key_bits: int
+    value_bits: int
+    group: int
+    residual: int
+    sink: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("K", self.key_bits), ("V", self.value_bits)):
+            if value not in BITS:
+                raise ValueError(f"{name} bits must be one of {BITS}, got {value}")
+        if self.group not in GROUPS:
+            raise ValueError(f"group must be one of {GROUPS} tokens, got {self.group}")
+
+    def __str__(self) -> str:
+        return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}s{self.sink}"
+
+    def refusal(self, head_dim: int, value_dim: int) -> str | None:
+        """Why heads of this size cannot be packed; None if they can."""
+        for side, bits, channels in (
+            ("K", self.key_bits, head_dim),
+            ("V", self.value_bits, value_dim),
+        ):
+            if bits < 16 and channels % (8 // bits):
+                return f"{bits}-bit {side} needs channels divisible by {8 // bits}, got {channels}"
+        return None
+
+    def packed(self, length: int) -> int:
+        """Tokens that are packed once `length` tokens have been seen without any crop."""
+        return max(0, (length - self.sink - self.residual) // self.group) * self.group
+
+
+@dataclass(frozen=True)
+class HeadClass:
+    """KV heads stored alike; no heads means all of them, no format means exactly."""
+
+    heads: tuple[int, ...] = ()
+    format: Blocks | None = None
+
+    def __str__(self) -> str:
+        text = "exact" if self.format is None else str(self.format)
+        return f"{','.join(map(str, self.heads))}:{text}" if self.heads else text
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The head classes of one layer, in the order in which the state holds their tensors."""
+
+    classes: tuple[HeadClass, ...] = (HeadClass(),)
+
+    def __str__(self) -> str:
+        return "" if self.exact else "|".join(map(str, self.classes))
+
+    @property
+    def exact(self) -> bool:
+        return all(entry.format is None for entry in self.classes)
+
+    def resolve(self, num_kv_heads: int) -> tuple[tuple[tuple[int, ...], Blocks | None], ...]:
+        """(heads, format) of each class; ValueError unless each head is named exactly once."""
+        every = tuple(range(num_kv_heads))
+        resolved = tuple((entry.heads or every, entry.format) for entry in self.classes)
+        named = sorted(head for heads, _ in resolved for head in heads)
+        if named != list(every):
+            raise ValueError(
+                f"layout '{self}' names KV heads {named}, the layer has {num_kv_heads} of them"
+            )
+        return resolved
+
+    def formats(self, num_kv_heads: int) -> tuple[Blocks | None, ...]:
+        """The format of each KV head."""
+        found = {head: fmt for heads, fmt in self.resolve(num_kv_heads) for head in heads}
+        return tuple(found[head] for head in range(num_kv_heads))
+
+
+def parse_format(text: str) -> Blocks | None:
+    """One format; "exact" (and 16 bits on both sides) is None."""
+    if text == "exact":
+        return None
+    found = _FORMAT.fullmatch(text)
+    if not found:
+        raise ValueError(f"'{text}' is no cache format; write 'exact' or like 'k4v4g64r64s4'")
+    blocks = Blocks(*map(int, found.groups()))
+    return None if blocks.key_bits == blocks.value_bits == 16 else blocks
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Layout:
+    """The layout that `text` spells; ValueError with the part that cannot be read."""
+    if not text:
+        return Layout()
+    classes: list[HeadClass] = []
+    for part in text.split("|"):
+        heads, separator, spelled = part.rpartition(":")
+        if separator and not re.fullmatch(r"\d+(,\d+)*", heads):
+            raise ValueError(f"'{heads}' in layout '{text}' is no list of KV heads like '0,2'")
+        indices = tuple(int(head) for head in heads.split(",")) if separator else ()
+        classes.append(HeadClass(indices, parse_format(spelled)))
+    return Layout(tuple(classes))
+
+
+def from_formats(formats: Sequence[Blocks | None]) -> Layout:
+    """The layout that stores KV head h in `formats[h]`, equal heads together."""
+    found: dict[Blocks | None, list[int]] = {}
+    for head, fmt in enumerate(formats):
+        found.setdefault(fmt, []).append(head)
+    if len(found) == 1:
+        return Layout((HeadClass((), formats[0]),))
+    return Layout(tuple(HeadClass(tuple(heads), fmt) for fmt, heads in found.items()))
+
+
+def with_head(text: str, head: int, fmt: Blocks | None, num_kv_heads: int) -> str:
+    """`text` with KV head `head` stored in `fmt`."""
+    formats = list(parse(text).formats(num_kv_heads))
+    formats[head] = fmt
+    return str(from_formats(formats))
+
+
+def state_shapes(
+    fmt: Blocks | None,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    value_dim: int,
+    capacity: int,
+    dtype: torch.dtype,
+) -> Shapes:
+    """Name -> (shape, dtype) of the tensors that store one head class.
+
+    Exactly: key [B, h, capacity, D], value [B, h, capacity, Dv]. Packed: block_start
+    [blocks + 1] int64, the first position of each block counted from the sink's end, unused
+    entries equal to the last; sink_key [B, h, sink, D]; key [B, h, blocks, group, D*bits/8]
+    uint8; key_scale and key_zero [B, h, blocks, 1, D] bfloat16; recent_key [B, h, recent, D], a
+    ring in which the token at position p (from the sink's end) lies at p % recent; the same for
+    values, whose scale and zero are [B, h, blocks, group, 1]. A sink of 0 tokens, and the scale
+    and zero of a 16-bit side, are left out.
+    """
+    if fmt is None:
+        return {
+            "key": ((batch, heads, capacity, head_dim), dtype),
+            "value": ((batch, heads, capacity, value_dim), dtype),
+        }
+    blocks = fmt.packed(capacity) // fmt.group
+    recent = max(0, min(capacity - fmt.sink, fmt.residual + fmt.group - 1))
+    shapes: Shapes = {"block_start": ((blocks + 1,), torch.int64)}
+    for side, bits, channels in (
+        ("key", fmt.key_bits, head_dim),
+        ("value", fmt.value_bits, value_dim),
+    ):
+        if fmt.sink:
+            shapes[f"sink_{side}"] = ((batch, heads, fmt.sink, channels), dtype)
+        if bits == 16:
+            shapes[side] = ((batch, heads, blocks, fmt.group, channels), dtype)
+        else:
+            row = (1, channels) if side == "key" else (fmt.group, 1)
+            shapes[side] = ((batch, heads, blocks, fmt.group, channels * bits // 8), torch.uint8)
+            shapes[f"{side}_scale"] = ((batch, heads, blocks, *row), torch.bfloat16)
+            shapes[f"{side}_zero"] = ((batch, heads, blocks, *row), torch.bfloat16)
+        shapes[f"recent_{side}"] = ((batch, heads, recent, channels), dtype)
+    return shapes
+
+
+def layout_shapes(
+    layout: Layout,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    capacity: int,
+    dtype: torch.dtype,
+) -> list[Shapes]:
+    """`state_shapes` of each class of `layout`; ValueError where a head cannot be packed."""
+    found: list[Shapes] = []
+    for heads, fmt in layout.resolve(num_kv_heads):
+        reason = fmt.refusal(head_dim, value_dim) if fmt else None
+        if reason:
+            raise ValueError(f"layout '{layout}': {reason}")
+        found.append(state_shapes(fmt, batch, len(heads), head_dim, value_dim, capacity, dtype))
+    return found
+
+
+def allocate(
+    layout: Layout,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """The state of one layer, empty, with room for `capacity` tokens a sequence."""
+    shapes = layout_shapes(layout, batch, num_kv_heads, head_dim, value_dim, capacity, dtype)
+    return [
+        torch.zeros(shape, dtype=kind, device=device)
+        for entry in shapes
+        for shape, kind in entry.values()
+    ]
+
+
+def state_bytes(
+    layout: Layout,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    length: int,
+    element_size: int,
+) -> int:
+    """Bytes of the state of one layer at `length` tokens: packed, scales, zeros, residual, sink.
+
+    Equal to what `allocate` takes at that capacity.
+    """
+    dtype = FLOAT[element_size]
+    shapes = layout_shapes(layout, batch, num_kv_heads, head_dim, value_dim, length, dtype)
+    return sum(
+        math.prod(shape) * kind.itemsize for entry in shapes for shape, kind in entry.values()
+    )
+
+
+def functional_names(layout: Layout, num_kv_heads: int) -> list[list[str]]:
+    """Names of the tensors of each class in the growing form, in which nothing is cropped."""
+    shapes = layout_shapes(layout, 1, num_kv_heads, 64, 64, 0, torch.float32)
+    return [[name for name in entry if name != "block_start"] for entry in shapes]
+
+
+def empty_past(
+    layout: Layout,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """A past of length 0 in the growing form: dimension 2 of every tensor is the one that grows."""
+    shapes = layout_shapes(layout, batch, num_kv_heads, head_dim, value_dim, 0, dtype)
+    return [
+        torch.zeros((*shape[:2], 0, *shape[3:]), dtype=kind, device=device)
+        for entry in shapes
+        for name, (shape, kind) in entry.items()
+        if name != "block_start"
+    ]
+
+
+def split_state(
+    layout: Layout, num_kv_heads: int, state: Sequence[Tensor], *, growing: bool = False
+) -> list[tuple[tuple[int, ...], Blocks | None, dict[str, Tensor]]]:
+    """(heads, format, tensors by name) of each class; the same tensors, not copies."""
+    classes = _classes(layout, num_kv_heads, growing)
+    expected = sum(len(names) for _, _, names in classes)
+    if len(state) != expected:
+        raise ValueError(f"layout '{layout}' needs a state of {expected} tensors, got {len(state)}")
+    tensors = iter(state)
+    return [(heads, fmt, {name: next(tensors) for name in names}) for heads, fmt, names in classes]
+
+
+@lru_cache(maxsize=4096)
+def _classes(
+    layout: Layout, num_kv_heads: int, growing: bool
+) -> tuple[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]], ...]:
+    """(heads, format, names of the tensors) of each class; every call of the op asks."""
+    found: list[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]]] = []
+    for heads, fmt in layout.resolve(num_kv_heads):
+        names = list(state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32))
+        if growing and fmt is not None:
+            names.remove("block_start")
+        found.append((heads, fmt, tuple(names)))
+    return tuple(found)

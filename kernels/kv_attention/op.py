@@ -1,0 +1,119 @@
+"""`fxopt::cached_attention`, `fxopt::filled_attention` and `fxopt::decoded_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels import _triton
+from fxopt.kernels._register import register
+from fxopt.kernels.attention.op import attention_cuda
+
+from . import reference
+
+_ATTENTION = (
+    "Tensor? mask, Tensor? bias, Tensor? sinks, "
+    "float scale, bool causal, int[] window, float softcap, int[] sink_tokens, str layout"
+)
+
+
+def _cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    start: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: Sequence[int],
+    softcap: float,
+    sink_tokens: Sequence[int],
+    layout: str,
+    length: int | None = None,
+) -> Tensor:
+    """Attention over the cache `state`, to which the new tokens are appended in place.
+
+    q [B, H, N, D]; k [B, KV, N, D]; v [B, KV, N, Dv]; start 0-d int64, the tokens already there,
+    and `length` the same as a number, where the caller has it; mask [B, start + N]. Returns
+    [B, N, H, Dv], contiguous. The call reads the state as it was before it, packed tokens
+    through their image, and the new tokens exactly.
+    """
+    return reference.cached_attention_mutating(
+        q, k, v, state, start, mask, bias, sinks,
+        scale, causal, window, softcap, sink_tokens, layout, length=length,
+    )  # fmt: skip
+
+
+def _cached_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    start: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: Sequence[int],
+    softcap: float,
+    sink_tokens: Sequence[int],
+    layout: str,
+    length: int | None = None,
+) -> Tensor:
+    kernels = None
+    if _triton.AVAILABLE and q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256:
+        from .device import attend_and_append
+
+        kernels = partial(attend_and_append, attention_cuda)
+    return reference.cached_attention_mutating(
+        q, k, v, state, start, mask, bias, sinks,
+        scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length,
+    )  # fmt: skip
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    batch, heads, queries, _d = q.shape
+    return q.new_empty((batch, queries, heads, v.shape[-1]))
+
+
+cached_attention = register(
+    "cached_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor(a!)[] state, Tensor start, {_ATTENTION}, "
+    "SymInt? length=None) -> Tensor",
+    _cached,
+    cuda=_cached_cuda,
+    fake=_fake,
+)
+decoded_attention = register(
+    "decoded_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt) -> Tensor",
+    reference.decoded_attention,
+    fake=_fake,
+)
+
+
+def _filled_cuda(*arguments: Any) -> Tensor:
+    return reference.filled_attention(*arguments, attention=attention_cuda)
+
+
+def _filled_fake(q: Tensor, state: Sequence[Tensor], *_: object) -> Tensor:
+    batch, heads, queries, _d = q.shape
+    return q.new_empty((batch, queries, heads, state[-1].shape[-1]))
+
+
+filled_attention = register(
+    "filled_attention",
+    "(Tensor q, Tensor[] state, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
+    "float softcap, str layout) -> Tensor",
+    reference.filled_attention,
+    cuda=_filled_cuda,
+    fake=_filled_fake,
+)

@@ -1,0 +1,289 @@
+"""Decoding through a cache: the Triton kernels of `cached_attention`.
+
+Decoding splits the blocks of one KV head among programs; each keeps an online softmax over its
+share, and the shares are joined by their log-sum-exp (Flash-Decoding, 2023). The query heads of a
+KV head are the rows of one tile. Lengths are read on the device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels._triton.common import DOT_UPCAST, dot, tile
+
+from .heads import Arguments
+from .layout import Blocks
+
+# An exact cache is read in blocks that nothing separates.
+EXACT = Blocks(key_bits=16, value_bits=16, group=64, residual=0, sink=0)
+
+
+@triton.jit
+def _load_block(
+    packed, scale, zero, rows, channels, m_rows, m_channels, D: tl.constexpr,
+    BITS: tl.constexpr, PER_CHANNEL: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Tokens `rows` of one block, [rows, channels] in `dtype`; pointers are at the block."""
+    mask = m_rows[:, None] & m_channels[None, :]
+    if BITS == 16:
+        return tl.load(packed + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
+    W: tl.constexpr = D * BITS // 8
+    p_byte = packed + rows[:, None] * W + (channels % W)[None, :]
+    b_byte = tl.load(p_byte, mask=mask, other=0).to(tl.int32)
+    b_code = (b_byte >> ((channels // W) * BITS)[None, :]) & ((1 << BITS) - 1)
+    if PER_CHANNEL:
+        b_scale = tl.load(scale + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
+        b_zero = tl.load(zero + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
+    else:
+        b_scale = tl.load(scale + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+        b_zero = tl.load(zero + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    return tl.where(mask, b_code.to(tl.float32) * b_scale + b_zero, 0.0).to(dtype)
+
+
+@triton.jit
+def _step(
+    b_q, b_k, b_v, b_m, b_l, b_acc, position, m_t, q_position, m_q,
+    rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
+    CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys at `position` joins the online softmax."""
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros((b_q.shape[0], b_k.shape[0]), tl.float32), UPCAST)
+    b_s *= scale
+    if HAS_SOFTCAP:
+        b_s = softcap * (1 - 2 / (tl.exp(2 * b_s / softcap) + 1))
+    if HAS_BIAS:
+        p_t = bias + p_bias[:, None] + position[None, :] * bias_t
+        b_s += tl.load(p_t, mask=m_q[:, None] & m_t[None, :], other=0.0).to(tl.float32)
+    b_rank = (position + 1).to(tl.int32)
+    if HAS_RANK:
+        b_rank = tl.load(rank + position, mask=m_t, other=0)
+        m_t = m_t & (b_rank != 0)
+    m_s = m_q[:, None] & m_t[None, :]
+    distance = q_position[:, None] - position[None, :]
+    if CAUSAL:
+        m_s = m_s & (distance >= 0)
+    if HAS_WINDOW:
+        near = (tl.abs(distance) < window) | (window <= 0)
+        m_s = m_s & (near | (b_rank <= sink_tokens)[None, :])
+    b_s = tl.where(m_s, b_s, -float("inf"))
+    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_base = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_p = tl.exp(b_s - b_base[:, None])
+    b_alpha = tl.exp(b_m - b_base)
+    b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], UPCAST)
+    return b_new, b_l * b_alpha + tl.sum(b_p, 1), b_acc
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
+    value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows,
+    out, out_m, out_l, N, BLOCKS, TOKENS, RING, rank_b, bias_b, bias_h, bias_n, bias_t,
+    scale, softcap, blocks_per_split,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    EXACT: tl.constexpr, CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax sums of one KV head's queries over one share of the keys.
+
+    q [B, H*G, N, D]; k, v [B, H, N, D]; out [splits, B*H, G*N, DV], out_m and out_l
+    [splits, B*H, G*N], all contiguous. Row r is query head r // N at new token r % N. `EXACT`:
+    key and value hold `start` tokens of TOKENS as they are, and there is nothing but them.
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(1)
+    i_h = i_bh % H
+    i_b = i_bh // H
+    o_m, o_d, o_v, o_t = (
+        tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_T),
+    )  # fmt: skip
+    m_m, m_d, m_v = o_m < G * N, o_d < D, o_v < DV
+    start = tl.load(start_ptr)
+    packed = start
+    if not EXACT:
+        packed = tl.load(block_start + BLOCKS)
+    p_q = q + (i_bh * G * N + o_m)[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    q_position = start + o_m % N
+    rank += i_b * rank_b
+    p_bias = i_b * bias_b + (i_h * G + o_m // N) * bias_h + (o_m % N) * bias_n
+    window = start * 0
+    sink_tokens = start * 0
+    if HAS_WINDOW:
+        window = tl.load(windows + 2 * i_h)
+        sink_tokens = tl.load(windows + 2 * i_h + 1)
+    b_m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    b_l = tl.zeros((BLOCK_M,), tl.float32)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    last = tl.num_programs(1) - 1
+
+    for i_n in range(i_s * blocks_per_split, tl.minimum((i_s + 1) * blocks_per_split, BLOCKS)):
+        if EXACT:
+            low = start * 0 + i_n * GROUP
+            high = tl.minimum(start, low + GROUP)
+        else:
+            low = tl.load(block_start + i_n)
+            high = tl.load(block_start + i_n + 1)
+        if high > low:
+            i_block = i_bh * BLOCKS + i_n
+            i_token = i_bh * TOKENS + i_n * GROUP
+            m_t = o_t < high - low
+            p_k = key + i_token * (D if K_BITS == 16 else D * K_BITS // 8)
+            p_v = value + i_token * (DV if V_BITS == 16 else DV * V_BITS // 8)
+            b_k = _load_block(
+                p_k, key_scale + i_block * D, key_zero + i_block * D, o_t, o_d, m_t, m_d, D,
+                K_BITS, True, b_q.dtype,
+            )  # fmt: skip
+            b_v = _load_block(
+                p_v, value_scale + i_block * GROUP, value_zero + i_block * GROUP, o_t, o_v,
+                m_t, m_v, DV, V_BITS, False, b_q.dtype,
+            )  # fmt: skip
+            b_m, b_l, b_acc = _step(
+                b_q, b_k, b_v, b_m, b_l, b_acc, SINK + low + o_t, m_t, q_position, m_m,
+                rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
+                CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+            )  # fmt: skip
+
+    # What is exact: sink, recent and new tokens, positions counted from each one's first.
+    if i_s == last:
+        for i_part in tl.static_range(3):
+            if i_part == 0:
+                first, count, rows = start * 0, tl.minimum(start, SINK), SINK
+                x_k, x_v = sink_k, sink_v
+            elif i_part == 1:
+                first, count, rows = SINK + packed, start - SINK - packed, RING
+                x_k, x_v = recent_k, recent_v
+            else:
+                first, count, rows = start, N + start * 0, N
+                x_k, x_v = k, v
+            for i_t in range(0, count, BLOCK_T):
+                o_x = i_t + o_t
+                m_t = o_x < count
+                slot = o_x
+                if i_part == 1:
+                    slot = (packed + o_x) % tl.maximum(RING, 1)
+                o_row = (i_bh * rows + slot)[:, None]
+                m_k, m_w = m_t[:, None] & m_d[None, :], m_t[:, None] & m_v[None, :]
+                b_k = tl.load(x_k + o_row * D + o_d[None, :], mask=m_k, other=0.0)
+                b_v = tl.load(x_v + o_row * DV + o_v[None, :], mask=m_w, other=0.0)
+                b_m, b_l, b_acc = _step(
+                    b_q, b_k, b_v, b_m, b_l, b_acc, first + o_x, m_t, q_position, m_m,
+                    rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
+                    CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+                )  # fmt: skip
+
+    o_row = (i_s * tl.num_programs(0) + i_bh) * G * N + o_m
+    tl.store(out_m + o_row, b_m, mask=m_m)
+    tl.store(out_l + o_row, b_l, mask=m_m)
+    tl.store(out + o_row[:, None] * DV + o_v[None, :], b_acc, mask=m_m[:, None] & m_v[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    partial, top, total, sinks, out, N, splits,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The shares of one row, joined into out [B, N, H*G, DV]; a row that saw nothing is 0."""
+    i_row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    i_bh, i_m = i_row // (G * N), i_row % (G * N)
+    head = i_bh % H * G + i_m // N
+    o_s, o_v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    m_s = o_s < splits
+    p_s = o_s * rows + i_row
+    b_m = tl.load(top + p_s, mask=m_s, other=-float("inf"))
+    b_l = tl.load(total + p_s, mask=m_s, other=0.0)
+    highest = tl.max(b_m, 0)
+    if HAS_SINKS:
+        logit = tl.load(sinks + head).to(tl.float32)
+        highest = tl.maximum(highest, logit)
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    b_w = tl.exp(b_m - base)
+    whole = tl.sum(b_w * b_l, 0)
+    if HAS_SINKS:
+        whole += tl.exp(logit - base)
+    m_x = m_s[:, None] & (o_v < DV)[None, :]
+    b_x = tl.load(partial + p_s[:, None] * DV + o_v[None, :], mask=m_x, other=0.0)
+    b_o = tl.sum(b_x * b_w[:, None], 0) / tl.where(whole > 0, whole, 1.0)
+    p_o = out + ((i_bh // H * N + i_m % N) * H * G + head) * DV + o_v
+    tl.store(p_o, b_o.to(out.dtype.element_ty), mask=o_v < DV)
+
+
+def decode(
+    arguments: Arguments,
+    new: dict[str, Tensor],
+    part: dict[str, Tensor],
+    start: Tensor,
+    rank: Tensor | None,
+    fmt: Blocks | None,
+    splits: int | None = None,
+) -> Tensor:
+    """One head class: [B, N, heads, Dv] of its queries over the stored and the new tokens.
+
+    `rank` [B, T] is 0 where a key is hidden; where there are windows, it counts the others.
+    No `fmt` means that the class is stored exactly.
+    """
+    q, k, v = arguments.q.contiguous(), new["key"], new["value"]
+    batch, heads, queries, dim = k.shape
+    value_dim, group = v.shape[3], q.shape[1] // heads
+    rows, held = group * queries, fmt or EXACT
+    tokens = part["key"].shape[2] * (1 if fmt is None else fmt.group)
+    blocks = triton.cdiv(tokens, held.group)
+    splits = splits or max(1, min(64, blocks, 4 * 132 // max(1, batch * heads)))
+    partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
+    top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
+    out = q.new_empty((batch, queries, heads * group, value_dim))
+    bias, none = arguments.bias, q
+    strides = (0, 0, 0, 0) if bias is None else _broadcast_strides(bias)
+    windows = _per_head(arguments.window, heads), _per_head(arguments.sink_tokens, heads)
+    has_window = any(windows[0])
+    table = _windows(tuple(zip(*windows, strict=True)), q.device) if has_window else none
+    _decode_kernel[(batch * heads, splits)](
+        q, k, v, start, part.get("block_start", none), part.get("sink_key", none),
+        part.get("sink_value", none), part["key"], part.get("key_scale", none),
+        part.get("key_zero", none), part["value"], part.get("value_scale", none),
+        part.get("value_zero", none), part.get("recent_key", none),
+        part.get("recent_value", none), none if rank is None else rank,
+        none if bias is None else bias, table, partial, top, total, queries, blocks, tokens,
+        0 if fmt is None else part["recent_key"].shape[2],
+        0 if rank is None else rank.stride(0), *strides,
+        arguments.scale, arguments.softcap, triton.cdiv(blocks, splits),
+        H=heads, G=group, D=dim, DV=value_dim, GROUP=held.group, SINK=held.sink,
+        K_BITS=held.key_bits, V_BITS=held.value_bits, EXACT=fmt is None,
+        CAUSAL=arguments.causal, HAS_RANK=rank is not None, HAS_BIAS=bias is not None,
+        HAS_WINDOW=has_window, HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
+        BLOCK_M=tile(rows), BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
+        BLOCK_T=held.group,
+    )  # fmt: skip
+    sinks = arguments.sinks
+    _combine_kernel[(batch * heads * rows,)](
+        partial, top, total, none if sinks is None else sinks, out, queries, splits,
+        H=heads, G=group, DV=value_dim, HAS_SINKS=sinks is not None,
+        BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=triton.next_power_of_2(value_dim),
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=256)
+def _windows(values: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _per_head(values: object, heads: int) -> list[int]:
+    listed = list(values)  # type: ignore[call-overload]
+    return listed * heads if len(listed) == 1 else listed
+
+
+def _broadcast_strides(bias: Tensor) -> tuple[int, ...]:
+    return tuple(
+        0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)
+    )

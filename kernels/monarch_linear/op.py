@@ -1,0 +1,67 @@
+"""`fxopt::monarch_linear`: the reference everywhere, Triton on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels import _triton
+from fxopt.kernels._register import register
+
+from . import reference
+
+SCHEMA = "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor"
+
+
+def _cuda(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+    if not _triton.AVAILABLE or x.dtype == torch.float64:
+        return reference.monarch_linear(x, right, left, bias)
+    from . import triton
+
+    reference.check(x, right, left)
+    with torch.cuda.device_of(x):
+        return triton.monarch_linear(x, right, left, bias)
+
+
+def _fake(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+    reference.check(x, right, left)
+    return x.new_empty((*x.shape[:-1], left.shape[0] * left.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, right, left, _ = inputs
+    ctx.save_for_backward(x, right, left)
+
+
+def _swap(hidden: Tensor, blocks: int) -> Tensor:
+    """[b, rows, b * k] with the block axis and the one inside the last axis exchanged."""
+    return hidden.unflatten(-1, (blocks, -1)).permute(2, 1, 0, 3).flatten(-2)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x, needs_right, needs_left, needs_bias = ctx.needs_input_grad
+    x, right, left = ctx.saved_tensors
+    blocks, out_width = left.shape[:2]
+    rows = x.reshape(-1, blocks, right.shape[2]).transpose(0, 1)
+    grad_rows = grad.reshape(-1, blocks, out_width).transpose(0, 1)
+    grad_hidden = _swap(torch.bmm(grad_rows, left), blocks)
+    hidden = _swap(torch.bmm(rows, right.mT), blocks) if needs_left else None
+    return (
+        torch.bmm(grad_hidden, right).transpose(0, 1).reshape(x.shape) if needs_x else None,
+        torch.bmm(grad_hidden.mT, rows) if needs_right else None,
+        torch.bmm(grad_rows.mT, hidden) if hidden is not None else None,
+        grad.reshape(-1, blocks * out_width).sum(0) if needs_bias else None,
+    )
+
+
+monarch_linear = register(
+    "monarch_linear",
+    SCHEMA,
+    reference.monarch_linear,
+    cuda=_cuda,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,44 @@
+"""Linear layer with a Monarch weight: a grid of blocks, each of low rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def monarch_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+    """Two block-diagonal products with a transposition between them (Dao et al. 2022).
+
+    x [..., in]; right [b, b * k, in / b]; left [b, out / b, b * k]; bias [out]; one dtype;
+    returns [..., out], contiguous. Block (i, j) of the weight, out / b x in / b, is the product
+    of left[i][:, j * k : (j + 1) * k] and right[j][i * k : (i + 1) * k] and so has rank k.
+    """
+    check(x, right, left)
+    blocks, inner, _ = right.shape
+    rows = x.reshape(-1, blocks, right.shape[2]).transpose(0, 1)
+    hidden = torch.bmm(rows, right.mT).unflatten(-1, (blocks, inner // blocks))
+    hidden = hidden.permute(2, 1, 0, 3).flatten(-2)
+    y = torch.bmm(hidden, left.mT).transpose(0, 1)
+    y = y.reshape(*x.shape[:-1], blocks * left.shape[1])
+    return (y if bias is None else y + bias).contiguous()
+
+
+def dense(right: Tensor, left: Tensor) -> Tensor:
+    """The weight [out, in] that the two factors stand for."""
+    blocks, inner, width = right.shape
+    rank = inner // blocks
+    l_blocks = left.unflatten(-1, (blocks, rank))  # [i, out/b, j, k]
+    r_blocks = right.unflatten(1, (blocks, rank))  # [j, i, k, in/b]
+    weight = torch.einsum("iojk,jikp->iojp", l_blocks, r_blocks)
+    return weight.reshape(blocks * left.shape[1], blocks * width)
+
+
+def check(x: Tensor, right: Tensor, left: Tensor) -> None:
+    """Raises ValueError when the arguments of `monarch_linear` do not fit each other."""
+    blocks, inner, width = right.shape
+    chained = x.shape[-1] == blocks * width and left.shape[::2] == (blocks, inner)
+    if not chained or inner % blocks:
+        raise ValueError(
+            f"monarch_linear: x {list(x.shape)}, right {list(right.shape)} and left "
+            f"{list(left.shape)} do not chain as [..., in], [b, b * k, in / b], [b, out / b, b * k]"
+        )

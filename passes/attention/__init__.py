@@ -1,0 +1,1 @@
+"""Rewrites of attention: which keys each head reads."""

@@ -1,0 +1,122 @@
+"""Attention -> a sliding window, with a sink of first tokens where it is causal.
+
+    attend(q, k, v, mask, causal=True)
+    attend(q, k, v, mask, causal=True, window=(512, 0), sink_tokens=(16, 0))    # KV head 0 only
+
+Pays from the length at which T / (window + sink) outweighs the library's faster dense kernel,
+in the heads that look back no further (StreamingLLM's sink; SWAT; NATTEN's 1-D neighbourhood for
+encoders). Heads that fetch from afar keep their dense attention: each KV head is its own site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.site import AttentionInfo, Family, Site
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.spec import per_head
+from fxopt.passes.attention import calls, emulation
+
+
+@dataclass(frozen=True)
+class Window:
+    """`windows` count keys, the query's own included; a window is offered where the longest call
+    is more than twice as long. `sink` first tokens stay visible to causal heads."""
+
+    windows: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    sink: int = 16
+
+    name: ClassVar[str] = "attention.window"
+    family: ClassVar[Family] = "attention"
+    workloads: ClassVar[frozenset[str]] = frozenset({"forward", "generate"})
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+
+    def match(self, site: Site) -> Match | Refusal:
+        info = site.info
+        if not isinstance(info, AttentionInfo):
+            return Refusal(f"{site.family} site: the rewrite serves attention")
+        if site.blocked is not None:
+            return Refusal(site.blocked)
+        if info.cross:
+            return Refusal("cross attention: queries and keys do not share positions")
+        if info.has_bias:
+            return Refusal("a bias is added to the scores: a far key may be the wanted one")
+        if 0 < info.window <= min(self.windows):
+            return Refusal(f"the model itself attends only within {info.window} tokens")
+        return Match(site)
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        sink = self.sink if calls.attention_info(match).causal else 0
+        return [
+            Candidate(
+                self.name,
+                f"w{window}+s{sink}" if sink else f"w{window}",
+                {"window": window, "sink": sink},
+            )
+            for window in self._fitting(match, scenarios)
+        ]
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        """Why there is no candidate for these scenarios, in numbers; None if there are some."""
+        if self._fitting(match, scenarios):
+            return None
+        return (
+            f"the workload's longest sequence has {_longest(scenarios)} tokens, and the smallest "
+            f"window, {min(self.windows)}, pays beyond {2 * min(self.windows)}"
+        )
+
+    def _fitting(self, match: Match, scenarios: Sequence[Scenario]) -> list[int]:
+        own, longest = calls.attention_info(match).window, _longest(scenarios)
+        reach = min(own, longest) if own else longest
+        return [window for window in sorted(self.windows) if 2 * window < reach]
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        info = calls.attention_info(match)
+        return [calls.attention_call(info, scenario, *_choice(candidate))]
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """Every head of the op under this window."""
+        window, sink = _choice(candidate)
+        return emulation.attended(inputs, window=[window], sink_tokens=[sink])
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None:
+        site, count = match.site, calls.attention_info(match).num_kv_heads
+        kwargs = editor.node(site).kwargs
+        updated: dict[str, tuple[int, ...]] = {}
+        for name, value in zip(("window", "sink_tokens"), _choice(candidate), strict=True):
+            given: Any = kwargs.get(name, (0,))
+            values = per_head(name, given, count)
+            for head in range(count) if site.head is None else (site.head,):
+                values[head] = value
+            updated[name] = tuple(values)
+        editor.update(site, **updated)
+
+
+def _choice(candidate: Candidate) -> tuple[int, int]:
+    return int(candidate.parameters["window"]), int(candidate.parameters["sink"])
+
+
+def _longest(scenarios: Sequence[Scenario]) -> int:
+    return max((scenario.length for scenario in scenarios), default=0)

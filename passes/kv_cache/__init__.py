@@ -1,0 +1,1 @@
+"""Rewrites of the KV cache: how keys and values of a head are stored while generating."""

@@ -1,0 +1,163 @@
+"""What one KV head's cache costs: the op calls of decoding through it and of filling it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Match
+from fxopt.ir.site import AttentionInfo
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.kv_attention.filled import fill, filled_bytes
+from fxopt.kernels.kv_attention.layout import (
+    Blocks,
+    HeadClass,
+    Layout,
+    allocate,
+    split_state,
+    state_bytes,
+)
+from fxopt.kernels.kv_attention.op import cached_attention, filled_attention
+
+_SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+}
+
+
+def attention_info(match: Match) -> AttentionInfo:
+    """The facts of a matched attention or cache site."""
+    info = match.site.info
+    assert isinstance(info, AttentionInfo)
+    return info
+
+
+def cached_call(
+    info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int = 0
+) -> OpCall:
+    """One KV head and its query heads with the cache in `fmt` (None: exactly).
+
+    With a past: attention over it and the new tokens, reading only `window` tokens if that is
+    set (of cross-attention: over all `scenario.length` tokens, none of them new). Without one:
+    only what filling the cache reads and writes. `state_bytes` are those at the length that the
+    call ends with.
+    """
+    size = info.dtype.itemsize
+    held = _bytes(info, fmt, scenario.batch, scenario.length, size)
+    op = "fxopt::filled_attention" if info.cross else "fxopt::cached_attention"
+    stored = 0 if info.cross and scenario.past else scenario.queries
+    new = scenario.batch * stored * (info.head_dim + info.value_dim) * size
+    if scenario.past == 0:
+        return OpCall(
+            op=op,
+            key=f"kv_fill/{_signature(info, fmt, scenario, window)}",
+            flops=0.0,
+            bytes_read=new,
+            bytes_written=held,
+            state_bytes=held,
+            launches=1,
+            run=None,
+        )
+    group = info.num_heads // info.num_kv_heads
+    seen = min(scenario.length, window + scenario.queries - 1) if window else scenario.length
+    read = held * seen // max(1, scenario.length)
+    rows = scenario.batch * group * scenario.queries
+    return OpCall(
+        op=op,
+        key=f"kv_attention/{_signature(info, fmt, scenario, window)}",
+        flops=2.0 * rows * seen * (info.head_dim + info.value_dim),
+        bytes_read=read + new + rows * info.head_dim * size,
+        bytes_written=new + rows * info.value_dim * size,
+        state_bytes=held,
+        temporary_bytes=_image_bytes(info, fmt, scenario),
+        launches=1,
+        run=_filled(info, fmt, scenario) if info.cross else _runner(info, fmt, scenario, window),
+    )
+
+
+def _bytes(info: AttentionInfo, fmt: Blocks | None, batch: int, length: int, size: int) -> int:
+    layout = Layout((HeadClass((), fmt),))
+    size_of = filled_bytes if info.cross else state_bytes
+    return size_of(layout, batch, 1, info.head_dim, info.value_dim, length, size)
+
+
+def _image_bytes(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> int:
+    """What the reference holds for all heads of the op: both images, and integers and float32
+    steps of one of them."""
+    if fmt is None:
+        return 0
+    tokens = scenario.batch * info.num_kv_heads * scenario.length
+    channels = info.head_dim + info.value_dim
+    wide = max(info.head_dim, info.value_dim)
+    return tokens * (2 * channels * info.dtype.itemsize + 9 * wide)
+
+
+def _signature(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int) -> str:
+    sizes = f"b{scenario.batch}n{scenario.queries}p{scenario.past}"
+    heads = f"g{info.num_heads // info.num_kv_heads}d{info.head_dim}v{info.value_dim}"
+    near = f"w{window}" if window else "x" if info.cross else ""
+    kind = _SHORT.get(info.dtype, str(info.dtype))
+    return f"{fmt or 'exact'}/{sizes}{heads}{near}/{kind}"
+
+
+def _runner(
+    info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int
+) -> Callable[[Any], Callable[[], Tensor]]:
+    layout = Layout((HeadClass((), fmt),))
+    group = info.num_heads // info.num_kv_heads
+    batch, queries = scenario.batch, scenario.queries
+
+    def run(device: Any) -> Callable[[], Tensor]:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
+
+        state = allocate(
+            layout, batch, 1, info.head_dim, info.value_dim, scenario.length, info.dtype, device
+        )
+        for tensor in state:
+            if tensor.is_floating_point():
+                tensor.normal_()
+        for _, packed, part in split_state(layout, 1, state):
+            if packed is not None:
+                starts = part["block_start"]
+                places = torch.arange(starts.numel(), device=device) * packed.group
+                starts.copy_(places.clamp(max=packed.packed(scenario.past)))
+        start = torch.tensor(scenario.past, device=device)
+        q = random(batch, group, queries, info.head_dim)
+        k = random(batch, 1, queries, info.head_dim)
+        v = random(batch, 1, queries, info.value_dim)
+        sinks = random(group) if info.has_sinks else None
+        scale = 1.0 / math.sqrt(info.head_dim)
+        return lambda: cached_attention(
+            q, k, v, state, start, None, None, sinks,
+            scale, True, [window], info.softcap, [0], str(layout), scenario.past,
+        )  # fmt: skip
+
+    return run
+
+
+def _filled(
+    info: AttentionInfo, fmt: Blocks | None, scenario: Scenario
+) -> Callable[[Any], Callable[[], Tensor]]:
+    layout = str(Layout((HeadClass((), fmt),)))
+    group = info.num_heads // info.num_kv_heads
+
+    def run(device: Any) -> Callable[[], Tensor]:
+        def random(*shape: int) -> Tensor:
+            made = torch.randn(scenario.batch, *shape, device=device, dtype=torch.float32)
+            return made.to(info.dtype)
+
+        q = random(group, scenario.queries, info.head_dim)
+        k = random(1, scenario.length, info.head_dim)
+        v = random(1, scenario.length, info.value_dim)
+        state, scale = fill(k, v, None, layout), 1.0 / math.sqrt(info.head_dim)
+        return lambda: filled_attention(q, state, None, None, None, scale, info.softcap, layout)
+
+    return run

@@ -1,0 +1,211 @@
+"""What the rewrites of linear layers share: the unrewritten call, its sizes, its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.site import Family, LinearInfo, Site
+from fxopt.ir.workload import Scenario
+
+# Below this a layer holds too few bytes to be worth a decision.
+LEAST_FEATURES = 64
+WORKLOADS = frozenset({"forward", "generate"})
+_SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What rewrites of one linear layer declare alike."""
+
+    family: ClassVar[Family] = "linear"
+    workloads: ClassVar[frozenset[str]] = WORKLOADS
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM})
+
+    def match(self, site: Site) -> Match | Refusal:
+        return refusal(site) or Match(site)
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        raise NotImplementedError
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        """Why there is no candidate; None if there are some."""
+        if self.candidates(match, scenarios):
+            return None
+        info = linear_info(match)
+        return f"no rank saves bytes at {info.out_features} x {info.in_features}"
+
+
+def linear_info(match: Match) -> LinearInfo:
+    """The facts of a matched linear site."""
+    info = match.site.info
+    assert isinstance(info, LinearInfo)
+    return info
+
+
+def refusal(site: Site) -> Refusal | None:
+    """Why no structure may replace this site's weight, if it may not."""
+    if not isinstance(site.info, LinearInfo):
+        return Refusal(f"{site.family} site: the rewrite serves linear layers")
+    info = site.info
+    if site.blocked is not None:
+        return Refusal(site.blocked)
+    if info.shared_with:
+        return Refusal(f"the weight is shared with {', '.join(info.shared_with)}")
+    if info.dtype not in _SHORT:
+        return Refusal(f"weights of {info.dtype} are not supported")
+    if min(info.in_features, info.out_features) < LEAST_FEATURES:
+        return Refusal(
+            f"{info.out_features} x {info.in_features} is too small: both sides must have at "
+            f"least {LEAST_FEATURES} features"
+        )
+    return None
+
+
+def weight_of(statistics: SiteStatistics) -> Tensor:
+    """The site's weight, [out, in]."""
+    if statistics.weight is None:
+        raise ValueError("a linear rewrite was given statistics without the weight")
+    return statistics.weight.detach().contiguous()
+
+
+def with_bias(tensors: dict[str, Tensor], statistics: SiteStatistics) -> dict[str, Tensor]:
+    """`tensors` for `emulate`, which sees nothing else, and so needs the bias among them."""
+    if statistics.bias is not None:
+        tensors["bias"] = statistics.bias.detach()
+    return tensors
+
+
+def input_and_bias(node: fx.Node) -> tuple[Any, Any]:
+    """The arguments of an `aten.linear` node that outlive its weight."""
+    x, *rest = node.args
+    return x, rest[1] if len(rest) > 1 else node.kwargs.get("bias")
+
+
+def call(editor: Editor, site: Site, x: Any, weight: fx.Node, bias: Any) -> fx.Node:
+    """An `aten.linear` at the site."""
+    arguments = (x, weight) if bias is None else (x, weight, bias)
+    return editor.call(site, torch.ops.aten.linear.default, arguments, {})
+
+
+def ladder(
+    info: LinearInfo, fractions: Sequence[float], *, at_most: int, parts: int = 1
+) -> list[int]:
+    """Ranks, ascending, at `fractions` of the one where `parts` factorised layers hold as many
+    parameters as the weight: multiples of 16 (8 in small layers) that save parameters."""
+    sides = info.in_features + info.out_features
+    even = info.in_features * info.out_features / (parts * sides)
+    step = rank_step(info)
+    ranks = {max(step, step * round(even * fraction / step)) for fraction in fractions}
+    return sorted(rank for rank in ranks if rank < even and rank <= at_most)
+
+
+def rank_step(info: LinearInfo) -> int:
+    """What ranks are multiples of: 16, or 8 in small layers."""
+    return 16 if min(info.in_features, info.out_features) >= 512 else 8
+
+
+def tokens(scenario: Scenario) -> int:
+    """Rows of x in one call."""
+    return scenario.batch * scenario.queries
+
+
+def signature(info: LinearInfo, scenario: Scenario) -> str:
+    """Sizes and dtype as they stand in the key of an op call: "m16n4096k4096/bf16"."""
+    bias = "/bias" if info.bias else ""
+    sizes = f"m{tokens(scenario)}n{info.out_features}k{info.in_features}"
+    return f"{sizes}/{_SHORT[info.dtype]}{bias}"
+
+
+def linear_call(
+    op: str,
+    form: str,
+    info: LinearInfo,
+    scenario: Scenario,
+    *,
+    weight_bytes: int,
+    flops: float,
+    hidden_elements: int = 0,
+    temporary_bytes: int = 0,
+    launches: int = 1,
+    make: Callable[[Callable[..., Tensor]], tuple[Callable[..., Tensor], tuple[Any, ...]]],
+) -> OpCall:
+    """An op call that reads x and a weight of `weight_bytes` and writes y.
+
+    `hidden_elements` are written and read again between two products. `make` gets a function
+    that draws a random tensor of the layer's dtype on the device, and returns the op and its
+    arguments after x and before the bias.
+    """
+    size, rows = info.dtype.itemsize, tokens(scenario)
+    bias_bytes = info.out_features * size if info.bias else 0
+
+    def run(device: Any) -> Callable[[], Tensor]:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
+
+        x = random(rows, info.in_features)
+        bias = random(info.out_features) if info.bias else None
+        function, arguments = make(random)
+        return lambda: function(x, *arguments, bias=bias)
+
+    return OpCall(
+        op=op,
+        key=f"{op.partition('::')[2]}/{form}{'/' if form else ''}{signature(info, scenario)}",
+        flops=flops,
+        bytes_read=weight_bytes + bias_bytes + (rows * info.in_features + hidden_elements) * size,
+        bytes_written=(rows * info.out_features + hidden_elements) * size,
+        weight_bytes=weight_bytes + bias_bytes,
+        temporary_bytes=temporary_bytes,
+        launches=launches,
+        run=run,
+    )
+
+
+def elementwise_call(
+    op: str, info: LinearInfo, scenario: Scenario, function: Callable[[Tensor], Any], reads: int
+) -> OpCall:
+    """An op call that reads `reads` tensors of the layer's output's size and writes one."""
+    rows, size = tokens(scenario), info.dtype.itemsize
+    elements = rows * info.out_features
+
+    def run(device: Any) -> Callable[[], Any]:
+        y = torch.randn((rows, info.out_features), device=device).to(info.dtype)
+        return lambda: function(y)
+
+    return OpCall(
+        op=op,
+        key=f"{op.partition('::')[2]}/m{rows}n{info.out_features}/{_SHORT[info.dtype]}",
+        flops=float(elements),
+        bytes_read=reads * elements * size,
+        bytes_written=elements * size,
+        temporary_bytes=elements * size,
+        run=run,
+    )
+
+
+def dense_call(info: LinearInfo, scenario: Scenario) -> OpCall:
+    """The linear layer as it is: the price of keeping it."""
+    elements = info.in_features * info.out_features
+    return linear_call(
+        "aten::linear",
+        "",
+        info,
+        scenario,
+        weight_bytes=elements * info.dtype.itemsize,
+        flops=2.0 * tokens(scenario) * elements,
+        make=lambda random: (F.linear, (random(info.out_features, info.in_features),)),
+    )

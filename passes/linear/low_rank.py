@@ -1,0 +1,94 @@
+"""Linear layer -> two thin ones, the best of their rank for the inputs seen in calibration.
+
+    y = linear(x, weight, bias)
+    y = fxopt.low_rank_linear(x, down, up, bias)        # linear(linear(x, down), up, bias)
+
+Pays in every regime, in proportion to rank * (in + out) / (in * out), where the layer's output
+does lie near a subspace: query and key projections more often than feed-forward ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, SiteStatistics
+from fxopt.ir.site import LinearInfo
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.low_rank_linear import REFERENCE, low_rank_linear
+from fxopt.passes.linear import dense, projection
+
+
+@dataclass(frozen=True)
+class LowRank(dense.Structure):
+    """`fractions` of the rank at which the factors hold as many parameters as the weight."""
+
+    fractions: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)
+
+    name: ClassVar[str] = "linear.low_rank"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        info = dense.linear_info(match)
+        ranks = dense.ladder(info, self.fractions, at_most=min(info.in_features, info.out_features))
+        return [Candidate(self.name, f"rank{rank}", {"rank": rank}) for rank in ranks]
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        return [low_rank_call(dense.linear_info(match), _rank(candidate), scenario)]
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        weight = dense.weight_of(statistics)
+        down, up = projection.low_rank(weight, statistics.gram, _rank(candidate))
+        tensors = {"down": down.to(weight.dtype), "up": up.to(weight.dtype).contiguous()}
+        return dense.with_bias(tensors, statistics)
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        return REFERENCE(inputs["x"], tensors["down"], tensors["up"], tensors.get("bias"))
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None:
+        site = match.site
+        x, bias = dense.input_and_bias(editor.node(site))
+        down, up = (editor.tensor(site, name, tensors[name]) for name in ("down", "up"))
+        target = torch.ops.fxopt.low_rank_linear.default
+        editor.replace(site, editor.call(site, target, (x, down, up, bias), {}))
+
+
+def low_rank_call(info: LinearInfo, rank: int, scenario: Scenario) -> OpCall:
+    """The op call of two factors in place of the layer."""
+    rows, elements = dense.tokens(scenario), rank * (info.in_features + info.out_features)
+
+    def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        factors = random(rank, info.in_features), random(info.out_features, rank)
+        return low_rank_linear, factors
+
+    return dense.linear_call(
+        "fxopt::low_rank_linear",
+        f"r{rank}",
+        info,
+        scenario,
+        weight_bytes=elements * info.dtype.itemsize,
+        flops=2.0 * rows * elements,
+        hidden_elements=rows * rank,
+        temporary_bytes=rows * rank * info.dtype.itemsize,
+        launches=2,
+        make=make,
+    )
+
+
+def _rank(candidate: Candidate) -> int:
+    return int(candidate.parameters["rank"])

@@ -1,0 +1,98 @@
+"""A cache is offered only where tokens meet in attention alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from fxopt.capture import capture
+
+
+def llama() -> Any:
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    ).eval()  # fmt: skip
+
+
+class TokenShift(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + 0.5 * nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class OwnPositions(TokenShift):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + torch.arange(x.shape[1], device=x.device)[:, None])
+
+
+class BatchMean(TokenShift):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (TokenShift, "position 4 of sequence 0 changes the result at position 5 of sequence 0"),
+        (OwnPositions, "does not take all positions from position_ids"),
+        (BatchMean, "at position 4 of sequence 1"),
+    ],
+)
+def test_reasons(wrap: Any, reason: str) -> None:
+    model = llama()
+    model.model.layers[1].mlp = wrap(model.model.layers[1].mlp)
+    captured = capture(model)
+    assert not captured.causal_lm
+    assert reason in str(captured.reason)
+    assert not any(s.family == "kv_cache" for s in captured.sites)
+    ids = torch.randint(97, (3, 8))
+    torch.testing.assert_close(captured.run(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_key_shift_is_noticed() -> None:
+    """Mixing tokens in the keys alone is seen too."""
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = TokenShift(attention.k_proj)
+    assert "tokens meet outside attention" in str(capture(model).reason)
+
+
+def test_attention_that_looks_ahead_has_no_cache() -> None:
+    model = llama()
+    model.config.is_causal = False
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    captured = capture(model)
+    assert captured.reason == "the attention at model.layers.0.self_attn is not causal"
+
+
+def test_only_when_generation_is_asked_for() -> None:
+    captured = capture(llama(), generate=False)
+    assert not captured.causal_lm
+    assert captured.reason is None
+
+
+def test_inputs_that_decoding_cannot_pass_on() -> None:
+    model = llama()
+    embeds = {"inputs_embeds": torch.randn(2, 5, 32)}
+    captured = capture(model, embeds)
+    assert "example_inputs give inputs_embeds" in str(captured.reason)
+    torch.testing.assert_close(captured.run(**embeds).logits, model(**embeds).logits)
+
+
+def test_hidden_states_among_the_outputs() -> None:
+    model = llama()
+    model.config.output_hidden_states = True
+    captured = capture(model)
+    assert "more than logits" in str(captured.reason)
+    assert len(captured.run(input_ids=torch.ones(2, 4, dtype=torch.long)).hidden_states) == 3

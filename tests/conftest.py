@@ -1,0 +1,94 @@
+"""Fixtures and markers that hold for all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, onnxruntime and triton read them. Parallel test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import functools
+import importlib
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+IN_CI = os.environ.get("CI", "").lower() in {"1", "true"}
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if IN_CI else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if not torch.cuda.is_available():
+        # Triton decides at its own import, and at that of a kernel, whether to interpret.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Dynamo knows functions by identity and must see torch's own before `nan_empty` replaces them.
+    importlib.import_module("torch._dynamo")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not (config.getoption("--slow") or IN_CI):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the on-disk cache of measurements apart from the user's, and empty at the start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed all generators from the name of the test: equal in each run, different in each test."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+def _filled(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(empty)
+    def wrapper(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        # Looking at frames breaks the graph of a tracer, and what it records is not run here.
+        if torch.compiler.is_compiling():
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == "fxopt" and tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what fxopt allocates uninitialised with NaN, so that an element never written shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _filled(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _filled(torch.Tensor.new_empty))

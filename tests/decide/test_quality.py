@@ -1,0 +1,94 @@
+"""Quality measures against straightforward float64 computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxopt.decide.quality import Quality, Reference, divergence, kl_divergence
+
+
+def test_kl_agrees_with_float64() -> None:
+    p, q = torch.randn(501, 63), torch.randn(501, 63)
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(kl_divergence(p, q).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_of_a_model_with_itself_is_zero() -> None:
+    p = torch.randn(7, 11) * 30
+    assert kl_divergence(p, p).abs().max() == 0
+
+
+def test_relative_error_is_additive_in_squares() -> None:
+    y, d = torch.randn(3, 5), torch.randn(3, 5) * 0.1
+    quality = Quality("relative_error", per_position=False)
+    squared = divergence("relative_error", y, y + d, {}, None).item()
+    assert quality.measured(squared) == pytest.approx((d.norm() / y.norm()).item(), rel=1e-5)
+    assert quality.additive(quality.measured(squared)) == pytest.approx(squared)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "length", "expected"),
+    [(0, 0, 8, 0), (3, 5, 8, 3), (100, 4, 8, 4), (100, 128, 8, 4), (6, 4, 9, 5), (5, 1, 1, 0)],
+)
+def test_prompt_leaves_what_is_generated(prompt: int, new: int, length: int, expected: int) -> None:
+    assert Quality("kl", True, prompt, new).prompt_of(length) == expected
+
+
+def test_positions_skip_the_prompt_and_padding() -> None:
+    quality = Quality("kl", per_position=True, prompt=3, new_tokens=5)
+    batch = {
+        "input_ids": torch.zeros(1, 8, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]),
+    }
+    positions = quality.positions(batch)
+    assert positions is not None
+    assert positions.tolist() == [4, 5, 6, 7]
+
+
+def test_loss_increase_is_the_difference_of_cross_entropies() -> None:
+    ids = torch.randint(11, (1, 9))
+    positions = torch.arange(2, 9)
+    p, q = torch.randn(1, 7, 11), torch.randn(1, 7, 11)
+    labels = ids[0, 3:]
+    loss = torch.nn.functional.cross_entropy
+    expected = loss(q[0, :-1], labels) - loss(p[0, :-1], labels)
+    found = divergence("loss_increase", p, q, {"input_ids": ids}, positions).mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_reference_keeps_the_original_outputs_and_weighs_positions_equally() -> None:
+    calls = []
+
+    def evaluate(module, batch, positions):
+        calls.append(module)
+        ids = batch["input_ids"][0, positions]
+        logits = torch.nn.functional.one_hot(ids, 5).float()
+        return (logits * (2.0 if module == "new" else 1.0))[None]
+
+    quality = Quality("kl", per_position=True)
+    batches = [{"input_ids": torch.randint(5, (1, n))} for n in (3, 9)]
+    reference = Reference(quality, evaluate, "old", batches)
+    first, second = reference.measure("new"), reference.measure("new")
+    assert first == second
+    assert calls.count("old") == 2
+    assert first.count == 12
+    one, two = torch.zeros(5), torch.zeros(5)
+    one[0], two[0] = 1.0, 2.0
+    assert first.mean == pytest.approx(kl_divergence(one[None], two[None]).item(), rel=1e-5)
+
+
+def test_reference_computes_again_what_it_may_not_keep() -> None:
+    calls = []
+
+    def evaluate(module, batch, positions):
+        calls.append(module)
+        return torch.zeros(1, len(positions), 5)
+
+    quality = Quality("kl", per_position=True)
+    batches = [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}]
+    reference = Reference(quality, evaluate, "old", batches, limit=0)
+    reference.measure("new")
+    reference.measure("new")
+    assert calls.count("old") == 2

@@ -1,0 +1,132 @@
+"""The solver against brute force on programs small enough to enumerate."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxopt.decide.solve import (
+    Group,
+    Option,
+    Pair,
+    Problem,
+    Row,
+    greedy,
+    nearest,
+    solve,
+    total,
+    undominated,
+    value,
+    violation,
+)
+
+ROWS = ("error", "bytes", "seconds")
+amount = st.integers(0, 20).map(float)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    groups = tuple(
+        Group(
+            f"g{g}",
+            tuple(
+                Option(f"o{o}", {row: draw(amount) for row in ROWS})
+                for o in range(draw(st.integers(1, 4)))
+            ),
+        )
+        for g in range(draw(st.integers(1, 4)))
+    )
+    rows = tuple(
+        Row(name, float(draw(st.integers(0, 60))), constant=draw(amount))
+        for name in draw(st.sets(st.sampled_from(ROWS), max_size=2))
+    )
+    pairs = []
+    if len(groups) > 1:
+        for _ in range(draw(st.integers(0, 2))):
+            a, b = draw(st.permutations(range(len(groups))))[:2]
+            pairs.append(
+                Pair(
+                    (a, draw(st.integers(0, len(groups[a].options) - 1))),
+                    (b, draw(st.integers(0, len(groups[b].options) - 1))),
+                    {"error": float(draw(st.integers(-5, 5)))},
+                )
+            )
+    choices = list(itertools.product(*(range(len(g.options)) for g in groups)))
+    cuts = tuple(draw(st.lists(st.sampled_from(choices), max_size=2, unique=True)))
+    return Problem(groups, rows, {draw(st.sampled_from(ROWS)): 1.0}, tuple(pairs), cuts)
+
+
+def brute_force(problem: Problem) -> float | None:
+    choices = itertools.product(*(range(len(g.options)) for g in problem.groups))
+    feasible = [c for c in choices if violation(problem, c) <= 1e-9]
+    return min((value(problem, c) for c in feasible), default=None)
+
+
+@settings(max_examples=500, deadline=None)
+@given(problems())
+def test_solution_is_optimal(problem: Problem) -> None:
+    expected, found = brute_force(problem), solve(problem, gap=1e-9)
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert violation(problem, found.choice) <= 1e-6
+        assert found.value == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_greedy_is_feasible_and_no_better_than_optimal(problem: Problem) -> None:
+    found, expected = greedy(problem), brute_force(problem)
+    if found is not None:
+        assert violation(problem, found.choice) <= 0
+        assert expected is not None
+        assert found.value >= expected - 1e-9
+
+
+def test_solution_is_deterministic() -> None:
+    option = [Option(f"o{o}", {"error": 1.0, "bytes": 3.0 - o % 2}) for o in range(4)]
+    problem = Problem(
+        tuple(Group(f"g{g}", tuple(option)) for g in range(6)), (Row("bytes", 15.0),), {"error": 1}
+    )
+    first = solve(problem)
+    assert first is not None
+    assert all(solve(problem) == first for _ in range(3))
+
+
+def test_infeasible_is_none() -> None:
+    group = Group("g", (Option("o", {"bytes": 2.0}),))
+    assert solve(Problem((group,), (Row("bytes", 1.0),), {"error": 1.0})) is None
+
+
+def test_dominated_options_are_dropped_and_one_of_equals_stays() -> None:
+    options = [
+        Option("keep", {"error": 0.0, "bytes": 4.0}),
+        Option("worse", {"error": 1.0, "bytes": 4.0}),
+        Option("small", {"error": 1.0, "bytes": 2.0}),
+        Option("twin", {"error": 1.0, "bytes": 2.0}),
+    ]
+    assert undominated(options, ("error", "bytes")) == [0, 2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_nearest_has_the_smallest_worst_ratio(problem: Problem) -> None:
+    rows = [row for row in problem.rows if row.limit > 0]
+    problem = Problem(problem.groups, tuple(rows), problem.objective)
+
+    def worst(choice: tuple[int, ...]) -> float:
+        ratios = [(total(problem, choice, r.name) + r.constant) / r.limit for r in rows]
+        return max([0.0, *ratios])
+
+    choices = itertools.product(*(range(len(g.options)) for g in problem.groups))
+    assert worst(nearest(problem)) <= min(worst(c) for c in choices) + 1e-3
+
+
+def test_nothing_to_decide() -> None:
+    assert solve(Problem((), (), {"error": 1.0})) is not None
+    assert solve(Problem((), (Row("bytes", 1.0, constant=2.0),), {"error": 1.0})) is None
+    assert nearest(Problem((), (), {"error": 1.0})) == ()

@@ -1,0 +1,161 @@
+"""Triton kernels of the linear ops: interpreted on a CPU, on the device where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fxopt.kernels.low_rank_linear import low_rank_linear
+from fxopt.kernels.low_rank_linear import triton as low_rank_triton
+from fxopt.kernels.monarch_linear import dense, monarch_linear
+from fxopt.kernels.monarch_linear import triton as monarch_triton
+from fxopt.kernels.quantized_linear import dequantize, quantize, quantized_linear
+from fxopt.kernels.quantized_linear import triton as quantized_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# The interpreter truncates to bfloat16 where the device rounds: twice the error, and always
+# towards zero, so that the two roundings of a low-rank layer add up.
+SLACK = 3.0 if DEVICE == "cuda" else 6.0
+
+
+def draw(*shape: int, dtype: torch.dtype, device: str = DEVICE) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def assert_close(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """As near to float64 as a dense layer of the dtype, times a small factor. `weight` float64."""
+    exact = F.linear(x.double(), weight, None if bias is None else bias.double())
+    rounded = weight.to(x.dtype)
+    own = F.linear(x, rounded, bias).double()
+    budget = own - F.linear(x.double(), rounded.double(), None if bias is None else bias.double())
+    assert out.shape == exact.shape
+    assert out.is_contiguous()
+    assert (out.double() - exact).norm() <= SLACK * budget.norm()
+
+
+@DTYPES
+@pytest.mark.parametrize(("bits", "group"), [(8, 63), (8, 126), (4, 42), (4, 126)])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_quantized(dtype: torch.dtype, bits: int, group: int, rows: int) -> None:
+    packed, scale, zero = quantize(draw(50, 126, dtype=dtype), bits, group)
+    bias = draw(50, dtype=dtype) if rows > 1 else None
+    x = draw(126, rows, dtype=dtype).T
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, bias, bits, group)
+    exact = dequantize(packed, scale.double(), zero.double(), bits, group)
+    assert_close(out, x, exact, bias)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 63), (8, 126), (4, 42), (4, 126)])
+def test_dequantize(bits: int, group: int) -> None:
+    weight = quantize(draw(50, 126, dtype=torch.float32), bits, group)
+    out = quantized_triton.dequantize(*weight, bits, group)
+    assert torch.equal(out, dequantize(*weight, bits, group))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("rank", [8, 37])
+def test_low_rank(dtype: torch.dtype, rows: int, rank: int) -> None:
+    x, bias = draw(126, rows, dtype=dtype).T, draw(50, dtype=dtype)
+    down, up = draw(rank, 126, dtype=dtype), draw(50, rank, dtype=dtype)
+    out = low_rank_triton.low_rank_linear(x, down, up, bias)
+    assert_close(out, x, up.double() @ down.double(), bias)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("rank", [1, 7])
+def test_monarch(dtype: torch.dtype, rows: int, rank: int) -> None:
+    x, bias = draw(126, rows, dtype=dtype).T, draw(111, dtype=dtype)
+    right, left = draw(3, 3 * rank, 42, dtype=dtype), draw(3, 37, 3 * rank, dtype=dtype)
+    out = monarch_triton.monarch_linear(x, right, left, bias)
+    assert_close(out, x, dense(right.double(), left.double()), bias)
+
+
+def test_no_rows() -> None:
+    x = draw(2, 0, 126, dtype=torch.float32)
+    packed, scale, zero = quantize(draw(50, 126, dtype=torch.float32), 4, 42)
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, None, 4, 42)
+    assert out.shape == (2, 0, 50)
+    down, up = draw(8, 126, dtype=torch.float32), draw(50, 8, dtype=torch.float32)
+    assert low_rank_triton.low_rank_linear(x, down, up, None).shape == (2, 0, 50)
+    right, left = draw(2, 8, 63, dtype=torch.float32), draw(2, 25, 8, dtype=torch.float32)
+    assert monarch_triton.monarch_linear(x, right, left, None).shape == (2, 0, 50)
+
+
+def test_low_rank_kernel_refuses_many_rows() -> None:
+    x, down, up = (draw(*s, dtype=torch.float32) for s in ((65, 126), (8, 126), (50, 8)))
+    with pytest.raises(ValueError, match="at most 64 rows"):
+        low_rank_triton.low_rank_linear(x, down, up, None)
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fxopt.kernels.low_rank_linear import triton as low_rank
+from fxopt.kernels.monarch_linear import triton as monarch
+from fxopt.kernels.quantized_linear import triton as quantized
+
+def build(kernel, pointers, **constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    print(kernel.__name__, len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+
+p = "*bf16"
+tile = dict(UPCAST=False, BLOCK_M=16, BLOCK_N=32, BLOCK_K=32)
+for bits in (4, 8):
+    pointers = dict(x=p, packed="*u8", scale=p, zero=p, bias=p, y=p)
+    build(quantized._quantized_linear_kernel, pointers, BITS=bits, GROUP=64, HAS_BIAS=True, **tile)
+pointers = dict(packed="*u8", scale=p, zero=p, w=p)
+build(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
+pointers = dict(x=p, down=p, partial="*fp32")
+build(low_rank._down_kernel, pointers, UPCAST=False, BLOCK_M=16, BLOCK_R=32, BLOCK_K=64)
+pointers = dict(partial="*fp32", up=p, bias=p, y=p)
+build(low_rank._up_kernel, pointers, HAS_BIAS=True, UPCAST=False,
+      BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)
+pointers = dict(x=p, w=p, y=p)
+build(monarch._blocks_kernel, pointers, bias=None, HAS_BIAS=False, **tile)
+"""
+
+
+def test_compile_ahead_of_time_for_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    built = [line.split() for line in done.stdout.splitlines()]
+    assert len(built) == 6
+    assert all(int(size) > 0 for _, size in built)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 16, 500])
+def test_ops_on_the_device(dtype: torch.dtype, rows: int) -> None:
+    x, bias = draw(rows, 1024, dtype=dtype), draw(500, dtype=dtype)
+    for bits, group in ((8, 1024), (8, 128), (4, 64), (4, 128)):
+        packed, scale, zero = quantize(draw(500, 1024, dtype=dtype), bits, group)
+        exact = dequantize(packed, scale.double(), zero.double(), bits, group)
+        out = quantized_linear(x, packed, scale, zero, bias, bits, group)
+        assert_close(out, x, exact, bias)
+    down, up = draw(128, 1024, dtype=dtype), draw(500, 128, dtype=dtype)
+    out = low_rank_linear(x, down, up, bias)
+    assert_close(out, x, up.double() @ down.double(), bias)
+    right, left = draw(4, 128, 256, dtype=dtype), draw(4, 125, 128, dtype=dtype)
+    out = monarch_linear(x, right, left, bias)
+    assert_close(out, x, dense(right.double(), left.double()), bias)

@@ -1,0 +1,131 @@
+"""A cache that stores exactly and returns what packed storage would give back.
+
+Written from the schedule alone, with bit patterns and loops, so that it shares nothing with the
+code under test: the original model with this cache says what a packed cache has to produce.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+def bfloat16_below(x: Tensor) -> Tensor:
+    """The nearest bfloat16 at or below each float32, by its bits."""
+    bits = x.float().contiguous().view(torch.int32)
+    low = bits & 0xFFFF
+    toward_zero = bits - low
+    away = toward_zero + 0x10000
+    exact = low == 0
+    return torch.where(exact | (bits >= 0), toward_zero, away).view(torch.float32)
+
+
+def bfloat16_above(x: Tensor) -> Tensor:
+    return -bfloat16_below(-x)
+
+
+def fake_quantize(x: Tensor, valid: Tensor, bits: int, dim: int) -> Tensor:
+    """`x` through `bits`-bit integers that share a range along `dim`; `valid` is broadcast."""
+    wide, levels = x.float(), 2**bits - 1
+    valid = valid.expand_as(wide)
+    inf = torch.tensor(torch.inf)
+    low = torch.where(valid, wide, inf).amin(dim, keepdim=True)
+    high = torch.where(valid, wide, -inf).amax(dim, keepdim=True)
+    some = valid.any(dim, keepdim=True)
+    zero = bfloat16_below(torch.where(some, low, 0.0))
+    scale = bfloat16_above((torch.where(some, high, 0.0) - zero) / levels)
+    q = torch.where(scale > 0, ((wide - zero) / scale).round(), 0.0)
+    return (q.clamp(0, levels) * scale + zero).to(x.dtype)
+
+
+def parse(text: str, heads: int) -> list[tuple[int, int, int, int, int] | None]:
+    """(K bits, V bits, group, residual, sink) of each KV head; None is exact."""
+    found: dict[int, tuple[int, int, int, int, int] | None] = {}
+    for part in text.split("|"):
+        chosen, _, spelled = part.rpartition(":")
+        numbers = re.fullmatch(r"k(\d+)v(\d+)g(\d+)r(\d+)s(\d+)", spelled)
+        values = tuple(map(int, numbers.groups())) if numbers else None
+        for head in map(int, chosen.split(",")) if chosen else range(heads):
+            found[head] = values  # type: ignore[assignment]
+    return [found[head] for head in range(heads)]
+
+
+class FakeQuantizedLayer(DynamicLayer):
+    """Exact keys and values, and beside them the images of what would be packed by now."""
+
+    def __init__(self, layout: str, mask: Tensor | None) -> None:
+        super().__init__()
+        self.layout, self.mask = layout, mask
+        self.packed: dict[int, int] = {}
+        self.images: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        before = self.get_seq_length()
+        keys, values = super().update(key_states, value_states)
+        seen = [keys.clone(), values.clone()]
+        if self.images is not None:
+            for image, side in zip(self.images, seen, strict=True):
+                side[:, :, :before] = image
+        if self.layout:
+            new = (key_states, value_states)
+            stored = [torch.cat([seen[i][:, :, :before], new[i]], 2) for i in range(2)]
+            for head, fmt in enumerate(parse(self.layout, keys.shape[1])):
+                if fmt is not None:
+                    self._pack(head, fmt, (keys, values), stored)
+            self.images = (stored[0], stored[1])
+        return seen[0], seen[1]
+
+    def _pack(self, head: int, fmt: tuple[int, ...], exact: tuple[Tensor, Tensor],
+              stored: list[Tensor]) -> None:  # fmt: skip
+        key_bits, value_bits, group, residual, sink = fmt
+        length = exact[0].shape[2]
+        done = self.packed.get(head, 0)
+        target = max(done, (length - sink - residual) // group * group)
+        while done < target:
+            end = (done // group + 1) * group
+            span = slice(sink + done, sink + end)
+            valid = self._valid(exact[0].shape[0], span)
+            for side, bits, dim in ((0, key_bits, 1), (1, value_bits, 2)):
+                if bits < 16:
+                    image = fake_quantize(exact[side][:, head, span], valid, bits, dim)
+                    stored[side][:, head, span] = image
+            done = end
+        self.packed[head] = done
+
+    def _valid(self, batch: int, span: slice) -> Tensor:
+        """Which tokens are no padding, [B, tokens, 1]; beams share the rows of their prompt."""
+        valid = torch.ones(batch, span.stop - span.start, dtype=torch.bool)
+        if self.mask is not None:
+            mask = self.mask.repeat_interleave(batch // self.mask.shape[0], 0)
+            known = mask[:, span.start : span.stop] != 0
+            valid[:, : known.shape[1]] = known
+        return valid[..., None]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        if self.images is not None:
+            self.images = (self.images[0][:, :, :length], self.images[1][:, :, :length])
+        for head, fmt in enumerate(parse(self.layout, len(self.packed))):
+            if fmt is not None:
+                self.packed[head] = min(self.packed[head], max(0, length - fmt[4]))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.images is not None:
+            self.images = (self.images[0][beam_idx], self.images[1][beam_idx])
+
+
+class FakeQuantizedCache(Cache):
+    """For the original model: `past_key_values=FakeQuantizedCache(layout, num_layers)`.
+
+    `mask` [B, prompt] is the padding mask of the prompt, which a cache layer is never told.
+    `layout` may be one text for all layers or one a layer.
+    """
+
+    def __init__(self, layout: str | list[str], num_layers: int, mask: Tensor | None = None):
+        layouts = [layout] * num_layers if isinstance(layout, str) else layout
+        super().__init__(layers=[FakeQuantizedLayer(text, mask) for text in layouts])

@@ -1,0 +1,292 @@
+"""The page of a plan in a real browser: what it shows, does by mouse and keyboard, and loads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.ir.errors import RowResult
+from fxopt.ir.plan import Plan
+from tests.show.browser import MISSING, Tab, chromium
+from tests.show.synthetic import llama
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+HOSTILE = "</script><img src=x onerror=\"console.log('run')\"><b>&lt;"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Generator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def tab(browser: Any, tmp_path: Path) -> Generator[Callable[..., Tab]]:
+    """Write a plan (or a diff) as a page and open it; after the test nothing may have gone
+    wrong in it, and nothing may have been loaded but the page itself."""
+    opened: list[Tab] = []
+
+    def show(plan: Any, width: int = 1440, **options: Any) -> Tab:
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        path = plan.to_html(tmp_path / f"{len(opened)}.html")
+        opened.append(Tab(page).open(path))
+        return opened[-1]
+
+    yield show
+    for one in opened:
+        assert one.problems == []
+        assert len(one.requests) == 1, one.requests
+        one.page.close()
+
+
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    return llama(3, 2)
+
+
+def test_the_first_rewritten_site_is_open(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    assert shown.selected() == small.rewritten[0].key
+    assert small.rewritten[0].reason in shown.text("#details")
+    assert shown.text("#count") == f"{len(small.decisions) + 1} sites"
+
+
+def test_filter_by_words_family_and_state(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    shown.page.fill("#filter", "LAYERS.1 gate")
+    assert shown.rows() == ["model.layers.1.mlp.gate_proj"]
+    shown.page.fill("#filter", "")
+    shown.page.select_option("#family", "kv_cache")
+    assert shown.text("#count") == f"6 of {len(small.decisions) + 1} sites"
+    shown.page.select_option("#family", "")
+    shown.page.click("#states button:has-text('kept')")
+    kept = sum(not decision.rewritten for decision in small.decisions)
+    assert shown.text("#count").startswith(f"{len(small.decisions) + 1 - kept} of")
+
+
+def test_sort_by_error_both_ways(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    shown.page.select_option("#family", "linear")
+    shown.page.click("#states button:has-text('refused')")
+    by_error = sorted(
+        (d for d in small.decisions if d.family == "linear" and d.error),
+        key=lambda decision: decision.error or 0,
+    )
+    shown.page.click("[data-order=error] button")
+    assert shown.page.get_attribute("[data-order=error]", "aria-sort") == "ascending"
+    shown.page.click("[data-order=error] button")
+    assert shown.page.get_attribute("[data-order=error]", "aria-sort") == "descending"
+    assert shown.rows()[: len(by_error)] == [decision.key for decision in reversed(by_error)]
+
+
+def test_keyboard_alone_is_enough(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    shown.press("/")
+    shown.page.keyboard.type("mlp")
+    shown.press("Enter", "Home")
+    keys = [d.key for d in small.decisions if ".mlp." in d.key]
+    assert shown.selected() == keys[0]
+    shown.press("j", "ArrowDown", "k")
+    assert shown.selected() == keys[1]
+    shown.press("Enter")
+    assert shown.page.evaluate("document.activeElement.id") == "details"
+    assert keys[1] in shown.text("#details")
+    shown.press("Escape", "End")
+    assert shown.selected() == keys[-1]
+
+
+def test_focus_is_visible(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    shown.press("Tab", "Tab")
+    style = "getComputedStyle(document.activeElement)"
+    assert shown.page.evaluate("document.activeElement.id") == "theme"
+    assert shown.page.evaluate(f"{style}.outlineStyle") == "solid"
+
+
+def test_a_site_shows_its_alternatives(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    decision = small.find("model.layers.2.mlp.up_proj", "linear")
+    shown.page.fill("#filter", decision.key)
+    shown.page.click(".row.body")
+    names = shown.page.eval_on_selector_all(
+        "#details tr.option", "rows => rows.map(row => row.dataset.option)"
+    )
+    assert len(names) == 11
+    assert names[1:] == [
+        "kept" if other.rewrite == "keep" else f"{other.rewrite} {other.label}"
+        for other in decision.alternatives
+    ]
+    details = shown.text("#details")
+    for other in decision.alternatives:
+        assert other.reason in details
+    assert details.count("does not fit") == sum(not d.feasible for d in decision.alternatives)
+
+
+def test_graph_shows_both_sides_and_selects(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    decision = next(d for d in small.rewritten if d.family == "linear")
+    module, _, name = decision.key.partition(".self_attn.")
+    layer = module if name else decision.key.partition(".mlp.")[0]
+    site = decision.key.removeprefix(f"{layer}.")
+    shown.page.select_option("#block", label=layer)
+    node = f"#after .node.rewritten[data-site='{site}']"
+    assert "low_rank" in (shown.page.get_attribute(node, "aria-label") or "")
+    before = f"#before .node.rewritten[data-site='{site}']"
+    assert "low_rank" not in (shown.page.get_attribute(before, "aria-label") or "")
+    shown.page.focus(node)
+    shown.press("Enter")
+    assert shown.selected() == decision.key
+    assert "selected" in (shown.page.get_attribute(node, "class") or "")
+    assert "+%" in shown.text("#details pre.calls")
+
+
+def test_a_group_is_shown_at_each_of_its_layers(tab: Callable[..., Tab]) -> None:
+    plan = llama(2, 1)
+    gate = plan.find("model.layers.1.mlp.gate_proj")
+    pair = gate.model_copy(update={"key": f"{gate.key}+up_proj"}, deep=True)
+    plan.decisions.append(pair)
+    shown = tab(plan)
+    shown.page.fill("#filter", "gate_proj+up_proj")
+    shown.page.click(".row.body")
+    sites = shown.page.eval_on_selector_all(
+        "#after .node.selected", "nodes => nodes.map(node => node.dataset.site)"
+    )
+    assert sorted(sites) == ["mlp.gate_proj", "mlp.up_proj"]
+    shown.page.click("#details .chips button:has-text('linear up_proj')")
+    assert shown.text("#details h3") == "model.layers.1.mlp.up_proj"
+
+
+def test_plain_calls_are_folded_until_asked(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    folded = shown.page.locator("#after .node").count()
+    shown.page.check("#whole")
+    calls = sum(line[0] in " +" for line in small.blocks[0].lines)
+    assert shown.page.locator("#after .node:not(.port)").count() == calls
+    assert folded < calls / 2 + 8
+
+
+def test_generated_source_is_shown(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    shown.page.fill("#filter", "layers.1.mlp.up_proj")
+    shown.page.click(".row.body")
+    shown.page.click("#details summary")
+    assert "class LlamaMLP_1(nn.Module):" in shown.text("#details details pre")
+
+
+def test_tree_folds_layers_and_filters(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    assert "model.layers.{0..2}" in shown.text("#tree").replace("\n", "")
+    shown.page.click("#tree button:has-text('q_proj')")
+    assert shown.rows() == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+
+
+def test_scatter_says_its_points(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    label = shown.page.get_attribute("#scatter svg[role=img]", "aria-label")
+    assert label.startswith("kl against weights")
+    assert "this plan at 5.56 GiB, 0.011 nats" in label
+    assert shown.page.locator("#scatter svg[role=img] .point").count() == 3
+
+
+def test_address_opens_a_site(browser: Any, small: Plan, tmp_path: Path) -> None:
+    path = small.to_html(tmp_path / "plan.html")
+    page = browser.new_page()
+    page.goto(f"{path.as_uri()}#linear:model.layers.1.mlp.up_proj")
+    assert "model.layers.1.mlp.up_proj" in page.inner_text("#details h3")
+    page.close()
+
+
+def test_text_of_a_plan_stays_text(tab: Callable[..., Tab]) -> None:
+    plan = llama(1, 1)
+    for decision in plan.decisions:
+        decision.key += HOSTILE
+        decision.reason = decision.alternatives[0].reason = HOSTILE
+        decision.alternatives[0].label = HOSTILE
+    plan.refusals[0].key = plan.refusals[0].reason = HOSTILE
+    plan.blocks[0].modules = [HOSTILE]
+    plan.blocks[0].lines = [line + HOSTILE for line in plan.blocks[0].lines]
+    plan.sources[0].text = HOSTILE
+    plan.sources[0].modules = [f"model.layers.0.mlp.up_proj{HOSTILE}"]
+    plan.totals.append(RowResult(HOSTILE, 1.0, 1.0, 1.0, HOSTILE, 1.0))
+    plan.notes, plan.hardware, plan.created_by = [HOSTILE], {HOSTILE: HOSTILE}, HOSTILE
+    shown = tab(plan)
+    for key in ("Home", *["j"] * len(plan.decisions)):
+        shown.press(key)
+        assert HOSTILE in shown.text("#details h3")
+    assert shown.page.locator("img").count() == 0
+    assert shown.page.locator("main b:empty").count() == 0
+
+
+def test_dark_follows_the_system_and_the_button(tab: Callable[..., Tab], small: Plan) -> None:
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light, dark = tab(small), tab(small, color_scheme="dark")
+    before = light.page.evaluate(colour)
+    assert dark.page.evaluate(colour) != before
+    light.page.click("#theme")
+    assert light.page.evaluate(colour) == dark.page.evaluate(colour)
+    assert light.text("#theme span") == "light"
+
+
+@pytest.mark.parametrize("width", [360, 768, 1100, 1440, 1900])
+def test_nothing_sticks_out(tab: Callable[..., Tab], small: Plan, width: int) -> None:
+    shown = tab(small, width)
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_print_shows_every_row_and_no_controls(tab: Callable[..., Tab], small: Plan) -> None:
+    plan = llama(12, 2)
+    shown = tab(plan)
+    assert len(shown.rows()) < len(plan.decisions)
+    shown.page.emulate_media(media="print")
+    shown.page.wait_for_selector("#site-100", state="attached")
+    assert len(shown.rows()) == len(plan.decisions) + 1
+    assert not shown.page.is_visible("#filter")
+    assert shown.page.is_visible("#scatter svg")
+
+
+def test_diff_lists_what_differs(tab: Callable[..., Tab], small: Plan) -> None:
+    other = small.model_copy(deep=True)
+    changed = other.find("model.layers.1.mlp.up_proj", "linear")
+    changed.choose("linear.low_rank", "option7")
+    removed = other.decisions.pop()
+    shown = tab(small.diff(other))
+    assert shown.rows() == [changed.key, removed.key]
+    assert shown.text("#details .what").startswith("~ changed:")
+    assert "option7" in shown.text("#details .what")
+    assert "chosen by hand" in shown.text("#details")
+    assert small.find(changed.key, "linear").reason in shown.text("#details")
+
+
+def test_an_8b_model_is_less_than_a_megabyte(tmp_path: Path) -> None:
+    plan = llama(32, 8)
+    assert len(plan.decisions) == 32 * (2 * 8 + 7)
+    assert plan.to_html(tmp_path / "plan.html").stat().st_size < 1_000_000
+
+
+def test_five_thousand_sites_open_and_scroll(tab: Callable[..., Tab]) -> None:
+    plan = llama(100, 22)
+    assert len(plan.decisions) > 5000
+    began = time.perf_counter()
+    shown = tab(plan)
+    took = time.perf_counter() - began
+    assert took < 10  # about a second, half of it writing the page; slow machines are not at fault
+    assert shown.page.locator(".row.body").count() < 100
+    shown.press("j", "End")
+    assert shown.selected() == "lm_head"
+
+
+def test_a_graph_of_five_thousand_calls_is_drawn_in_part(tab: Callable[..., Tab]) -> None:
+    plan = llama(1, 1)
+    lines = [" %input = input() -> f32[8] in m0"]
+    lines += [
+        f" %add_{i} = aten.add(%{f'add_{i - 1}' if i else 'input'}, 1) -> f32[8] in m{i}"
+        for i in range(5000)
+    ]
+    plan.blocks[0].lines = lines
+    shown = tab(plan)
+    assert "of 5000 boxes" in shown.text("#block-note")
+    assert shown.page.locator("#after .node").count() == 300

@@ -1,0 +1,224 @@
+"""The page as text: self-contained, and no text of a plan becomes markup, with or without it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxopt.ir.errors import RowResult
+from fxopt.ir.evidence import Looser
+from fxopt.ir.plan import Plan
+from fxopt.show import html, summary
+from fxopt.show.entries import counted, ops_of
+from tests.show.synthetic import llama
+
+VENDOR = Path(html.__file__).parent / "vendor"
+DAGRE = "54a503e346f93ca0bb10abe7999587e037262935687aca45eb4e4b0f64bbb578"
+VOID = {"meta", "link", "br", "img", "input"}
+HOSTILE = "</script><img onerror=\"alert('x')\"><!--<b>"
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects tags, attributes, the texts of scripts and all other text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "script":
+            self.scripts.append("")
+        if tag not in VOID and tag != "rect":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def data_of(page: Page) -> dict[str, Any]:
+    return json.loads(page.scripts[0])
+
+
+def test_page_says_rows_changes_and_refusals_without_a_script(plan: Plan) -> None:
+    page = Page(html.render(plan))
+    for text in (
+        "Plan: 15 rewritten, 3 kept, 3 refused (2 locked)",
+        "40% = 410 KiB",
+        "exceeded by 2.5%",
+        "model.layers.{0..3}.mlp.gate_proj",
+        "saves 1.1..1.4 MiB for 0.0005..0.0008 nats",
+        "500 input features have no square factor",
+        "calibrated on the example inputs alone",
+        "kv_cache could not be kept",
+    ):
+        assert text in page.text
+
+
+def test_data_holds_every_decision_and_alternative(plan: Plan) -> None:
+    data = data_of(Page(html.render(plan)))
+    marks, _, keys, reasons, _, errors, _, lists, locked = data["sites"]
+    texts = [data["texts"][key] for key in keys]
+    assert texts[: len(plan.decisions)] == [decision.key for decision in plan.decisions]
+    assert errors[: len(plan.decisions)] == pytest.approx([d.error for d in plan.decisions])
+    for index, decision in enumerate(plan.decisions):
+        assert bool(locked[index]) == decision.locked
+        found = [] if lists[index] < 0 else data["alternatives"][lists[index]]
+        assert len(found) == 4 * len(decision.alternatives)
+        if decision.reason:
+            assert decision.reason in [data["texts"][reason] for reason in reasons[index]]
+    assert marks.count("x") == 3
+
+
+def test_equal_alternatives_are_stored_once(plan: Plan) -> None:
+    data = data_of(Page(html.render(plan)))
+    with_some = {tuple(d.model_dump_json() for d in x.alternatives) for x in plan.decisions}
+    assert len(data["alternatives"]) == len(with_some - {()})
+
+
+def test_page_is_self_contained(plan: Plan) -> None:
+    source = html.render(plan)
+    page = Page(source)
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not [value for name, value in page.attributes if name in {"src", "onclick"}]
+    links = [value for name, value in page.attributes if name == "href"]
+    assert links == ["#decisions", "https://github.com/dagrejs/dagre"]
+    assert "url(" not in source
+    assert "@import" not in source
+    assert "sourceMappingURL" not in source
+
+
+def test_policy_names_the_scripts_and_the_style_alone(plan: Plan) -> None:
+    source = html.render(plan)
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', source)
+    assert policy is not None
+    allowed = policy[1].replace("&#39;", "'")
+    inline = [*Page(source).scripts[1:], re.search("<style>(.*?)</style>", source, re.S)[1]]  # pyright: ignore[reportOptionalSubscript]
+    digests = [hashlib.sha256(text.encode()).digest() for text in inline]
+    for digest in digests:
+        assert f"'sha256-{base64.b64encode(digest).decode()}'" in allowed
+    assert allowed.startswith("default-src 'none';")
+    assert "unsafe" not in allowed
+
+
+def test_text_of_a_plan_is_escaped_everywhere(plan: Plan) -> None:
+    harmless = Page(html.render(plan))
+    # all sites that are listed as one, so that what is listed stays the same
+    for decision in plan.decisions[:1]:
+        decision.reason = decision.label = decision.key = HOSTILE
+        decision.alternatives[0].reason = decision.alternatives[0].label = HOSTILE
+    plan.decisions[0].kernel = {HOSTILE: HOSTILE}
+    plan.refusals[0].reason = plan.refusals[0].key = HOSTILE
+    plan.totals[0] = RowResult(HOSTILE, 1.0, 1.0, 1.0, HOSTILE, 1.0)
+    plan.looser = [Looser(row=HOSTILE, limit=2.0, unit=HOSTILE, rows=plan.totals)]
+    plan.notes = [HOSTILE]
+    plan.hardware = {"name": HOSTILE}
+    plan.created_by = HOSTILE
+    page = Page(html.render(plan))
+    assert "img" not in page.tags
+    assert page.tags.count("script") == harmless.tags.count("script")
+    assert page.text.count(HOSTILE) >= 12
+    assert HOSTILE in data_of(page)["texts"]
+    assert "<" not in page.scripts[0]
+
+
+def test_infinite_costs_and_errors_are_written(plan: Plan) -> None:
+    plan.decisions[0].error = plan.decisions[0].alternatives[0].error = float("inf")
+    plan.totals[0] = RowResult("latency", 1.0, None, float("inf"), "s", 1.0)
+    data = data_of(Page(html.render(plan)))
+    assert data["sites"][5][0] == "inf"
+    assert data["rows"][0]["measured"] == "inf"
+
+
+def test_to_html_writes_the_file(plan: Plan, tmp_path: Path) -> None:
+    path = plan.to_html(tmp_path / "new" / "plan.html")
+    assert path.read_text(encoding="utf-8") == html.render(plan)
+    assert [file.name for file in path.parent.iterdir()] == ["plan.html"]
+
+
+def test_diff_page_holds_both_decisions(plan: Plan, tmp_path: Path) -> None:
+    other = plan.model_copy(deep=True)
+    changed = other.find("model.layers.0.mlp.up_proj")
+    changed.choose("keep")
+    other.decisions.pop()
+    page = Page(plan.diff(other).to_html(tmp_path / "diff.html").read_text(encoding="utf-8"))
+    assert "Diff: 1 changed, 0 added, 1 removed" in page.text
+    assert data_of(page)["pairs"] == [[0, 1], [2, -1]]
+    assert Page(html.render_diff(plan.diff(plan))).text.count("the plans decide the same") == 2
+
+
+def test_vendored_dagre_is_what_was_published() -> None:
+    assert hashlib.sha256((VENDOR / "dagre.min.js").read_bytes()).hexdigest() == DAGRE
+    licence = (VENDOR / "dagre.LICENSE.txt").read_text(encoding="utf-8")
+    assert licence.startswith("Copyright (c) 2012-2014 Chris Pettitt")
+    assert "Permission is hereby granted, free of charge" in licence
+
+
+def looser(row: str, limit: float, latency: float) -> Looser:
+    rows = [RowResult("latency", None, latency, None, "s", before=1.0)]
+    return Looser(row=row, limit=limit, unit="bytes", rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("outlooks", "binding", "sentence"),
+    [
+        ([], ["weights"], "weights binds, 99.5% of its limit used"),
+        ([looser("weights", 7e9, 0.8)], ["weights"], "latency would fall by up to 20%"),
+        ([looser("kl", 7e9, 0.8)], ["kl"], "kl binds, 55.0%"),
+        ([looser("weights", 7e9, 1.0)], [], "No row binds: more of any row buys nothing"),
+        ([looser("kl", 1, 0.9), looser("weights", 1, 0.7)], ["weights", "kl"], "; kl binds"),
+    ],
+)
+def test_what_binds_is_what_more_of_it_buys(
+    outlooks: list[Looser], binding: list[str], sentence: str
+) -> None:
+    plan = llama(1, 1)
+    plan.looser = outlooks
+    assert summary.binding(plan) == binding
+    assert sentence in summary.binding_sentence(plan)
+
+
+def test_rows_with_room_do_not_bind() -> None:
+    plan = llama(1, 1)
+    plan.looser, plan.totals = [], plan.totals[1:]
+    assert summary.binding(plan) == []
+    assert "every row has room left" in summary.binding_sentence(plan)
+
+
+def test_a_group_or_its_members_are_counted() -> None:
+    plan = llama(1, 1)
+    names = [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    gate, up, down = (plan.find(name) for name in names)
+    pair = gate.model_copy(update={"key": f"{gate.key}+up_proj"}, deep=True)
+    plan.decisions = [gate, up, down, pair]
+    if pair.rewritten:
+        pair.choose("keep")
+    assert counted(plan.decisions) == [gate, up, down]
+    pair.choose("linear.low_rank", "option3")
+    assert counted(plan.decisions) == [down, pair]
+    assert ops_of("a.x+b.y") == ["a.x", "b.y"]
+    assert ops_of("x+y") == ["x", "y"]
+    assert ops_of("m.attn/kv=3") == ["m.attn"]

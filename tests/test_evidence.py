@@ -1,0 +1,86 @@
+"""What a plan carries for its readers is what happened: trials, outlook, graph, generated code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.emit.module import OptimizedModule
+from fxopt.ir.plan import Plan
+
+BUDGET = fxopt.Budget(relative_error=0.2, weights="45%", minimize="memory")
+
+
+@pytest.fixture(scope="module")
+def optimised() -> OptimizedModule:
+    torch.manual_seed(3)
+    layers = {"up": nn.Linear(128, 256), "relu": nn.ReLU(), "down": nn.Linear(256, 128)}
+    model = nn.Sequential(OrderedDict(layers)).eval()
+    data = [torch.randn(1, 37, 128) for _ in range(6)]
+    return fxopt.optimize(model, BUDGET, data[0], calibration=data)
+
+
+@pytest.fixture(scope="module")
+def plan(optimised: OptimizedModule) -> Plan:
+    return optimised.plan
+
+
+def test_the_plan_is_one_of_its_trials(plan: Plan) -> None:
+    (taken,) = (trial for trial in plan.trials if trial.taken)
+    assert taken.holds
+    rows = {row.name: row for row in taken.rows}
+    totals = {row.name: row for row in plan.totals}
+    assert rows["weights"].measured == totals["weights"].measured
+    assert rows["weights"].limit == totals["weights"].limit
+    assert rows["relative_error"].measured != totals["relative_error"].measured  # another part
+    assert rows["memory"].predicted is not None
+
+
+def test_looser_rows_never_cost_more(plan: Plan) -> None:
+    assert {looser.row for looser in plan.looser} == {"weights", "relative_error"}
+    limits = {row.name: row.limit for row in plan.totals}
+    for looser in plan.looser:
+        assert looser.limit > (limits[looser.row] or 0)
+        rows = {row.name: row for row in looser.rows}
+        before, then = rows["memory"].before, rows["memory"].predicted
+        assert before is not None
+        assert then is not None
+        assert then <= before * (1 + 1e-6)
+    most = max(looser.limit for looser in plan.looser if looser.row == "relative_error")
+    assert most == pytest.approx(0.4)
+
+
+def test_blocks_are_the_graph_before_and_after(plan: Plan) -> None:
+    lines = [line for block in plan.blocks for line in block.lines]
+    for decision in (plan.find(name, "linear") for name in ("up", "down")):
+        at = [line for line in lines if line.endswith(f" at {decision.key}")]
+        assert [line[0] for line in at] == (["-", "+"] if decision.rewritten else [" "])
+
+
+def test_alternatives_that_err_more_than_the_budget_do_not_fit(plan: Plan) -> None:
+    others = [other for decision in plan.decisions for other in decision.alternatives]
+    assert {other.feasible for other in others} == {True, False}
+    for other in others:
+        assert other.feasible == ((other.error or 0.0) <= 0.2**2)
+        assert other.feasible or "the whole budget is 4.00e-02" in other.reason
+
+
+def test_sources_are_the_generated_classes(optimised: OptimizedModule, plan: Plan) -> None:
+    assert plan.sources
+    for source in plan.sources:
+        assert source.text in optimised.source
+        assert source.text.startswith("class ")
+        assert set(source.modules) <= set(optimised.classes)
+
+
+def test_all_of_it_survives_a_file_and_a_replay(plan: Plan, tmp_path: Path) -> None:
+    read = Plan.load(plan.save(tmp_path / "plan.json"))
+    assert read == plan
+    assert read.looser == plan.looser
+    assert read.blocks == plan.blocks
+    assert "class " in read.to_html(tmp_path / "plan.html").read_text(encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Whatever is computed again, a step leaves what eager leaves, bit for bit, and as many bytes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxopt.ir.errors import CaptureError
+from fxopt.training import measure
+from fxopt.training.capture import joint
+from fxopt.training.emit import executable, partition
+from fxopt.training.module import TrainingModule
+from fxopt.training.schedule import schedule
+from fxopt.training.step import Step
+
+Example = tuple[nn.Module, dict[str, Any]]
+
+
+def dropping(model: nn.Module, inputs: dict[str, Any], share: float) -> tuple[nn.Module, int, int]:
+    """A module that computes a random share of its saved tensors again; its predicted peak, and
+    how many ops run twice."""
+    found: dict[str, int] = {}
+
+    def plan_step(inner: nn.Module, batch: dict[str, Any]) -> Any:
+        def cut(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+            step = Step.of(graph.graph, count)
+            dropped = [o for o in step.saved if random.random() < share]
+            laid = schedule(step, [o for o in dropped if step.blocked(step.maker(o)) is None])
+            found.update(peak=int(laid.live().max()), again=len(laid.runs_again()))
+            return partition(graph, laid, count)
+
+        with joint(inner, batch) as traced:
+            return traced.build(cut, executable)
+
+    module = TrainingModule(model, plan_step)
+    with measure.untouched(module):
+        module(**inputs)
+    return module, found["peak"], found["again"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_bits_and_bytes(example: Example, share: float) -> None:
+    model, inputs = example
+    eager = measure.outcome(model, inputs)
+    module, peak, again = dropping(model, inputs, share)
+    assert bool(again) == bool(share)
+    assert measure.outcome(module, inputs).difference(eager) == ("", 0.0)
+    assert measure.peak(module, inputs) == pytest.approx(peak, rel=1e-4, abs=128)
+
+
+def test_outcomes_are_told_apart(small: Example) -> None:
+    model, inputs = small
+    first = measure.outcome(model, inputs)
+    with torch.no_grad():
+        model.get_parameter("mix.bias")[0] += 1e-3
+    name, off = measure.outcome(model, inputs).difference(first)
+    assert name
+    assert 0 < off < 1
+
+
+def test_batch_statistics_move_once(conv: Example) -> None:
+    model, inputs = conv
+    module, _, again = dropping(model, inputs, 1.0)
+    assert again
+    before = model.get_buffer("first.1.running_mean").clone()
+    measure.step(module, inputs)
+    moved = model.get_buffer("first.1.running_mean").clone()
+    with torch.no_grad():
+        batch_mean = model.first[0](inputs["pixels"]).mean((0, 2, 3))  # pyright: ignore
+    torch.testing.assert_close(moved, 0.9 * before + 0.1 * batch_mean)
+    assert int(model.get_buffer("first.1.num_batches_tracked")) == 1
+
+
+def test_dropout_differs_from_step_to_step(small: Example) -> None:
+    model, inputs = small
+    module, _, _ = dropping(model, inputs, 1.0)
+    losses = [float(module(**inputs).sum().detach()) for _ in range(3)]
+    assert len(set(losses)) == 3
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Branching(), r"Branching: the training step cannot be traced.*[Vv]alues that decide"),
+        (Frozen(), r"Frozen: no output needs a gradient.*frozen"),
+    ],
+)
+def test_what_cannot_be_traced_is_said(model: nn.Module, message: str) -> None:
+    with pytest.raises(CaptureError, match=message), joint(model, {"x": torch.ones(2, 3)}):
+        pass
+
+
+def test_tracing_leaves_the_model_and_transformers_alone(small: Example) -> None:
+    masks = pytest.importorskip("transformers.masking_utils")
+    before = (masks.is_tracing, masks.find_packed_sequence_indices)
+    model, inputs = small
+    state = torch.get_rng_state()
+    with joint(model, inputs) as traced:
+        assert traced.graph.graph.find_nodes(op="output")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (masks.is_tracing, masks.find_packed_sequence_indices) == before
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
