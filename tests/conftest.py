@@ -20,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 
+from fxopt.cost_models import hardware
+from fxopt.cost_models.measured import Measured
+
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true"}
 
 hypothesis.settings.register_profile("local", deadline=None)
@@ -58,6 +61,36 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+FACTS = hardware.Device(
+    name="the tests' machine",
+    kind="cpu",
+    bandwidth=2e10,
+    matmul_rate={"float32": 5e10, "bfloat16": 2e10, "float16": 1e10},
+    launch_seconds=2e-6,
+    memory_bytes=24 * 2**30,
+    threads=2,
+    probed="2026-01-01",
+)
+_TIMED, _PROBED = Measured.__call__, hardware._measure
+
+
+@pytest.fixture(autouse=True, scope="session")
+def costs_by_roofline() -> Iterator[None]:
+    """Price op calls by the roofline of one machine, so that no choice depends on what else runs
+    on this one while it is made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "_measure", lambda *_: FACTS)
+        patch.setattr(Measured, "__call__", lambda self, call: self.prior(call))
+        yield
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time op calls and probe the device after all."""
+    monkeypatch.setattr(Measured, "__call__", _TIMED)
+    monkeypatch.setattr(hardware, "_measure", _PROBED)
 
 
 @pytest.fixture(autouse=True)

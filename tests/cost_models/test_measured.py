@@ -12,6 +12,8 @@ from fxopt.cost_models.measured import Measured
 from fxopt.cost_models.roofline import Roofline
 from fxopt.ir.cost import Cost, OpCall
 
+pytestmark = pytest.mark.usefixtures("clock")
+
 DEVICE = Device("toy", "cpu", 1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e-6, 2**30, 1, "2026-01-01")
 
 
