@@ -23,7 +23,7 @@ from .ir.plan import Plan
 from .ir.workload import Workload
 from .measure import Measurer
 from .progress import Progress, showing
-from .replay import check_tensors, prepared_tensors, replay
+from .replay import check_tensors, installed, prepared_tensors, replay
 from .show.report import Report
 from .training.module import TrainingModule
 
@@ -136,7 +136,7 @@ def apply(
         return training.apply(model, plan, step[0])
     request = resolve(
         model, plan.budget, example_inputs, workload=plan.workload, calibration=calibration,
-        keep=(), rewrites=None, at=plan.at, seed=0, time_limit=None,
+        keep=(), rewrites=installed(plan), at=plan.at, seed=0, time_limit=None,
     )  # fmt: skip
     with showing(progress) as shown:
         return replay(_compiler(request, shown), plan, refit=refit)
@@ -159,7 +159,7 @@ def verify(
     example = items[0] if items and example_inputs is None else example_inputs
     request = resolve(
         model, opt.plan.budget, example, workload=opt.plan.workload, calibration=items,
-        keep=(), rewrites=None, at=opt.plan.at, seed=0, time_limit=None,
+        keep=(), rewrites=installed(opt.plan), at=opt.plan.at, seed=0, time_limit=None,
     )  # fmt: skip
     with showing(progress) as shown:
         compiler = _compiler(request, shown)

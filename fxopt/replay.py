@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from . import passes
 from .compiler import Compiler
-from .decide.propose import Proposal
+from .decide.propose import Proposal, candidates
 from .hosted import Optimized
 from .ir.errors import PlanError
 from .ir.plan import Decision, Plan
-from .ir.rewrite import Candidate, Refusal
+from .ir.rewrite import Refusal
 from .ir.site import Site
 from .show.report import Report
 
 
+def installed(plan: Plan) -> list[str]:
+    """The rewrites that `plan` uses, those on request included, as far as they are installed."""
+    known = passes.available()
+    return sorted({d.rewrite for d in plan.rewritten if d.rewrite in known})
+
+
 def prepared_tensors(compiler: Compiler, proposals: Iterable[Proposal]) -> dict[str, Tensor]:
-    """What calibrated choices prepared, by "<family>:<key>:<name>"."""
+    """What calibrated choices prepared, by the choice and the tensor's name."""
     return {
-        f"{p.site.family}:{p.site.key}:{name}": tensor
-        for p in proposals
-        for name, tensor in compiler.preparer(p).items()
+        f"{_choice(proposal)}:{name}": tensor
+        for proposal in proposals
+        for name, tensor in compiler.preparer(proposal).items()
     }
+
+
+def _choice(proposal: Proposal) -> str:
+    """A site and what becomes of it, so that no tensor is taken for one of another choice."""
+    site, values = proposal.site, sorted(proposal.candidate.parameters.items())
+    given = ",".join(f"{name}={value}" for name, value in values)
+    return f"{site.family}:{site.key}:{proposal.rewrite.name}({given})"
 
 
 def replay(compiler: Compiler, plan: Plan, *, refit: bool) -> Optimized:
@@ -31,19 +45,25 @@ def replay(compiler: Compiler, plan: Plan, *, refit: bool) -> Optimized:
     check(compiler, plan, refit=refit)
     sites = {(site.family, site.key): site for site in compiler.captured.sites}
     proposals = [_proposal(compiler, sites, decision) for decision in plan.rewritten]
+    stored: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in ({} if refit else plan.tensors).items():
+        choice, _, name = key.rpartition(":")
+        stored.setdefault(choice, {})[name] = tensor
+    fitted: list[str] = []
 
-    def tensors(proposal: Proposal) -> dict[str, Tensor]:
-        prefix = f"{proposal.site.family}:{proposal.site.key}:"
-        stored = {
-            name.removeprefix(prefix): tensor.to(compiler.device)
-            for name, tensor in plan.tensors.items()
-            if name.startswith(prefix)
-        }
-        return stored if stored and not refit else compiler.preparer(proposal)
+    def tensors(proposal: Proposal) -> Mapping[str, Tensor]:
+        if found := stored.get(_choice(proposal)):
+            return {name: tensor.to(compiler.device) for name, tensor in found.items()}
+        made = compiler.preparer(proposal)
+        fitted.extend([proposal.site.key] if made else [])
+        return made
 
     module = compiler.emit(compiler.realise(proposals, tensors))
+    notes = [*plan.notes, "replayed: not measured again"]
+    if plan.tensors and fitted and not refit:
+        notes.append(f"fitted again, as the plan holds other choices there: {', '.join(fitted)}")
     module.plan = plan
-    module.report = Report(list(plan.totals), [*plan.notes, "replayed: not measured again"])
+    module.report = Report(list(plan.totals), notes)
     return module
 
 
@@ -94,5 +114,11 @@ def _proposal(
     match = rewrite.match(site)
     if isinstance(match, Refusal):
         raise PlanError(f"{decision.rewrite} does not serve {decision.key!r}: {match.reason}")
-    candidate = Candidate(decision.rewrite, decision.label, decision.parameters)
-    return Proposal(site, rewrite, match, candidate)
+    offered = candidates(rewrite, match, (*compiler.scenarios, compiler.final))
+    found = next((c for c in offered if dict(c.parameters) == decision.parameters), None)
+    if found is None:
+        raise PlanError(
+            f"{decision.rewrite} does not offer {decision.parameters} at {decision.key!r}; it "
+            f"offers {', '.join(c.label for c in offered) or 'nothing there'}"
+        )
+    return Proposal(site, rewrite, match, found)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt import passes
 from fxopt.ir.errors import FxoptError, PlanError
 
 
@@ -100,6 +101,63 @@ def test_replay_is_bit_identical_and_refit_works_without_tensors(
     path.with_suffix(".safetensors").unlink()
     refitted = fxopt.apply(mlp, fxopt.Plan.load(path), example_inputs=data[0], calibration=data)
     assert relative_error(optimised(data[1]), refitted(data[1])) < 1e-3
+
+
+def test_an_edited_plan_is_fitted_where_it_was_edited(
+    mlp: Mlp, data: list[torch.Tensor], optimised
+) -> None:
+    """Each alternative of each site gives what a plan of its own would: no stale tensor is read."""
+    offered = [
+        (decision.key, other)
+        for decision in optimised.plan.decisions
+        for other in decision.alternatives
+        if decision.family == "linear"
+    ]
+    assert len({other.rewrite for _, other in offered}) > 2
+    for key, other in offered:
+        plan = optimised.plan.model_copy(deep=True)
+        plan.lock(key, other.rewrite, other.label or None, family="linear")
+        edited = fxopt.apply(mlp, plan, example_inputs=data[0], calibration=data)
+        plan.tensors = {}
+        fresh = fxopt.apply(mlp, plan, example_inputs=data[0], calibration=data)
+        shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+        assert {name: t.shape for name, t in edited.state_dict().items()} == shapes
+        assert relative_error(fresh(data[1]), edited(data[1])) < 1e-3
+        changed = plan.find(key, "linear").rewritten
+        assert any("fitted again" in note for note in edited.report.notes) == changed
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"rank": 100_000}, {"rank": -3}, {"rank": "many"}, {"blocks": 3}, {}]
+)
+def test_a_choice_that_no_candidate_offers_is_one_error(
+    mlp: Mlp, data: list[torch.Tensor], optimised, parameters: dict[str, Any]
+) -> None:
+    plan = optimised.plan.model_copy(deep=True)
+    plan.lock("down", "linear.low_rank", plan_label(plan, "down", "linear.low_rank"))
+    plan.find("down", "linear").parameters = parameters
+    with pytest.raises(PlanError, match=r"low_rank does not offer .* at 'down'; it offers rank"):
+        fxopt.apply(mlp, plan, example_inputs=data[0], calibration=data)
+
+
+def plan_label(plan: fxopt.Plan, key: str, rewrite: str) -> str:
+    others = plan.find(key, "linear").alternatives
+    return next(other.label for other in others if other.rewrite == rewrite)
+
+
+@pytest.mark.parametrize("rewrite", sorted(passes.ON_REQUEST))
+def test_rewrites_on_request_replay_and_verify(
+    mlp: Mlp, data: list[torch.Tensor], rewrite: str, tmp_path: Path
+) -> None:
+    budget = fxopt.Budget(relative_error=0.9, minimize="memory")
+    made = fxopt.plan(mlp, budget, data[0], calibration=data, rewrites=[rewrite])
+    if rewrite == "linear.low_rank_shared":  # no two layers of this model share an input
+        assert not made.rewritten
+        return
+    assert {decision.rewrite for decision in made.rewritten} == {rewrite}
+    read = fxopt.Plan.load(made.save(tmp_path / "plan.json"))
+    opt = fxopt.apply(mlp, read, example_inputs=data[0])
+    assert all(row.excess <= 0 for row in fxopt.verify(opt, mlp, data).rows)
 
 
 def test_a_plan_for_another_model_is_refused(data: list[torch.Tensor], optimised) -> None:

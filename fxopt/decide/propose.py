@@ -77,11 +77,20 @@ def _ask(
     match = rewrite.match(site)
     if isinstance(match, Refusal):
         return [], match.reason
-    scenarios = [seen for seen in map(site.at, scenarios) if seen is not None]
-    candidates = rewrite.candidates(match, scenarios)
-    if not candidates:
-        return [], rewrite.refusal(match, scenarios) or "no size of it fits this site"
-    return [Proposal(site, rewrite, match, c) for c in candidates], None
+    found = candidates(rewrite, match, scenarios)
+    if not found:
+        seen = _seen(site, scenarios)
+        return [], rewrite.refusal(match, seen) or "no size of it fits this site"
+    return [Proposal(site, rewrite, match, c) for c in found], None
+
+
+def candidates(rewrite: Rewrite, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+    """What a rewrite offers at a site that it serves, for the calls of a workload."""
+    return rewrite.candidates(match, _seen(match.site, scenarios))
+
+
+def _seen(site: Site, scenarios: Sequence[Scenario]) -> list[Scenario]:
+    return [seen for seen in map(site.at, scenarios) if seen is not None]
 
 
 def _served(rewrite: Rewrite) -> str:

@@ -38,8 +38,8 @@ class Plan(PlanModel):
     `at` names the submodule that alone is rewritten, if any: keys and fingerprints are of that
     one. `fingerprint_structure` names the graph (always checked by `apply`), `fingerprint_weights`
     the values (checked where prepared `tensors` exist). `totals` are the rows of the budget, in
-    the units that `RowResult` names. `tensors` maps "<family>:<key>:<name>" to what calibrated
-    choices prepared; it is stored beside the JSON, and `prepared` is the SHA-256 of that file.
+    the units that `RowResult` names. `tensors` is what calibrated choices prepared, by choice
+    and name; it is stored beside the JSON, and `prepared` is the SHA-256 of that file.
     `trials`, `looser`, `blocks` and `sources` are for readers: nothing of them is replayed.
     """
 
