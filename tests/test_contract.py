@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.compiler import Compiler, resolve
+from fxopt.compiler import Compiler
 from fxopt.decide.search import Search, uniform
 from fxopt.measure import Measurer
+from fxopt.request import resolve
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

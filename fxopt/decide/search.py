@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from ..ir.errors import excess
 from .peaks import PEAK_ROWS, Points, row_at
 from .solve import Group, Problem, Row, nearest, solve, total, undominated
 from .table import Column, Table
@@ -34,7 +36,7 @@ class Limits:
 
     def excess(self, measured: Rows) -> float:
         """The smallest number that every measured row / limit - 1 stays under."""
-        return max((measured[n] / limit - 1 for n, limit in self.rows.items()), default=0.0)
+        return max((excess(measured[n], limit) for n, limit in self.rows.items()), default=0.0)
 
     def constant(self, name: str) -> dict[str, float]:
         """The solver's rows of one row of the budget, and the constant of each."""
@@ -110,7 +112,8 @@ class Search:
                 if g in self.fixed:
                     excluded = o != self.fixed[g]
                 else:
-                    excluded = slow_is_useless and o > 0 and _no_faster(column, columns[0])
+                    slow = slow_is_useless and _no_faster(column, columns[0])
+                    excluded = o > 0 and (slow or not math.isfinite(column.error))
                 if excluded:
                     pairs.add((g, o))
         return frozenset(pairs)
@@ -155,6 +158,7 @@ class Search:
         """Record what `choice` measured; later predictions are corrected by it."""
         predicted = self.predict(choice)
         value = sum(w * measured.get(n, predicted[n]) for n, w in self.limits.objective.items())
+        value = value if math.isfinite(value) else math.inf
         trial = Trial(choice, predicted, measured, self.limits.excess(measured), value)
         self.trials.append(trial)
         self.correct(choice, predicted, measured)
