@@ -1,4 +1,4 @@
-"""The public functions: `optimize`, `plan`, `apply`, `verify`, `load`."""
+"""The public functions: `optimize`, `plan`, `solve`, `apply`, `verify`, `load`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import nn
 
 from . import training
 from .compiler import Compiler
+from .decide.again import solve_again
 from .hosted import Optimized, load_into
 from .ir.budget import Budget
-from .ir.errors import FxoptError
+from .ir.errors import FxoptError, PlanError
 from .ir.plan import Plan
-from .ir.workload import Workload
+from .ir.workload import Train, Workload
 from .measure import Measurer
 from .progress import Progress, showing
 from .replay import check_tensors, installed, replay
@@ -101,6 +102,19 @@ def plan(
     )  # fmt: skip
     with preserved(model), showing(progress) as shown:
         return Session(_compiler(request, shown)).plan()
+
+
+def solve(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0) -> Plan:
+    """Decide the sites of `plan` that are not locked again, without the model.
+
+    `budget` is the plan's own unless given: edit, lock, and see what the rest becomes, or what
+    another budget would. Costs and errors are those in the plan, and the new plan is a prediction:
+    realise it with `apply`, measure it with `verify`. PlanError for a row that the plan cannot
+    tell (activations, single calls), and of a training step.
+    """
+    if isinstance(plan.workload, Train):
+        raise PlanError("a plan of a training step is solved with its graph: use fxopt.plan")
+    return solve_again(plan, budget, time_limit=time_limit)
 
 
 def apply(

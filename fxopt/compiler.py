@@ -21,7 +21,7 @@ from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
 from .decide.peaks import Points, points, shifted
 from .decide.propose import Proposal, Proposals, propose
-from .decide.quality import Kind, Quality, Reference
+from .decide.quality import QUALITIES, Kind, Quality, Reference
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.statistics import Call, Statistics, collect
 from .decide.table import Column, Preparer, Table, build
@@ -100,13 +100,8 @@ class Compiler:
     def quality(self) -> Quality:
         """How errors are measured: the budget's row, or KL (outputs without logits: relative)."""
         row = self.request.budget.quality
-        kinds: dict[str | None, Kind] = {
-            "kl": "kl",
-            "loss_increase": "loss_increase",
-            "relative_error": "relative_error",
-            "metric_drop": "metric",
-        }
-        kind = kinds.get(row) or ("kl" if self.logits is not None else "relative_error")
+        otherwise: Kind = "kl" if self.logits is not None else "relative_error"
+        kind = QUALITIES.get(row or "", otherwise)
         if kind in ("kl", "loss_increase") and self.logits is None:
             raise FxoptError(
                 f"Budget.{row}: the model returns no logits; use relative_error or a metric"

@@ -156,6 +156,7 @@ class Session:
             decisions=decided,
             refusals=refusals(compiler.proposals),
             totals=rows,
+            baseline=dict(self.measurer.baseline),
             notes=self._notes(),
             trials=evidence.trials(self.measurer, search, trial),
             looser=evidence.looser(self.measurer, search, trial) if held else [],

@@ -18,6 +18,13 @@ from ..ir.errors import FxoptError
 from .calibration import Batch, padding_of
 
 Kind = Literal["kl", "loss_increase", "relative_error", "metric"]
+QUALITIES: dict[str, Kind] = {
+    "kl": "kl",
+    "loss_increase": "loss_increase",
+    "relative_error": "relative_error",
+    "metric_drop": "metric",
+}
+"""By the budget's row."""
 Evaluate = Callable[[Any, Batch, Tensor | None], Tensor]
 """(module, batch, positions [P] or None) -> output of interest; logits of those positions."""
 
