@@ -26,7 +26,8 @@ ATTEMPTS = 5
 """Searches, each asking more of the `choose` part, until the `verify` part holds."""
 MARGIN, MOST = 1.02, 10.0
 RUNNERS_UP = 4
-"""Where nothing holds, so many of the nearest trials are verified and the best is handed out."""
+"""Where nothing holds, so many of the nearest trials are verified, and the model as it is; the
+best is handed out."""
 
 
 class Session:
@@ -84,7 +85,7 @@ class Session:
         for _ in range(ATTEMPTS):
             found = self.search_best()
             held, rows = found.excess <= 0, list[RowResult]()
-            for trial in [found] if held else self.search.ranked()[:RUNNERS_UP]:
+            for trial in [found] if held else self._nearest():
                 module, rows = self._verified(trial)
                 excess = max((row.excess for row in rows if row.limit is not None), default=0.0)
                 if excess <= 0:
@@ -96,6 +97,11 @@ class Session:
             self._correct(found, rows)
         assert nearest is not None
         raise _budget_error(nearest[1], nearest[2])
+
+    def _nearest(self) -> list[Trial]:
+        """Where nothing holds: the trials to verify, the model as it is among them."""
+        ranked, none = self.search.ranked(), identity(self.table)
+        return [t for i, t in enumerate(ranked) if i < RUNNERS_UP or t.choice == none]
 
     def _verified(self, trial: Trial) -> tuple[Optimized, list[RowResult]]:
         proposals = self.compiler.chosen(self.search, trial.choice)

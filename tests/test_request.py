@@ -117,6 +117,14 @@ def test_a_model_that_returns_nan_is_named(data: list[torch.Tensor]) -> None:
         fxopt.optimize(Broken(), BUDGET, data[0], calibration=data)
 
 
+def test_weights_that_are_no_numbers_are_named(data: list[torch.Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96))
+    with torch.no_grad():
+        model[2].weight[3, 5] = float("nan")
+    with pytest.raises(FxoptError, match="whether its weights are finite"):
+        fxopt.optimize(model, BUDGET, data[0], calibration=data)
+
+
 def test_a_metric_that_is_no_number_is_named(model: nn.Module, data: list[torch.Tensor]) -> None:
     budget = fxopt.Budget(metric=lambda _: float("nan"), metric_drop=0.1, weights="60%")
     with pytest.raises(FxoptError, match=r"Budget\.metric: it returned nan for the original"):
