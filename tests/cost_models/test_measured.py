@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxopt.cost_models import hardware
 from fxopt.cost_models.hardware import Device, probe
 from fxopt.cost_models.measured import Measured
 from fxopt.cost_models.roofline import Roofline
@@ -74,3 +75,26 @@ def test_probe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.bandwidth > 0
     assert set(first.matmul_rate) == {"float32", "bfloat16", "float16"}
     assert probe("cpu") == first
+
+
+def test_a_disturbed_timing_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work slows all runs of a window but one."""
+    clock, spent = [0.0], [0.010] * 6 + [0.001] + [0.010] * 5 + [0.001] * 300
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+
+    def call() -> None:
+        clock[0] += spent.pop(0)
+
+    assert hardware.time_call(call, torch.device("cpu"), seconds=0.1) == pytest.approx(0.001)
+
+
+def test_a_quiet_timing_takes_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+
+    def call() -> None:
+        calls.append(1)
+        clock[0] += 0.01
+
+    assert hardware.time_call(call, torch.device("cpu"), seconds=0.1) == pytest.approx(0.01)
+    assert len(calls) <= 12
