@@ -87,32 +87,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-WINDOWS = 3
-QUIET = 1.3
-"""How often a call is timed anew where its median is more than so many times its fastest run."""
+DOUBTFUL = 5
+RUNS, LONGEST = 40, 0.4
+"""A call that takes so many times what was expected is run again: so often, or so many seconds."""
 
 
-def time_call(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.05) -> float:
+def time_call(
+    call: Callable[[], Any],
+    device: torch.device,
+    *,
+    seconds: float = 0.05,
+    expected: float = float("inf"),
+) -> float:
     """Seconds of `call`: the lower quartile over repeats that fill about `seconds`, at least 5.
 
-    What else runs on the machine only ever adds time, so the fast repeats tell more; where they
-    vary much, something does, and the best of a few such windows counts.
+    What else runs on the machine only ever adds time, so the fast repeats tell more. It adds most
+    where threads wait for each other, a thousand times what a small call takes: one that is far
+    from `expected` is tried until a run was left alone.
     """
     call()
-    best = float("inf")
-    for _ in range(WINDOWS):
-        times = _window(call, device, seconds)
-        best = min(best, times[len(times) // 4])
-        if times[len(times) // 2] <= QUIET * times[0]:
-            break
-    return best
+    times = _repeated(call, device, seconds, 200)
+    found = times[len(times) // 4]
+    if found <= DOUBTFUL * expected:
+        return found
+    return min(times[0], _repeated(call, device, LONGEST, RUNS)[0])
 
 
-def _window(call: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of repeated calls, the fastest first."""
+def _repeated(
+    call: Callable[[], Any], device: torch.device, seconds: float, most: int
+) -> list[float]:
+    """Seconds of repeated calls, at least 5, the fastest first."""
     times: list[float] = []
     deadline = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < deadline and len(times) < 200):
+    while len(times) < 5 or (time.perf_counter() < deadline and len(times) < most):
         synchronize(device)
         begin = time.perf_counter()
         call()

@@ -12,6 +12,9 @@ from fxopt.ir.cost import Cost, OpCall
 from .hardware import Device, cache_folder, read_json, time_call, write_json
 from .roofline import Roofline
 
+ABSURD = 50
+"""What takes so many times its prior was disturbed for as long as it was timed: not kept."""
+
 
 class Measured:
     """Times a call's own closure; falls back to the roofline where that would take too long.
@@ -32,14 +35,18 @@ class Measured:
         self._path = (folder or cache_folder()) / f"costs-{digest}.json"
         stored = read_json(self._path)
         self._seconds: dict[str, float] = stored if isinstance(stored, dict) else {}
+        self._passing: set[str] = set()
         self._dirty = False
 
     def __call__(self, call: OpCall) -> Cost:
         prior = self.prior(call)
         seconds = self._seconds.get(call.key)
         if seconds is None and call.run is not None and prior.seconds <= self.limit:
-            seconds = time_call(call.run(self._device), self._device)
+            run = call.run(self._device)
+            seconds = time_call(run, self._device, expected=prior.seconds)
             self._seconds[call.key] = seconds
+            if seconds > ABSURD * prior.seconds:
+                self._passing.add(call.key)
             self._dirty = True
         if seconds is None:
             return prior
@@ -51,5 +58,6 @@ class Measured:
         if self._dirty:
             stored = read_json(self._path)
             known = stored if isinstance(stored, dict) else {}
-            write_json(self._path, {**known, **self._seconds})
+            lasting = {k: v for k, v in self._seconds.items() if k not in self._passing}
+            write_json(self._path, {**known, **lasting})
             self._dirty = False
