@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import passes
+from . import __version__, passes
 from .capture import Captured, capture
 from .cost_models.hardware import Device, probe
 from .cost_models.measured import Measured
@@ -24,7 +24,7 @@ from .decide.propose import Proposal, Proposals, propose
 from .decide.quality import QUALITIES, Kind, Quality, Reference
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.statistics import Call, Statistics, collect
-from .decide.table import Column, Preparer, Table, build
+from .decide.table import Column, Preparer, Priors, Table, build
 from .decide.verify import weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit
@@ -39,6 +39,7 @@ from .ir.workload import Generate, Scenario, scenarios
 from .passes.baseline import baseline_calls, cache_bytes
 from .progress import stepping
 from .request import Request
+from .scores import Scores, data_digest, key_of
 from .state import State
 
 logger = logging.getLogger("fxopt")
@@ -188,23 +189,40 @@ class Compiler:
         return Preparer(self.statistics)
 
     @cached_property
+    def _priors(self) -> Priors:
+        return Priors(self.preparer)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Errors of this model's candidates on this calibration, as far as they are known."""
+        request = self.request
+        data = data_digest((request.calibration.fit, request.calibration.choose[:1]))
+        measured = (str(self.quality), str(request.seed), request.at or "")
+        return Scores((__version__, self.structure, self.weights, data, *measured))
+
+    def _prior(self, proposal: Proposal) -> float:
+        return self.scores(key_of([proposal]), lambda: self._priors(proposal))
+
+    @cached_property
     def costs(self) -> Measured:
         dtype = next((p.dtype for p in self.request.model.parameters()), torch.float32)
         return Measured(self.hardware, str(dtype).removeprefix("torch."))
 
     def table(self) -> Table:
         """Every option priced: statistics, priors and measured costs."""
-        with torch.no_grad():
-            table = build(
-                self.proposals,
-                (*self.scenarios, self.final),
-                baseline_calls,
-                self.costs,
-                self.preparer,
-                partial(self.request.progress.track, "scoring"),
-            )
-        self.costs.save()
-        return table
+        try:
+            with torch.no_grad():
+                return build(
+                    self.proposals,
+                    (*self.scenarios, self.final),
+                    baseline_calls,
+                    self.costs,
+                    self._prior,
+                    partial(self.request.progress.track, "scoring"),
+                )
+        finally:  # an interrupted scoring goes on where it stopped
+            self.costs.save()
+            self.scores.save()
 
     def realise(
         self,
@@ -354,9 +372,13 @@ class Compiler:
 
     def measure_column(self, column: Column) -> float:
         """Additive error of one swapped site, on the `choose` part."""
-        graph = self.realise(column.proposals).graph
-        measured = self.choose_reference.measure(graph, batches=1)
-        return self.quality.additive(measured.mean)
+
+        def measure() -> float:
+            graph = self.realise(column.proposals).graph
+            measured = self.choose_reference.measure(graph, batches=1)
+            return self.quality.additive(measured.mean)
+
+        return self.scores(f"swap:{key_of(column.proposals)}", measure)
 
     def search(self, search: Search, measure: Any) -> Trial | None:
         """Measure what the solver takes, solve again, measure whole choices."""
@@ -366,6 +388,7 @@ class Compiler:
         with stage("comparing", min(SWAPS, len(search.table.keys))) as advance:
             column = stepping(advance, self.measure_column)
             measure_swaps(search, column, deadline=enough, limit=SWAPS)
+        self.scores.save()
         self._swap_seconds -= time.monotonic() - began
         with stage("searching", TRIALS) as advance:
             trial = stepping(advance, measure)

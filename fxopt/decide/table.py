@@ -139,14 +139,14 @@ def build(
     scenarios: Sequence[Scenario],
     baseline: Baseline,
     cost: CostModel,
-    preparer: Preparer,
+    prior_of: Callable[[Proposal], float],
     watch: Callable[[list[tuple[Site, ...]]], Iterable[tuple[Site, ...]]] = iter,
 ) -> Table:
     """Price every option. Attention and KV cache of one head are one joint decision.
 
-    `watch` iterates over the groups, and may count them.
+    `prior_of` gives the additive error of one proposal alone. `watch` iterates over the groups,
+    and may count them.
     """
-    priors = _Priors(preparer)
     keys: list[tuple[Site, ...]] = []
     columns: list[list[Column]] = []
     for sites in watch(_joint(proposals.sites)):
@@ -158,7 +158,7 @@ def build(
         for chosen in _product(options):
             total, seconds = _cost(sites, chosen, scenarios, baseline, cost)
             known = 0.0 if all(p.rewrite.exact for p in chosen) else None
-            prior = sum(map(priors, chosen))
+            prior = sum(0.0 if p.rewrite.exact else prior_of(p) for p in chosen)
             if math.isfinite(prior):
                 made.append(Column(chosen, total, prior, known, seconds))
             elif len(chosen) == 1:
@@ -256,7 +256,7 @@ def _members(site: Site) -> tuple[Site, ...]:
     return site.info.members if isinstance(site.info, GroupInfo) else (site,)
 
 
-class _Priors:
+class Priors:
     """Fisher-Taylor priors; attention candidates are emulated once for all heads of an op."""
 
     def __init__(self, preparer: Preparer) -> None:
@@ -266,7 +266,7 @@ class _Priors:
     def __call__(self, proposal: Proposal) -> float:
         statistics = self._preparer.statistics
         site, recorded = proposal.site, statistics.at(proposal.site)
-        if proposal.rewrite.exact or recorded.gradients is None:
+        if recorded.gradients is None:
             return 0.0
         if isinstance(site.info, GroupInfo):
             return sum(self._of_member(proposal, k) for k in site.info.outputs)

@@ -1,0 +1,114 @@
+"""What was scored once is not scored again: other budgets, interrupted runs, later processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.decide.table import Priors
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96)).eval()
+
+
+@pytest.fixture
+def data() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(1, 20, 96, generator=generator) for _ in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The candidates whose error was estimated, in order."""
+    seen: list[Any] = []
+    estimate = Priors.__call__
+
+    def counted(self: Priors, proposal: Any) -> float:
+        seen.append(proposal.candidate.label)
+        return estimate(self, proposal)
+
+    monkeypatch.setattr(Priors, "__call__", counted)
+    return seen
+
+
+BUDGET = fxopt.Budget(weights="60%", relative_error=0.2)
+
+
+def test_a_second_budget_scores_nothing_and_decides_alike(
+    model: nn.Module, data: list[torch.Tensor], scored: list[Any]
+) -> None:
+    first = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    count = len(scored)
+    assert count > 10
+    other = fxopt.plan(
+        model, fxopt.Budget(weights="30%", relative_error=0.2), data[0], calibration=data
+    )
+    again = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    assert len(scored) == count
+    assert not first.diff(again)
+    assert first.diff(other)
+
+
+@pytest.mark.parametrize("change", ["weights", "calibration", "quality", "seed"])
+def test_other_models_data_and_measures_are_scored(
+    model: nn.Module, data: list[torch.Tensor], scored: list[Any], change: str
+) -> None:
+    fxopt.plan(model, BUDGET, data[0], calibration=data)
+    count, budget, options = len(scored), BUDGET, {}
+    if change == "weights":
+        with torch.no_grad():
+            model[0].weight.mul_(1.01)
+    elif change == "calibration":
+        data[0] = data[0] + 0.01
+    elif change == "quality":
+        budget = fxopt.Budget(weights="60%")
+        budget = fxopt.Budget(metric=lambda _: 1.0, metric_drop=0.1, weights="60%")
+    else:
+        options["seed"] = 1
+    fxopt.plan(model, budget, data[0], calibration=data, **options)
+    assert len(scored) == 2 * count
+
+
+def test_an_interrupted_scoring_goes_on_where_it_stopped(
+    model: nn.Module, data: list[torch.Tensor], scored: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Priors.__call__
+
+    def interrupted(self: Priors, proposal: Any) -> float:
+        if len(scored) == 7:
+            raise KeyboardInterrupt
+        return counted(self, proposal)
+
+    monkeypatch.setattr(Priors, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxopt.plan(model, BUDGET, data[0], calibration=data)
+    monkeypatch.setattr(Priors, "__call__", counted)
+    fxopt.plan(model, BUDGET, data[0], calibration=data)
+    whole = len(scored)
+    scored.clear()
+    data[0] = data[0] + 1.0  # nothing is known of these
+    fxopt.plan(model, BUDGET, data[0], calibration=data)
+    assert len(scored) == whole
+
+
+def test_a_damaged_file_is_no_obstacle(
+    model: nn.Module, data: list[torch.Tensor], folder: Path
+) -> None:
+    first = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    for file in folder.glob("scores-*.json"):
+        file.write_text("{ cut")
+    assert not first.diff(fxopt.plan(model, BUDGET, data[0], calibration=data))
