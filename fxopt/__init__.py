@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxopt.api import apply, load, optimize, plan, solve, verify
+    from fxopt.api import apply, frontier, load, optimize, plan, solve, verify
     from fxopt.emit.cache import Cache
     from fxopt.ir.budget import Budget
     from fxopt.ir.errors import BudgetError, CaptureError, FxoptError, PlanError
@@ -32,6 +32,7 @@ __all__ = [
     "PlanError",
     "Train",
     "apply",
+    "frontier",
     "load",
     "optimize",
     "plan",
@@ -51,6 +52,7 @@ _PUBLIC = {
     "PlanError": "fxopt.ir.errors:PlanError",
     "Train": "fxopt.ir.workload:Train",
     "apply": "fxopt.api:apply",
+    "frontier": "fxopt.api:frontier",
     "load": "fxopt.api:load",
     "optimize": "fxopt.api:optimize",
     "plan": "fxopt.api:plan",

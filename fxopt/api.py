@@ -1,17 +1,18 @@
-"""The public functions: `optimize`, `plan`, `solve`, `apply`, `verify`, `load`."""
+"""The public functions: `optimize`, `plan`, `solve`, `frontier`, `apply`, `verify`, `load`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from . import training
 from .compiler import Compiler
 from .decide.again import solve_again
+from .frontier import Frontier
 from .hosted import Optimized, load_into
 from .ir.budget import Budget
 from .ir.errors import FxoptError, PlanError
@@ -25,6 +26,9 @@ from .session import Session
 from .show.report import Report
 from .state import preserved
 from .training.module import TrainingModule
+
+UNLIMITED = 1e9
+"""A quality row that no plan exceeds."""
 
 
 def optimize(
@@ -186,6 +190,39 @@ def load(path: str | Path, model: nn.Module | None = None) -> Optimized:
         return load_folder(path)
     device = next((p.device for p in model.parameters()), "cpu")
     return load_into(model, load_folder(path, device))
+
+
+def frontier(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    workload: Workload | None = None,
+    calibration: Iterable[Any] | None = None,
+    keep: Iterable[str] = (),
+    rewrites: Sequence[str] | None = None,
+    at: str | None = None,
+    quality: Literal["kl", "loss_increase", "relative_error"] = "kl",
+    seed: int = 0,
+    time_limit: float | None = None,
+    progress: bool | None = None,
+) -> Frontier:
+    """Every plan that no other beats in latency, memory (weights and KV cache) and error at once.
+
+    The model is scored once. What comes back prints as a table and draws itself (`to_svg`), and
+    `.plan(budget)` and `.optimize(budget)` answer further budgets from the same scores. `quality`
+    is the row that errors are counted in; other arguments as of `optimize`. Points are
+    predictions, corrected by a few plans that were realised; only `.optimize` measures a contract.
+    """
+    if quality not in ("kl", "loss_increase", "relative_error"):
+        raise FxoptError(f"quality: takes kl, loss_increase or relative_error, not {quality!r}")
+    rows: dict[str, Any] = {quality: UNLIMITED}
+    request = resolve(
+        model, Budget(**rows, minimize="latency"), example_inputs, workload=workload,
+        calibration=calibration, keep=keep, rewrites=rewrites, at=at, seed=seed,
+        time_limit=time_limit,
+    )  # fmt: skip
+    with preserved(model), showing(progress) as shown:
+        return Frontier(_compiler(request, shown))
 
 
 def _compiler(request: Request, progress: Progress) -> Compiler:

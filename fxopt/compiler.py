@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from .emit.targets import written
 from .fingerprint import structure_fingerprint, weights_fingerprint
 from .host import Host
 from .hosted import Optimized
+from .ir.budget import Budget
 from .ir.errors import FxoptError
 from .ir.rewrite import Rewrite
 from .ir.site import Site
@@ -64,6 +66,13 @@ class Compiler:
             self.host = Host(request.model, request.at, self.captured, request.example)
             self.host.check(self._module(GraphEditor(self.captured)))
         self._swap_seconds = SWAP_SECONDS
+
+    def under(self, budget: Budget) -> Compiler:
+        """The same capture and scores for another budget, whose quality is of the same kind."""
+        other = copy.copy(self)
+        other.request = replace(self.request, budget=budget)
+        other._swap_seconds = SWAP_SECONDS
+        return other
 
     @cached_property
     def scenarios(self) -> tuple[Scenario, ...]:

@@ -103,8 +103,12 @@ class Measurer:
         rows = self._bytes(editor)
         module = self.compiler.emit(editor) if self._timed or self._sized else None
         rows |= self._slow(editor, module)
-        rows["error"] = self._error(editor, self.compiler.choose_reference)
+        rows["error"] = self.error(editor)
         return rows
+
+    def error(self, editor: GraphEditor) -> float:
+        """Additive error of a realised graph on the `choose` part."""
+        return self._error(editor, self.compiler.choose_reference)
 
     def contract(self, editor: GraphEditor, module: Optimized) -> dict[str, float]:
         """Rows by their names in the budget, quality on the `verify` part."""

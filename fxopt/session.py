@@ -12,6 +12,7 @@ from . import evidence
 from .compiler import Compiler
 from .decide.decisions import decisions, refusals
 from .decide.search import Choice, Search, Trial, identity
+from .decide.table import Table
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import BudgetError, RowResult
@@ -33,13 +34,13 @@ best is handed out."""
 class Session:
     """One search: a table, its trials, and the module that comes of it."""
 
-    def __init__(self, compiler: Compiler) -> None:
+    def __init__(self, compiler: Compiler, table: Table | None = None) -> None:
         self.compiler = compiler
         self.interrupted = False
         for note in compiler.request.calibration.notes:
             logger.warning(note)
         self.measurer = Measurer(compiler)
-        self.table = compiler.table()
+        self.table = table or compiler.table()
         limits = compiler.limits(self.measurer.baseline, self.table)
         self.search = Search(self.table, limits)
 
