@@ -13,7 +13,7 @@ from torch import nn
 
 from . import evidence, training
 from .compiler import Compiler, Request, resolve, training_step
-from .decide.decisions import decisions, refusals
+from .decide.decisions import refusals
 from .decide.search import Choice, Search, Trial, identity
 from .emit.editor import GraphEditor
 from .hosted import Optimized, load_into
@@ -290,10 +290,7 @@ class _Session:
     ) -> Plan:
         """The plan of a trial, realised in `editor`, with the tensors that it prepared."""
         compiler, search = self.compiler, self.search
-        nats = compiler.quality.kind != "relative_error"
-        decided = decisions(compiler.proposals, self.table, trial.choice, nats=nats)
-        evidence.judge(self.measurer, decided)
-        held = all(row.excess <= 0 for row in rows)
+        shown = evidence.shown(self.measurer, search, trial, rows, editor, module)
         made = Plan(
             budget=compiler.request.budget,
             workload=compiler.request.workload,
@@ -301,14 +298,10 @@ class _Session:
             at=compiler.request.at,
             fingerprint_structure=compiler.structure,
             fingerprint_weights=compiler.weights,
-            decisions=decided,
             refusals=refusals(compiler.proposals),
             totals=rows,
-            notes=self._notes(),
-            trials=evidence.trials(self.measurer, search, trial),
-            looser=evidence.looser(self.measurer, search, trial) if held else [],
-            blocks=evidence.graph_blocks(compiler, editor),
-            sources=evidence.sources(module, decided) if module else [],
+            notes=[*self._notes(), *evidence.notes(shown["decisions"])],
+            **shown,
         )
         made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
         return made

@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 from scipy.sparse import vstack
 
 from .peaks import row_of
-from .solve import Problem, columns_of, constraints, line_of, scale_of, silent
+from .solve import Problem, columns_of, constraints, line_of, scale_of
 
 SECONDS = 5.0
 
@@ -28,14 +28,13 @@ def prices(problem: Problem, main: str) -> dict[str, float]:
     scale = float(np.abs(cost).max()) or 1.0
     upper = np.ones(width)
     upper[[index[pair] for pair in problem.forbidden]] = 0.0
-    with silent():
-        found = linprog(
-            cost / scale,
-            bounds=np.column_stack([np.zeros(width), upper]),
-            method="highs",
-            options={"time_limit": SECONDS},
-            **_matrices(problem, index, width),
-        )
+    found = linprog(
+        cost / scale,
+        bounds=np.column_stack([np.zeros(width), upper]),
+        method="highs",
+        options={"time_limit": SECONDS},
+        **_matrices(problem, index, width),
+    )
     if found.x is None or found.status != 0:
         return {}
     # the rows of the budget are the first that have an upper bound alone

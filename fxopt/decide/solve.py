@@ -179,7 +179,7 @@ def _milp(
         # the common excess is worth more than any objective
         cost = 1e-4 * cost / max(len(problem.groups), 1)
         cost[-1], upper[-1] = 1.0, np.inf
-    with silent():
+    with _silent():
         result = milp(
             cost,
             integrality=np.concatenate([np.ones(len(index)), np.zeros(width - len(index))]),
@@ -199,7 +199,7 @@ def _milp(
 
 
 @contextmanager
-def silent() -> Generator[None]:
+def _silent() -> Generator[None]:
     """HiGHS prints a line of its own debugging past every option: send it nowhere."""
     sys.stdout.flush()
     kept = os.dup(1)

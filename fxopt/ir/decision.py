@@ -13,6 +13,8 @@ from .names import hint
 from .site import FAMILIES, Family
 
 KEEP = "keep"
+BY_HAND = "chosen by hand"
+"""The reason of a decision that `Decision.choose` made."""
 
 
 def _rewrite_name(name: str) -> str:
@@ -31,8 +33,18 @@ class PlanModel(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, ser_json_inf_nan="strings")
 
 
+class CallTime(PlanModel):
+    """Seconds of one call of the workload at a site; not `measured` ones are the roofline's."""
+
+    seconds: float
+    measured: bool
+
+
 class Alternative(PlanModel):
-    """What else was possible at a site, and why it was not chosen. Keeping the site is one too."""
+    """What else was possible at a site, and why it was not chosen. Keeping the site is one too.
+
+    `feasible` says whether any plan within the budget could have it; the rest as in `Decision`.
+    """
 
     rewrite: RewriteName
     label: str = ""
@@ -42,6 +54,8 @@ class Alternative(PlanModel):
     error: float | None = None
     feasible: bool = True
     reason: str = ""
+    calls: dict[str, CallTime] | None = None
+    error_measured: bool | None = None
 
 
 class Refused(PlanModel):
@@ -61,6 +75,10 @@ class Decision(PlanModel):
     `error` the predicted change of the quality row (None: unknown); `reason` says why this was
     chosen or why the site was kept. `alternatives` holds the other candidates, "keep" among them
     when the site is rewritten. `locked` decisions are not solved again.
+
+    For readers alone: `calls` are the seconds behind `cost`, by call of the workload;
+    `error_measured` says whether `error` was measured by swapping this site alone; `already` names
+    rewrites that would change nothing, since the call is what they make.
     """
 
     key: str
@@ -75,6 +93,9 @@ class Decision(PlanModel):
     reason: str = ""
     alternatives: list[Alternative] = Field(default_factory=list[Alternative])
     locked: bool = False
+    calls: dict[str, CallTime] | None = None
+    error_measured: bool | None = None
+    already: list[RewriteName] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check_family(self) -> Decision:
@@ -113,11 +134,17 @@ class Decision(PlanModel):
             cost=self.cost,
             error=self.error,
             reason="replaced by hand",
+            calls=self.calls,
+            error_measured=self.error_measured,
         )
+        for other in self.alternatives:
+            # these compare with what was chosen before
+            other.reason = "" if other.feasible else other.reason
         self.alternatives = [mine if other is chosen else other for other in self.alternatives]
         self.rewrite, self.version, self.label = chosen.rewrite, chosen.version, chosen.label
         self.parameters, self.kernel = chosen.parameters, {}
-        self.cost, self.error, self.reason = chosen.cost, chosen.error, "chosen by hand"
+        self.cost, self.error, self.reason = chosen.cost, chosen.error, BY_HAND
+        self.calls, self.error_measured = chosen.calls, chosen.error_measured
 
 
 def _no_choice(

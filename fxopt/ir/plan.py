@@ -15,7 +15,7 @@ from .budget import Budget
 from .changes import PlanDiff
 from .decision import KEEP, Alternative, Decision, PlanModel, Refused
 from .errors import PlanError, RowResult
-from .evidence import Block, Generated, Looser, Trial
+from .evidence import Block, Generated, Looser, Price, Trial
 from .names import hint, select
 from .store import read_plan, read_tensors, tensors_path, write_tensors, write_text
 from .workload import Forward, Generate, Train
@@ -40,7 +40,8 @@ class Plan(PlanModel):
     the values (checked where prepared `tensors` exist). `totals` are the rows of the budget, in
     the units that `RowResult` names. `tensors` is what calibrated choices prepared, by choice
     and name; it is stored beside the JSON, and `prepared` is the SHA-256 of that file.
-    `trials`, `looser`, `blocks` and `sources` are for readers: nothing of them is replayed.
+    `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
+    `blocks` and `sources` are for readers: nothing of them is replayed.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -57,7 +58,9 @@ class Plan(PlanModel):
     notes: list[str] = Field(default_factory=list[str])
     prepared: str | None = None
     trials: list[Trial] = Field(default_factory=list[Trial])
+    prices: list[Price] = Field(default_factory=list[Price])
     looser: list[Looser] = Field(default_factory=list[Looser])
+    untried: list[str] = Field(default_factory=list[str])
     blocks: list[Block] = Field(default_factory=list[Block])
     sources: list[Generated] = Field(default_factory=list[Generated])
     _tensors: dict[str, Tensor] = PrivateAttr(default_factory=dict[str, Tensor])
