@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from ..ir.cost import Cost
-from ..ir.decision import CallTime
 from ..ir.plan import KEEP, Alternative, Decision, Refused
 from ..ir.site import GroupInfo, Site
 from .explain import Choice, Explainer
@@ -131,6 +130,7 @@ class _Here:
             "cost": self._cost(option),
             "error": self._error(option),
             "calls": self._calls(option),
+            "timed": self._timed(option),
             "error_measured": measured if proposal else None,
         }
         if proposal is None:
@@ -166,15 +166,14 @@ class _Here:
         columns = (self.columns[option], self._apart, self.mine)
         return self._share(*(table.amounts(c, kept)["error"] for c in columns))
 
-    def _calls(self, option: int) -> dict[str, CallTime]:
+    def _calls(self, option: int) -> dict[str, float]:
         columns = (self.columns[option], self._apart, self.mine)
-        return {
-            name: CallTime(
-                seconds=self._share(*(c.seconds[name] for c in columns)),
-                measured=all(name in c.timed for c in columns),
-            )
-            for name in self.columns[option].seconds
-        }
+        names = self.columns[option].seconds
+        return {name: self._share(*(c.seconds[name] for c in columns)) for name in names}
+
+    def _timed(self, option: int) -> list[str]:
+        columns = (self.columns[option], self._apart, self.mine)
+        return [n for n in columns[0].seconds if all(n in column.timed for column in columns)]
 
 
 def _of(column: Column, site: Site) -> Proposal | None:

@@ -90,15 +90,18 @@ class Explainer:
         return f"no candidate pays; the nearest, {others[best].name}: {why}"
 
     def _needs(self, swap: Swap, mine: Choice, other: Choice) -> str:
-        text = " and ".join(self._short(row, swap, mine, other) for row in sorted(swap.missing))
+        missing = sorted(swap.missing)
+        text = "; ".join(self._short(row, swap, mine, other) for row in missing)
         more = swap.added[self.main]
-        if self._same(mine, other, more) or self.main in swap.missing:
+        if self._same(mine, other, more) or self.main in missing:
             return text
         if more > 0:
-            return f"{text}, and {self._worse(mine, other, more)}"
-        worth = f"{self._amount(self.main, swap.worth)} elsewhere, " if swap.worth > 0 else ""
+            return f"{text}; {self._worse(mine, other, more)}"
+        prices = self.swaps.stand.prices
+        worth = sum(prices.get(row, 0.0) * swap.added[row] for row in missing)
         saved = f"to save {self._amount(self.main, -more)} here"
-        return f"{text}: worth {worth}{saved}" if worth else f"{text}, {saved}"
+        priced = f": worth {self._amount(self.main, worth)} elsewhere" if worth > 0 else ""
+        return f"{text}{priced}, {saved}"
 
     def _short(self, row: str, swap: Swap, mine: Choice, other: Choice) -> str:
         binds = row in self.swaps.binding

@@ -33,13 +33,6 @@ class PlanModel(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, ser_json_inf_nan="strings")
 
 
-class CallTime(PlanModel):
-    """Seconds of one call of the workload at a site; not `measured` ones are the roofline's."""
-
-    seconds: float
-    measured: bool
-
-
 class Alternative(PlanModel):
     """What else was possible at a site, and why it was not chosen. Keeping the site is one too.
 
@@ -54,7 +47,8 @@ class Alternative(PlanModel):
     error: float | None = None
     feasible: bool = True
     reason: str = ""
-    calls: dict[str, CallTime] | None = None
+    calls: dict[str, float] | None = None
+    timed: list[str] = Field(default_factory=list)
     error_measured: bool | None = None
 
 
@@ -76,7 +70,8 @@ class Decision(PlanModel):
     chosen or why the site was kept. `alternatives` holds the other candidates, "keep" among them
     when the site is rewritten. `locked` decisions are not solved again.
 
-    For readers alone: `calls` are the seconds behind `cost`, by call of the workload;
+    For readers alone: `calls` are the seconds behind `cost`, of one call of each kind that the
+    workload makes, and `timed` the kinds that were timed (others are the roofline's);
     `error_measured` says whether `error` was measured by swapping this site alone; `already` names
     rewrites that would change nothing, since the call is what they make.
     """
@@ -93,7 +88,8 @@ class Decision(PlanModel):
     reason: str = ""
     alternatives: list[Alternative] = Field(default_factory=list[Alternative])
     locked: bool = False
-    calls: dict[str, CallTime] | None = None
+    calls: dict[str, float] | None = None
+    timed: list[str] = Field(default_factory=list)
     error_measured: bool | None = None
     already: list[RewriteName] = Field(default_factory=list)
 
@@ -135,6 +131,7 @@ class Decision(PlanModel):
             error=self.error,
             reason="replaced by hand",
             calls=self.calls,
+            timed=self.timed,
             error_measured=self.error_measured,
         )
         for other in self.alternatives:
@@ -144,7 +141,8 @@ class Decision(PlanModel):
         self.rewrite, self.version, self.label = chosen.rewrite, chosen.version, chosen.label
         self.parameters, self.kernel = chosen.parameters, {}
         self.cost, self.error, self.reason = chosen.cost, chosen.error, BY_HAND
-        self.calls, self.error_measured = chosen.calls, chosen.error_measured
+        self.calls, self.timed = chosen.calls, chosen.timed
+        self.error_measured = chosen.error_measured
 
 
 def _no_choice(

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fxopt.ir.changes import PlanDiff
 from fxopt.ir.plan import Decision, Plan
 
-from . import summary
+from . import binding, outlook, summary
 from .compact import Encoder, columns_of, rounded, to_script
 from .entries import MARKS, Entry, choice, entries, why
 from .entries import summary as summary_text
@@ -46,8 +46,8 @@ def render(plan: Plan) -> str:
             {"row": x.row, "limit": rounded(x.limit), "rows": columns_of(x.rows, ROW)}
             for x in plan.looser
         ],
-        "binds": summary.binding(plan),
-        "objective": summary.objective(plan),
+        "binds": binding.binding(plan),
+        "objective": binding.objective(plan),
         "unit": _error_unit(plan),
     }
     return _page(
@@ -58,9 +58,9 @@ def render(plan: Plan) -> str:
         workload=workload_text(plan.workload),
         device=plan.hardware.get("name") or plan.hardware.get("device"),
         cards=summary.cards(plan),
-        binding=summary.binding_sentence(plan),
-        objective=summary.objective(plan),
-        outlooks=summary.outlooks(plan),
+        binding=binding.sentence(plan),
+        objective=binding.objective(plan),
+        outlooks=outlook.outlooks(plan),
         at_sites=summary.at_sites(plan),
         timed=any(r.name.startswith("latency") and r.measured is not None for r in plan.totals),
         lines=summary.lines(plan),
