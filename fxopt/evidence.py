@@ -11,7 +11,7 @@ from .compiler import Compiler
 from .decide.decisions import decisions
 from .decide.explain import BETTER, Explainer
 from .decide.outlook import Standing, loosened, standing
-from .decide.search import Search, Trial
+from .decide.search import Search, Trial, identity
 from .decide.swaps import Swaps
 from .emit.editor import GraphEditor
 from .hosted import Optimized
@@ -70,12 +70,13 @@ def notes(decided: Iterable[Decision]) -> list[str]:
 def trials(measurer: Measurer, search: Search, taken: Trial) -> list[evidence.Trial]:
     """Every choice that was measured, in order; what is minimised is among its rows."""
     main = next(iter(search.limits.objective))
+    before = search.predict(identity(search.table))[main]
     made: list[evidence.Trial] = []
     for trial in search.trials:
         rows = measurer.rows(trial.predicted, _by_row(measurer, trial.measured))
         if main not in {measurer.solver_name(row.name) for row in rows}:
             predicted, measured = trial.predicted[main], trial.measured.get(main)
-            rows.append(RowResult(main, None, predicted, measured, _unit(main)))
+            rows.append(RowResult(main, None, predicted, measured, _unit(main), before))
         same = trial.choice == taken.choice
         made.append(evidence.Trial(rows=rows, holds=trial.excess <= 0, taken=same))
     return made

@@ -22,10 +22,11 @@ STEP = 0.05
 def objective(plan: Plan) -> str:
     """The name of the row that is minimised."""
     name = plan.budget.objective
-    return (plan.budget.quality or _error_row(plan)) if name == "error" else name
+    return (plan.budget.quality or error_row(plan)) if name == "error" else name
 
 
-def _error_row(plan: Plan) -> str:
+def error_row(plan: Plan) -> str:
+    """The name of the quality row of a budget that has none: what was measured anyway."""
     known = {row.name for row in plan.totals}
     return next((n for n in ("kl", "relative_error", "loss_increase") if n in known), "kl")
 

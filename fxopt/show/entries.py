@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fxopt.ir.plan import Decision, Plan, Refused
 
-from .fold import sentence_shape
+from .fold import merge_sentences, sentence_shape
 
 MARKS = {"~": "rewritten", "=": "kept", "!": "locked", "x": "refused"}
 
@@ -71,6 +71,16 @@ def shown_together(entry: Entry) -> Hashable:
     """What is equal of sites that are listed as one."""
     parameters = tuple(sorted(entry.decision.parameters.items())) if entry.decision else ()
     return (entry.mark, entry.what, parameters, *map(sentence_shape, entry.reasons))
+
+
+def said_together(equal: Sequence[Entry]) -> list[str]:
+    """The reasons of sites that are listed as one; of rewritten ones, whose costs are added up,
+    those of each."""
+    texts = [merge_sentences(reasons) for reasons in zip(*(e.reasons for e in equal), strict=True)]
+    decision = equal[0].decision
+    if len(equal) > 1 and decision is not None and decision.rewritten and texts:
+        texts[0] = f"each: {texts[0]}"
+    return texts
 
 
 def _decided(decision: Decision, refusals: Sequence[Refused]) -> Entry:

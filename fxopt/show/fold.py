@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 _INDEX = re.compile(r"(?<=[./=#])\d+(?=[./#]|$)|^\d+(?=[./#]|$)")
 # A number of its own in a sentence, not one inside a name, with its unit of time or size.
 _FACTORS = dict(unit for units in SHOWN.values() for unit in units)
-_NUMBER = re.compile(
+QUANTITY = re.compile(
     r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\d.]*\w*[._]\w)(?!\d)"
     rf"(?: (?:{'|'.join(_FACTORS)})\b)?"
 )
@@ -71,12 +71,12 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def sentence_shape(text: str) -> str:
     """A sentence without its numbers: what makes two reasons the same reason."""
-    return _NUMBER.sub("\0", text)
+    return QUANTITY.sub("\0", text)
 
 
 def merge_sentences(texts: Sequence[str]) -> str:
     """Sentences of one shape as one: quantities that differ become `least..largest`."""
-    columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
+    columns = zip(*(QUANTITY.findall(text) for text in texts), strict=True)
     spans = [_span(sorted(set(column), key=_size)) for column in columns]
     parts = sentence_shape(texts[0]).split("\0")
     return "".join(part + span for part, span in zip(parts, [*spans, ""], strict=True))

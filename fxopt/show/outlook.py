@@ -63,6 +63,7 @@ class Tried:
     number: int
     values: list[str]
     verdict: str
+    holds: bool
     taken: bool
 
 
@@ -81,7 +82,7 @@ def tried(plan: Plan) -> list[Tried]:
         over = [row.name for row in trial.rows if row.excess > 0]
         verdict = "holds" if trial.holds else f"{' and '.join(over) or 'a row'} over the limit"
         values = [_tried(rows.get(name)) for name in tried_heads(plan)]
-        made.append(Tried(number, values, verdict, trial.taken))
+        made.append(Tried(number, values, verdict, trial.holds, trial.taken))
     return made
 
 

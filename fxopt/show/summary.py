@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fxopt.ir.changes import PlanDiff
 from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
 from fxopt.ir.plan import Decision, Plan
@@ -13,8 +14,8 @@ from fxopt.ir.units import format_value
 
 from .binding import binding, objective, quote, used
 from .costs import SAVED, change, saving, total
-from .entries import Entry, counted, entries, shown_together
-from .fold import fold_keys, groups, merge_sentences
+from .entries import Entry, counted, entries, said_together, shown_together
+from .fold import fold_keys, groups
 from .rows import cells, limit_texts, with_missing
 
 
@@ -50,14 +51,15 @@ class Line:
 
 def cards(plan: Plan) -> list[Card]:
     """A card for each row of the budget, and for what is minimised."""
-    return [_card(plan, row) for row in _rows(plan)]
+    return [_card(plan, row) for row in rows(plan)]
 
 
-def _rows(plan: Plan) -> list[RowResult]:
-    rows = with_missing(plan.totals, plan.budget)
+def rows(plan: Plan) -> list[RowResult]:
+    """The rows of the budget, and what is minimised: from the plan's trial if nowhere else."""
+    known = with_missing(plan.totals, plan.budget)
     taken = (row for trial in plan.trials if trial.taken for row in trial.rows)
     missing = [row for row in taken if row.name == objective(plan)]
-    return rows if any(row.name == objective(plan) for row in rows) else [*missing, *rows]
+    return known if any(row.name == objective(plan) for row in known) else [*missing[:1], *known]
 
 
 def _card(plan: Plan, row: RowResult) -> Card:
@@ -82,8 +84,7 @@ def _is_of(note: str, row: RowResult) -> bool:
 
 def general_notes(plan: Plan) -> list[str]:
     """The plan's notes but those that stand on the card of a row."""
-    rows = _rows(plan)
-    return [note for note in plan.notes if not any(_is_of(note, row) for row in rows)]
+    return [note for note in plan.notes if not any(_is_of(note, row) for row in rows(plan))]
 
 
 def said(plan: Plan) -> list[str]:
@@ -140,6 +141,26 @@ def at_sites(plan: Plan) -> list[tuple[str, str, str, str]]:
     return lines
 
 
+def sums(diff: PlanDiff) -> list[tuple[str, str, str, str]]:
+    """What the sites that differ take in each plan: name, first, second, change."""
+    pairs = [*diff.changed, *((None, d) for d in diff.added), *((d, None) for d in diff.removed)]
+    sides = [counted([d for d in side if d is not None]) for side in zip(*pairs, strict=True)]
+    if not sides:
+        return []
+    costs = [total(side, lambda decision: decision.cost) or Cost() for side in sides]
+    found = [
+        (label, *(getattr(cost, name) for cost in costs), unit)
+        for name, (label, unit) in SAVED.items()
+        if name != "temporary_bytes"
+    ]
+    found.append(("error", *(sum(d.error or 0.0 for d in side) for side in sides), ""))
+    return [
+        (label, format_value(old, unit), format_value(new, unit), change(old, new))
+        for label, old, new, unit in found
+        if old or new
+    ]
+
+
 def lines(plan: Plan) -> dict[str, list[Line]]:
     """The folded decisions by what happened: "rewritten", "kept", "refused"."""
     found: dict[str, list[Line]] = {"rewritten": [], "kept": [], "refused": []}
@@ -166,6 +187,6 @@ def _line(equal: Sequence[Entry]) -> Line:
         family=first.family,
         what=first.what,
         saving=[part.replace("->", "→") for part in saving(decisions).split(", ") if part],
-        reasons=[merge_sentences(texts) for texts in zip(*(e.reasons for e in equal), strict=True)],
+        reasons=said_together(equal),
         keys=[entry.key for entry in equal],
     )

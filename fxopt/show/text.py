@@ -11,8 +11,8 @@ from fxopt.ir.workload import Workload
 
 from . import binding
 from .costs import saving
-from .entries import Entry, by_family, entries, shown_together, summary
-from .fold import fold_keys, groups, merge_sentences
+from .entries import Entry, by_family, entries, said_together, shown_together, summary
+from .fold import fold_keys, groups
 from .page import Page, has_colours, width
 from .rows import budget_table, limit_texts, with_missing
 from .summary import said
@@ -66,5 +66,5 @@ def _sites(page: Page, equal: Sequence[Entry]) -> None:
     saved = saving([entry.decision for entry in equal if entry.decision])
     if saved:
         page.add(saved, indent=8)
-    for reasons in zip(*(entry.reasons for entry in equal), strict=True):
-        page.add(merge_sentences(reasons), indent=8)
+    for text in said_together(equal):
+        page.add(text, indent=8)
