@@ -1,7 +1,7 @@
 // What was tried, in two rows of the budget at a time: trials, this plan, and looser budgets.
 const PLOT = { width: 600, height: 340, left: 66, right: 22, top: 22, bottom: 44, zero: 26 };
 const WIDE = 15; // from this ratio of the largest to the smallest on, an axis is logarithmic
-const APART = 14; // of points, in the units of the plot
+const APART = 18; // of points, in the units of the plot
 
 // The rows in which solved outlooks and trials are told apart: letters and numbers, as in the tables.
 const letterOf = (index) => String.fromCharCode(97 + (index % 26)) + (index >= 26 ? String(Math.floor(index / 26)) : "");
@@ -34,10 +34,10 @@ function buildScatter() {
   const host = find("#scatter");
   if (!host) return;
   const names = [...new Set(allRows().map((row) => row.name))];
-  const quality = names.find((name) => ["kl", "loss_increase", "relative_error", "metric_drop"].includes(name));
-  const costs = names.filter((name) => name !== quality);
-  const first = costs.find((name) => name === data.objective) ?? data.binds.find((name) => costs.includes(name)) ?? costs[0];
-  if (!first || !quality || (!data.trials.length && !data.looser.length)) {
+  const limited = data.rows.filter((row) => row.limit !== null).map((row) => row.name);
+  // what is minimised against what stands in its way
+  const first = [...data.binds, ...limited].find((name) => name !== data.objective);
+  if (!first || !names.includes(data.objective) || (!data.trials.length && !data.looser.length)) {
     host.replaceChildren(el("p", { class: "muted" }, "This plan holds no trials."));
     return;
   }
@@ -47,7 +47,7 @@ function buildScatter() {
     select.addEventListener("change", () => plot());
     return { label: el("label", {}, `${label} `, select), select };
   };
-  const [across, up] = [axis("across", first), axis("up", quality)];
+  const [across, up] = [axis("across", first), axis("up", data.objective)];
   const canvas = el("div");
   const plot = () => canvas.replaceChildren(scatterPlot(across.select.value, up.select.value));
   host.replaceChildren(el("div", { class: "axes" }, across.label, up.label), canvas, scatterLegend());
@@ -102,36 +102,49 @@ function scatterPlot(x, y) {
   const said = points.map((point) => `${point.name} at ${format(point.x, unitOf(x))}, ${format(point.y, unitOf(y))}`).join("; ");
   const root = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${y} against ${x}: ${said}` });
   const taken = [];
-  root.append(...limitsIn(x, y, limit, px, py, taken), ...axesIn(x, y, across, up, px, py));
+  root.append(...limitsIn(x, y, limit, px, py), ...axesIn(x, y, across, up, px, py));
   const placed = apart(points.map((point) => ({ ...point, tx: px(point.x), ty: py(point.y) })));
   root.append(draw("path", { class: "frontier", d: frontierOf(placed) }));
   for (const point of placed) {
     if (point.px !== point.tx || point.py !== point.ty) root.append(draw("line", { class: "leader", x1: point.tx, y1: point.ty, x2: point.px, y2: point.py }));
   }
   for (const point of placed) root.append(pointShape(point, point.px, point.py, x, y));
-  for (const point of placed) taken.push({ x: point.px - 8, y: point.py - 8, width: 16, height: 16 });
-  for (const point of placed) root.append(labelFor(point, taken));
+  for (const point of placed) taken.push({ x: point.px - 9, y: point.py - 9, width: 18, height: 18 });
+  for (const point of placed.filter((one) => !isCoded(one))) root.append(...labelFor(point, taken));
+  root.append(...limitNames(x, y, limit, px, py, taken));
   return root;
 }
 
-function limitsIn(x, y, limit, px, py, taken) {
+function limitsIn(x, y, limit, px, py) {
   const { width, height, left, right, top, bottom } = PLOT;
   const [lx, ly] = [limit(x), limit(y)];
   if (lx === null && ly === null) return [];
   const edge = { right: lx === null ? width - right : px(lx), top: ly === null ? top : py(ly) };
   const made = [draw("rect", { class: "allowed", x: left, y: edge.top, width: Math.max(0, edge.right - left), height: Math.max(0, height - bottom - edge.top) })];
-  const name = (text, x, y, anchor) => {
-    const wide = text.length * 6.2;
-    taken.push({ x: anchor === "end" ? x - wide : x, y: y - 11, width: wide, height: 14 });
-    return draw("text", { class: "limit-name", x, y, "text-anchor": anchor }, text);
-  };
-  if (lx !== null) {
-    const right_ = px(lx) > width * 0.75;
-    made.push(draw("line", { class: "limit", x1: px(lx), x2: px(lx), y1: top, y2: height - bottom }), name(`${x} limit`, px(lx) + (right_ ? -5 : 5), top + 10, right_ ? "end" : "start"));
-  }
-  if (ly !== null) made.push(draw("line", { class: "limit", x1: left, x2: width - right, y1: py(ly), y2: py(ly) }), name(`${y} limit`, width - right, py(ly) - 5, "end"));
+  if (lx !== null) made.push(draw("line", { class: "limit", x1: px(lx), x2: px(lx), y1: top, y2: height - bottom }));
+  if (ly !== null) made.push(draw("line", { class: "limit", x1: left, x2: width - right, y1: py(ly), y2: py(ly) }));
   return made;
 }
+
+// The names of limits, along their lines where nothing else is.
+function limitNames(x, y, limit, px, py, taken) {
+  const { width, height, left, right, top, bottom } = PLOT;
+  const [lx, ly] = [limit(x), limit(y)];
+  const name = (text, places) => {
+    const size = { width: text.length * 6.2, height: 12 };
+    const boxes = places(size.width).map(([bx, by]) => ({ x: bx, y: by, ...size })).filter((box) => box.x >= left && box.x + box.width <= width);
+    const box = boxes.find((one) => !taken.some((other) => meets(one, other))) ?? boxes[0];
+    taken.push(box);
+    return draw("text", { class: "limit-name", x: box.x, y: box.y + 10 }, text);
+  };
+  const shares = [0, 0.2, 0.4, 0.6, 0.8, 1];
+  const made = [];
+  if (lx !== null) made.push(name(`${x} limit`, (wide) => shares.flatMap((share) => [px(lx) + 5, px(lx) - 5 - wide].map((at) => [at, top + share * (height - top - bottom - 14)]))));
+  if (ly !== null) made.push(name(`${y} limit`, (wide) => shares.flatMap((share) => [py(ly) - 15, py(ly) + 3].map((at) => [width - right - wide - share * (width - left - right - wide), at]))));
+  return made;
+}
+
+const meets = (a, b) => a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;
 
 function axesIn(x, y, across, up, px, py) {
   const { width, height, left, right, top, bottom } = PLOT;
@@ -152,13 +165,22 @@ function axesIn(x, y, across, up, px, py) {
 
 // Points that would cover each other are moved aside, each with a line to where it belongs.
 function apart(points) {
-  const [inner, outer] = [PLOT.left + 8, PLOT.width - PLOT.right - 2];
+  const { width, height, left, right, top, bottom } = PLOT;
+  const steps = [[0, 0]];
+  for (let ring = 1; ring < 7; ring++) {
+    for (let turn = 0; turn < 6 * ring; turn++) {
+      const angle = (turn / (6 * ring)) * 2 * Math.PI;
+      steps.push([ring * APART * 1.05 * Math.cos(angle), ring * APART * 1.05 * Math.sin(angle)]);
+    }
+  }
   const placed = [];
   for (const point of points) {
-    const steps = [...Array(24).keys()].flatMap((step) => [step, -step]);
-    const free = steps.map((step) => point.tx + step * APART).find((x) => x >= inner && x <= outer &&
-      placed.every((other) => Math.hypot(other.px - x, other.py - point.ty) >= APART));
-    placed.push({ ...point, px: free ?? point.tx, py: point.ty });
+    const [dx, dy] = steps.find(([sx, sy]) => {
+      const [x, y] = [point.tx + sx, point.ty + sy];
+      const inside = x >= left + 4 && x <= width - right && y >= top && y <= height - bottom - 4;
+      return (inside || (sx === 0 && sy === 0)) && placed.every((other) => Math.hypot(other.px - x, other.py - y) >= APART);
+    }) ?? [0, 0];
+    placed.push({ ...point, px: point.tx + dx, py: point.ty + dy });
   }
   return placed;
 }
@@ -171,27 +193,34 @@ function frontierOf(points) {
   return best.map((point, index) => (index ? `H${point.tx}V${point.ty}` : `M${point.tx},${point.ty}`)).join("");
 }
 
+// Trials and looser limits have their number or letter within; the others are named beside.
+const isCoded = ({ kind }) => kind !== "taken" && kind !== "original";
+
 // The name of a point, at the first place about it where nothing else is.
 function labelFor(point, taken) {
-  const words = point.label.length > 2;
-  const [wide, high] = [point.label.length * (words ? 6.4 : 7), 12];
-  const places = [[11, 4], [-11 - wide, 4], [-wide / 2, -11], [-wide / 2, 20], [9, -8], [9, 17], [-9 - wide, -8], [-9 - wide, 17], [12, -20], [-12 - wide, -20], [12, 30], [-12 - wide, 30]];
-  const boxes = places.map(([dx, dy]) => ({ x: point.px + dx, y: point.py + dy - high + 2, width: wide, height: high }));
-  const inside = (box) => box.x >= PLOT.left + 3 && box.x + box.width <= PLOT.width && box.y >= PLOT.top - 14 && box.y + box.height <= PLOT.height - PLOT.bottom - 1;
-  const meets = (a, b) => a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;
+  const size = { width: point.label.length * 6.6, height: 13 };
+  const places = [12, 22, 34, 48, 64].flatMap((far) => [[far, -6], [-far - size.width, -6], [-size.width / 2, -far - 9], [-size.width / 2, far - 4],
+    [far * 0.7, -far], [far * 0.7, far - 9], [-far * 0.7 - size.width, -far], [-far * 0.7 - size.width, far - 9]]);
+  const boxes = places.map(([dx, dy]) => ({ x: point.px + dx, y: point.py + dy, ...size }));
+  const inside = (box) => box.x >= PLOT.left + 3 && box.x + box.width <= PLOT.width && box.y >= PLOT.top - 6 && box.y + box.height <= PLOT.height - PLOT.bottom - 1;
   const box = boxes.find((one) => inside(one) && !taken.some((other) => meets(one, other))) ?? boxes.find(inside) ?? boxes[0];
   taken.push(box);
-  return draw("text", { class: `point-name${words ? "" : " code"}`, x: box.x, y: box.y + high - 2 }, point.label);
+  const [x, y] = [Math.min(Math.max(point.px, box.x), box.x + box.width), Math.min(Math.max(point.py, box.y), box.y + box.height)];
+  const leader = Math.hypot(x - point.px, y - point.py) > 16 ? [draw("line", { class: "leader", x1: point.px, y1: point.py, x2: x, y2: y })] : [];
+  return [...leader, draw("text", { class: "point-name", x: box.x, y: box.y + 10 }, point.label)];
 }
 
 // Shapes differ, so that the points can be told apart without colour.
-function pointShape({ kind, name, ...at }, x, y, across, up) {
-  const label = draw("title", {}, `${name}: ${across} ${format(at.x, unitOf(across))}, ${up} ${format(at.y, unitOf(up))}`);
+function pointShape({ kind, name, label, ...at }, x, y, across, up) {
+  const title = draw("title", {}, `${name}: ${across} ${format(at.x, unitOf(across))}, ${up} ${format(at.y, unitOf(up))}`);
   const shape = { class: `point ${kind}` };
-  if (kind === "taken") return draw("path", { ...shape, d: `M${x},${y - 8}L${x + 8},${y}L${x},${y + 8}L${x - 8},${y}Z` }, label);
-  if (kind === "original") return draw("rect", { ...shape, x: x - 5, y: y - 5, width: 10, height: 10 }, label);
-  if (kind === "fails") return draw("path", { ...shape, d: `M${x - 5},${y - 5}L${x + 5},${y + 5}M${x - 5},${y + 5}L${x + 5},${y - 5}` }, label);
-  return draw("circle", { ...shape, cx: x, cy: y, r: 5 }, label);
+  const code = isCoded({ kind }) ? draw("text", { class: "code", x, y: y + 3.4, "text-anchor": "middle" }, label) : null;
+  const group = (...parts) => draw("g", shape, title, ...parts, code);
+  if (kind === "taken") return group(draw("path", { d: `M${x},${y - 9}L${x + 9},${y}L${x},${y + 9}L${x - 9},${y}Z` }));
+  if (kind === "original") return group(draw("path", { d: `M${x - 6},${y - 6}H${x + 6}V${y + 6}H${x - 6}Z` }));
+  if (kind === "looser") return group(draw("circle", { cx: x, cy: y, r: 7.5 }));
+  const square = draw("rect", { x: x - 7, y: y - 7, width: 14, height: 14, rx: 2 });
+  return kind === "holds" ? group(square) : group(square, draw("path", { class: "strike", d: `M${x - 7},${y + 7}L${x + 7},${y - 7}` }));
 }
 
 function scatterLegend() {
@@ -202,6 +231,6 @@ function scatterLegend() {
     made.querySelector("title")?.remove();
     return made;
   };
-  return el("p", { class: "legend" }, ...kinds.filter(([kind]) => used.has(kind)).map(([kind, name]) => el("span", {}, icon(pointShape({ kind, name, x: 0, y: 0 }, 10, 10, "", "")), name)),
+  return el("p", { class: "legend" }, ...kinds.filter(([kind]) => used.has(kind)).map(([kind, name]) => el("span", {}, icon(pointShape({ kind, name, label: "", x: 0, y: 0 }, 10, 10, "", "")), name)),
     el("span", {}, icon(draw("path", { class: "frontier", d: "M1,4V14H19" })), "frontier: nothing here is better in both"));
 }

@@ -32,7 +32,7 @@ function refresh() {
     const mine = cell.dataset.order === state.sort;
     cell.setAttribute("aria-sort", mine ? (state.descending ? "descending" : "ascending") : "none");
   }
-  find("#count").textContent = shown.length === entries.length ? `${entries.length} sites` : `${shown.length} of ${entries.length} sites`;
+  find("#count").textContent = `${shown.length === entries.length ? "" : `${shown.length} of `}${entries.length} site${entries.length === 1 ? "" : "s"}`;
   scroller.setAttribute("aria-rowcount", shown.length);
   renderRows(true);
   grid.style.setProperty("--bar", `${scroller.offsetWidth - scroller.clientWidth}px`);
