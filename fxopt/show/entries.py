@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fxopt.ir.plan import Decision, Plan, Refused
 
-from .fold import merge_sentences, sentence_shape
+from .fold import QUANTITY, merge_sentences, sentence_shape
 
 MARKS = {"~": "rewritten", "=": "kept", "!": "locked", "x": "refused"}
 
@@ -74,11 +74,12 @@ def shown_together(entry: Entry) -> Hashable:
 
 
 def said_together(equal: Sequence[Entry]) -> list[str]:
-    """The reasons of sites that are listed as one; of rewritten ones, whose costs are added up,
-    those of each."""
+    """The reasons of sites that are listed as one. Their costs are added up, and amounts in the
+    reason of a rewritten one are its own."""
     texts = [merge_sentences(reasons) for reasons in zip(*(e.reasons for e in equal), strict=True)]
     decision = equal[0].decision
-    if len(equal) > 1 and decision is not None and decision.rewritten and texts:
+    rewritten = decision is not None and decision.rewritten
+    if len(equal) > 1 and rewritten and texts and QUANTITY.search(texts[0]):
         texts[0] = f"each: {texts[0]}"
     return texts
 
