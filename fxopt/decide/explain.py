@@ -16,6 +16,8 @@ BETTER = "better by costs corrected after the choice; not solved again"
 """How the reason begins of an alternative that would have been chosen by today's costs."""
 SAME = 5e-3
 """The share of its own below which a change of what is minimised is none."""
+FULL = 0.05
+"""The share of a limit that a row which binds may leave, since sites are not divided."""
 BYTES = ("weights", "kv_cache", "memory", "activations")
 THINGS = {"latency": "time", "error": "error", "memory": "memory"}
 
@@ -104,13 +106,15 @@ class Explainer:
         return f"{text}{priced}, {saved}"
 
     def _short(self, row: str, swap: Swap, mine: Choice, other: Choice) -> str:
-        binds = row in self.swaps.binding
+        full = row in self.swaps.binding and swap.missing[row] < FULL * self.swaps.limit(row)
         if row == "error":
             more = self._amount(row, other.error - mine.error)
-            return f"errs {more} more" + (f", and {self.quality} binds" if binds else "")
-        left = max(min(x for r, x in self.swaps.left.items() if row_of(r) == row), 0.0)
-        rest = ", which binds" if binds else f", of which {self._amount(row, left)} are left"
-        return f"needs {self._amount(row, swap.added[row])} more of {row}{rest}"
+            return f"errs {more} more" + (
+                f", and {self.quality} binds" if full else f" than {self.quality} has room for"
+            )
+        left = self._amount(row, swap.missing[row])
+        rest = "which binds" if full else f"of which {left} are left"
+        return f"needs {self._amount(row, swap.added[row])} more of {row}, {rest}"
 
     def _worse(self, mine: Choice, other: Choice, more: float) -> str:
         if self.main == "memory":
@@ -139,6 +143,11 @@ class Explainer:
         row = max(swap.added, key=lambda name: (name != self.main, swap.added[name]))
         if row != self.main and swap.added[row] > 0:
             return f"needs {self._amount(row, swap.added[row])} more of {self._name(row)} {same}"
+        row = min(swap.added, key=lambda name: (name == self.main, swap.added[name]))
+        if row != self.main and swap.added[row] < 0:
+            return (
+                f"saves {self._amount(row, -swap.added[row])} of {self._name(row)}, which has room"
+            )
         return "no better in any row of the budget"
 
     def _speed(self, mine: Choice, kept: Choice) -> str:

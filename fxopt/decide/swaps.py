@@ -17,12 +17,13 @@ ROUNDING = 1e-9
 class Swap:
     """What another option adds to each row, by name; of a peak, where least is left of it.
 
-    `missing` holds the rows that would not be kept. `worth` is what the changes in all rows but
-    the main one cost by their prices: negative where they free more than they take.
+    `missing` holds the rows that would not be kept, each with what is left of it. `worth` is what
+    the changes in all rows but the main one cost by their prices: negative where they free more
+    than they take.
     """
 
     added: Mapping[str, float]
-    missing: frozenset[str]
+    missing: Mapping[str, float]
     worth: float
 
 
@@ -36,8 +37,11 @@ class Swaps:
         self.binding = frozenset(filter(self._binds, map(row_of, self.left)))
 
     def _binds(self, name: str) -> bool:
-        limit = max(abs(r.limit) for r in self.stand.problem.rows if row_of(r.name) == name)
-        return self.stand.prices.get(name, 0.0) * limit > BINDS * abs(self.value)
+        return self.stand.prices.get(name, 0.0) * self.limit(name) > BINDS * abs(self.value)
+
+    def limit(self, name: str) -> float:
+        """The limit of a row; of a peak, at any point."""
+        return max(abs(r.limit) for r in self.stand.problem.rows if row_of(r.name) == name)
 
     def to(self, group: int, option: int) -> Swap:
         """Taking `option` in `group`."""
@@ -45,16 +49,16 @@ class Swaps:
         mine, other = options[self.stand.choice[group]], options[option]
         main = self.stand.main
         added = {main: other.amount(main) - mine.amount(main)}
-        shorts: dict[str, float] = {}
+        left: dict[str, float] = {}
         for row in self.stand.problem.rows:
             name, more = row_of(row.name), other.amount(row.name) - mine.amount(row.name)
-            short = more - max(self.left[row.name], ROUNDING * abs(row.limit))
-            if short > shorts.get(name, -float("inf")):
-                added[name], shorts[name] = more, short
+            room = max(self.left[row.name], ROUNDING * abs(row.limit))
+            if name not in left or more - room > added[name] - left[name]:
+                added[name], left[name] = more, room
         prices = self.stand.prices
         return Swap(
             added,
-            frozenset(name for name, short in shorts.items() if short > 0 and added[name] > 0),
+            {name: room for name, room in left.items() if added[name] > room},
             sum(prices.get(name, 0.0) * more for name, more in added.items() if name != main),
         )
 
