@@ -158,8 +158,13 @@ class _Here:
     def _cost(self, option: int) -> Cost:
         cost = self.columns[option].cost
         seconds = (c.cost.seconds for c in (self.columns[option], self._apart, self.mine))
-        state = 0 if self.site.family == "attention" else cost.state_bytes
-        return replace(cost, seconds=self._share(*seconds), state_bytes=state)
+        cost = replace(cost, seconds=self._share(*seconds))
+        if self.site.family != "attention":
+            return cost
+        # what packing needs is its cache's
+        own = tuple(p for p in self.columns[option].proposals if p.site == self.site)
+        alone = next(c.cost for c in self.columns if c.proposals == own)
+        return replace(cost, state_bytes=0, temporary_bytes=alone.temporary_bytes)
 
     def _error(self, option: int) -> float:
         table, kept = self.table, self.columns[0]

@@ -190,6 +190,17 @@ class Plan(PlanModel):
         """The plan for a pull request, in the Markdown of GitHub and GitLab."""
         return _view("markdown", self)
 
+    def explain(self, site: str, family: str | None = None) -> str:
+        """Why this and not that at a site, an op with its heads, or the sites below a module.
+
+        PlanError, with near names, when nothing is decided there.
+        """
+        return _view("explain", self, site, family)
+
+    def to_dot(self) -> str:
+        """`graph()` in the language of Graphviz; `dot -Tsvg plan.dot` draws it."""
+        return _view("dot", self)
+
     def graph(self) -> DiGraph[str]:
         """The calls of the model before and after, as one networkx graph; see `show.network`.
 
@@ -205,9 +216,12 @@ class Plan(PlanModel):
         return isinstance(other, Plan) and self.model_dump() == other.model_dump()
 
 
-def _view(kind: Literal["text", "html", "markdown", "network"], plan: Plan) -> Any:
+View = Literal["text", "html", "markdown", "network", "dot", "explain"]
+
+
+def _view(kind: View, *arguments: Any) -> Any:
     # Pages know plans, plans do not know pages: only this call finds them.
-    return import_module(f"..show.{kind}", __package__).render(plan)
+    return import_module(f"..show.{kind}", __package__).render(*arguments)
 
 
 def _readable(path: Path, error: ValidationError) -> str:

@@ -129,11 +129,19 @@ def _reason(other: Alternative, decision: Decision) -> str:
         return f"errs {other.error:.3g} nats alone, and the whole budget is 0.02 nats"
     times = other.cost.seconds, decision.cost.seconds
     slower = "takes {} against {}".format(*(format_value(t, "s") for t in times))
-    more = (other.error or 0.0) - (decision.error or 0.0)
-    if more > 0 and other.label:
-        return f"errs {more:.3g} nats more, and kl binds; {slower}"
-    size = abs(other.cost.weight_bytes - decision.cost.weight_bytes)
-    return f"needs {format_value(size, 'bytes')} more of weights, which binds; {slower}"
+    bytes_ = (c.cost.weight_bytes + c.cost.state_bytes for c in (other, decision))
+    more = next(bytes_) - next(bytes_)
+    size = format_value(abs(more), "bytes")
+    errs = (other.error or 0.0) - (decision.error or 0.0)
+    if more > 0:
+        return f"needs {size} more of weights, which binds" + (
+            f"; {slower}" if times[0] > times[1] else ""
+        )
+    if errs > 0:
+        return f"errs {errs:.3g} nats more, and kl binds"
+    if times[0] > times[1]:
+        return f"{slower}; the {size} of weights that it frees are worth 1.2 µs"
+    return "better by costs corrected after the choice; not solved again"
 
 
 def _block(decisions: list[Decision], module: str, layer: int) -> Block:
