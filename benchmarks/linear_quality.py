@@ -20,7 +20,7 @@ import transformers
 
 import fxopt
 from fxopt import passes
-from fxopt.compiler import Compiler, resolve
+from fxopt.compiler import Compiler
 from fxopt.decide.propose import Proposal
 from fxopt.decide.recover import recover
 from fxopt.decide.search import Limits, Search
@@ -28,6 +28,7 @@ from fxopt.decide.table import build
 from fxopt.ir.cost import Cost, OpCall
 from fxopt.ir.site import GroupInfo
 from fxopt.passes.baseline import baseline_calls
+from fxopt.request import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from tiny_lm_data import MODEL_DIR, heldout_windows

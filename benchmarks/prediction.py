@@ -19,11 +19,12 @@ import torch
 import transformers
 
 import fxopt
-from fxopt.compiler import Compiler, resolve
+from fxopt.compiler import Compiler
 from fxopt.decide.runs import measure_latency
 from fxopt.decide.search import Choice, Search
 from fxopt.decide.table import Table
 from fxopt.measure import Measurer
+from fxopt.request import resolve
 
 SHAPES = {
     "cpu": {

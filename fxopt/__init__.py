@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxopt.api import apply, load, optimize, plan, verify
+    from fxopt.api import apply, load, optimize, plan, solve, verify
     from fxopt.emit.cache import Cache
     from fxopt.ir.budget import Budget
     from fxopt.ir.errors import BudgetError, CaptureError, FxoptError, PlanError
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "optimize",
     "plan",
+    "solve",
     "verify",
 ]
 
@@ -53,6 +54,7 @@ _PUBLIC = {
     "load": "fxopt.api:load",
     "optimize": "fxopt.api:optimize",
     "plan": "fxopt.api:plan",
+    "solve": "fxopt.api:solve",
     "verify": "fxopt.api:verify",
 }
 

@@ -1,39 +1,30 @@
-"""The public functions: `optimize`, `plan`, `apply`, `verify`, `load`."""
+"""The public functions: `optimize`, `plan`, `solve`, `apply`, `verify`, `load`."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import evidence, training
-from .compiler import Compiler, Request, resolve, training_step
-from .decide.decisions import refusals
-from .decide.search import Choice, Search, Trial, identity
-from .emit.editor import GraphEditor
+from . import training
+from .compiler import Compiler
+from .decide.again import solve_again
 from .hosted import Optimized, load_into
 from .ir.budget import Budget
-from .ir.errors import BudgetError, RowResult
+from .ir.errors import FxoptError, PlanError
 from .ir.plan import Plan
-from .ir.workload import Workload
+from .ir.workload import Train, Workload
 from .measure import Measurer
 from .progress import Progress, showing
-from .replay import check_tensors, installed, prepared_tensors, replay
+from .replay import check_tensors, installed, replay
+from .request import Request, resolve, training_step
+from .session import Session
 from .show.report import Report
+from .state import preserved
 from .training.module import TrainingModule
-
-logger = logging.getLogger("fxopt")
-
-ATTEMPTS = 5
-"""Searches, each asking more of the `choose` part, until the `verify` part holds."""
-MARGIN = 1.02
-RUNNERS_UP = 4
-"""Where nothing holds, so many of the nearest trials are verified and the best is handed out."""
 
 
 def optimize(
@@ -65,18 +56,20 @@ def optimize(
     (None: when that is a terminal). An `fxopt.Train` workload gives a `TrainingModule`, whose
     whole training step keeps the `memory` or `activations` of the budget; see docs/activation.md.
     """
-    del recover
+    if recover is not None:
+        raise FxoptError(f"recover: no recovery by training is there yet, so not {recover!r}")
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
-        return training.optimize(
-            model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
-        )
+        with preserved(model):
+            return training.optimize(
+                model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
+            )
     request = resolve(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
     )  # fmt: skip
-    with showing(progress) as shown:
-        return _Session(_compiler(request, shown)).optimize()
+    with preserved(model), showing(progress) as shown:
+        return Session(_compiler(request, shown)).optimize()
 
 
 def plan(
@@ -99,21 +92,29 @@ def plan(
     """
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
-        return training.plan(
-            model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
-        )
+        with preserved(model):
+            return training.plan(
+                model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
+            )
     request = resolve(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
     )  # fmt: skip
-    with showing(progress) as shown:
-        session = _Session(_compiler(request, shown))
-        trial = session.search_best()
-        editor = session.compiler.realise(session.compiler.chosen(session.search, trial.choice))
-        made = session.plan_of(trial, session.measurer.rows(trial.predicted, {}), editor)
-    if trial.excess > 0:
-        made.notes.append("no plan was found that keeps every row; this is the nearest")
-    return made
+    with preserved(model), showing(progress) as shown:
+        return Session(_compiler(request, shown)).plan()
+
+
+def solve(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0) -> Plan:
+    """Decide the sites of `plan` that are not locked again, without the model.
+
+    `budget` is the plan's own unless given: edit, lock, and see what the rest becomes, or what
+    another budget would. Costs and errors are those in the plan, and the new plan is a prediction:
+    realise it with `apply`, measure it with `verify`. PlanError for a row that the plan cannot
+    tell (activations, single calls), and of a training step.
+    """
+    if isinstance(plan.workload, Train):
+        raise PlanError("a plan of a training step is solved with its graph: use fxopt.plan")
+    return solve_again(plan, budget, time_limit=time_limit)
 
 
 def apply(
@@ -133,12 +134,13 @@ def apply(
     """
     step = training_step(model, plan.budget, example_inputs, plan.workload, calibration, plan.at)
     if step is not None:
-        return training.apply(model, plan, step[0])
+        with preserved(model):
+            return training.apply(model, plan, step[0])
     request = resolve(
         model, plan.budget, example_inputs, workload=plan.workload, calibration=calibration,
         keep=(), rewrites=installed(plan), at=plan.at, seed=0, time_limit=None,
     )  # fmt: skip
-    with showing(progress) as shown:
+    with preserved(model), showing(progress) as shown:
         return replay(_compiler(request, shown), plan, refit=refit)
 
 
@@ -161,7 +163,7 @@ def verify(
         model, opt.plan.budget, example, workload=opt.plan.workload, calibration=items,
         keep=(), rewrites=installed(opt.plan), at=opt.plan.at, seed=0, time_limit=None,
     )  # fmt: skip
-    with showing(progress) as shown:
+    with preserved(model), showing(progress) as shown:
         compiler = _compiler(request, shown)
         replayed = replay(compiler, opt.plan, refit=False)
         check_tensors(opt, replayed)
@@ -189,131 +191,3 @@ def load(path: str | Path, model: nn.Module | None = None) -> Optimized:
 def _compiler(request: Request, progress: Progress) -> Compiler:
     with progress.stage("capturing"):
         return Compiler(replace(request, progress=progress))
-
-
-class _Session:
-    """One search: a table, its trials, and the module that comes of it."""
-
-    def __init__(self, compiler: Compiler) -> None:
-        self.compiler = compiler
-        self.interrupted = False
-        for note in compiler.request.calibration.notes:
-            logger.warning(note)
-        self.measurer = Measurer(compiler)
-        self.table = compiler.table()
-        limits = compiler.limits(self.measurer.baseline, self.table)
-        self.search = Search(self.table, limits)
-
-    def search_best(self) -> Trial:
-        """Search; the identity is always among the trials."""
-        found = self._search()
-        if found is None or found.excess > 0:
-            none = identity(self.table)
-            if all(t.choice != none for t in self.search.trials):
-                self.search.tell(none, self._measured(none))
-        best = self.search.best
-        assert best is not None
-        return best
-
-    def _search(self) -> Trial | None:
-        """As far as time goes. Ctrl-C ends the time: at least one choice is still measured, where
-        none was; another Ctrl-C is for the caller."""
-        try:
-            return self.compiler.search(self.search, self._measured)
-        except KeyboardInterrupt:
-            self.interrupted = True
-            logger.warning("Ctrl-C: the best plan measured so far follows; once more gives up")
-            now = replace(self.compiler.request, deadline=time.monotonic())
-            self.compiler.request = now
-            return self.compiler.search(self.search, self._measured)
-
-    def _measured(self, choice: Choice) -> Mapping[str, float]:
-        editor = self.compiler.realise(self.compiler.chosen(self.search, choice))
-        return self.measurer.trial(editor)
-
-    def optimize(self) -> Optimized:
-        """Search, verify on the part kept aside, correct and search again until it holds."""
-        nearest: tuple[float, Optimized, list[RowResult]] | None = None
-        for _ in range(ATTEMPTS):
-            found = self.search_best()
-            held, rows = found.excess <= 0, list[RowResult]()
-            for trial in [found] if held else self.search.ranked()[:RUNNERS_UP]:
-                module, rows = self._verified(trial)
-                excess = max((row.excess for row in rows if row.limit is not None), default=0.0)
-                if excess <= 0:
-                    return module
-                if nearest is None or excess < nearest[0]:
-                    nearest = (excess, module, rows)
-            if not held or time.monotonic() > self.compiler.request.deadline:
-                break
-            self._correct(found, rows)
-        assert nearest is not None
-        raise _budget_error(nearest[1], nearest[2])
-
-    def _verified(self, trial: Trial) -> tuple[Optimized, list[RowResult]]:
-        proposals = self.compiler.chosen(self.search, trial.choice)
-        editor = self.compiler.realise(proposals)
-        module = self.compiler.emit(editor)
-        measured = self.measurer.contract(editor, module)
-        rows = self.measurer.rows(trial.predicted, measured)
-        module.plan = self.plan_of(trial, rows, editor, module)
-        module.report = Report(rows, self._notes())
-        return module, rows
-
-    def _correct(self, trial: Trial, rows: Sequence[RowResult]) -> None:
-        """The verify part was worse than the choose part: expect that of every choice."""
-        worst = max((row for row in rows if row.limit is not None), key=lambda row: row.excess)
-        assert worst.measured is not None
-        name = self.measurer.solver_name(worst.name)
-        measured = worst.measured
-        if name == "error":
-            measured = self.compiler.quality.additive(measured)
-        factor = measured / max(trial.measured.get(name, 0.0), 1e-30)
-        self.search.tighten(trial, name, min(max(factor, 1.0), 10.0) * MARGIN)
-
-    def _notes(self) -> list[str]:
-        notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]
-        if self.compiler.host is not None:
-            notes += self.compiler.host.notes()
-        if self.interrupted:
-            notes.append("Ctrl-C ended the search; this is the best plan measured so far")
-        elif self.search.stopped:
-            notes.append("the time limit ended the search; this is the best plan measured so far")
-        return notes
-
-    def plan_of(
-        self,
-        trial: Trial,
-        rows: list[RowResult],
-        editor: GraphEditor,
-        module: Optimized | None = None,
-    ) -> Plan:
-        """The plan of a trial, realised in `editor`, with the tensors that it prepared."""
-        compiler, search = self.compiler, self.search
-        shown = evidence.shown(self.measurer, search, trial, rows, editor, module)
-        made = Plan(
-            budget=compiler.request.budget,
-            workload=compiler.request.workload,
-            hardware=compiler.facts(),
-            at=compiler.request.at,
-            fingerprint_structure=compiler.structure,
-            fingerprint_weights=compiler.weights,
-            refusals=refusals(compiler.proposals),
-            totals=rows,
-            notes=[*self._notes(), *evidence.notes(shown["decisions"])],
-            **shown,
-        )
-        made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
-        return made
-
-
-def _budget_error(best: Optimized, rows: list[RowResult]) -> BudgetError:
-    worst = max((r for r in rows if r.limit is not None), key=lambda r: r.excess)
-    return BudgetError(
-        f"no plan keeps the budget: {worst.name} measured {worst.measured:.4g} {worst.unit}, "
-        f"limit {worst.limit:.4g}; the nearest plan is in .best, its rows in .rows. Loosen "
-        f"{worst.name}, or the quality row, or allow more rewrites",
-        rows,
-        worst.name,
-        best,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,27 +17,29 @@ from .capture import Captured, capture
 from .cost_models.hardware import Device, probe
 from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes
-from .decide.calibration import Batch, Calibration, bind, split
+from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
 from .decide.peaks import Points, points, shifted
 from .decide.propose import Proposal, Proposals, propose
-from .decide.quality import Kind, Quality, Reference
+from .decide.quality import QUALITIES, Kind, Quality, Reference
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.statistics import Call, Statistics, collect
 from .decide.table import Column, Preparer, Table, build
 from .decide.verify import weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit
+from .emit.targets import written
 from .fingerprint import structure_fingerprint, weights_fingerprint
-from .host import Host, refuse_cache, uncached
+from .host import Host
 from .hosted import Optimized
-from .inputs import default_inputs, default_workload
-from .ir.budget import Budget
 from .ir.errors import FxoptError
 from .ir.rewrite import Rewrite
-from .ir.workload import Forward, Generate, Scenario, Train, Workload, scenarios
+from .ir.site import Site
+from .ir.workload import Generate, Scenario, scenarios
 from .passes.baseline import baseline_calls, cache_bytes
-from .progress import Progress, stepping
+from .progress import stepping
+from .request import Request
+from .state import State
 
 logger = logging.getLogger("fxopt")
 
@@ -47,115 +49,13 @@ SWAPS, TRIALS = 96, 8
 keep priors corrected by those measured."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `optimize`, resolved."""
-
-    model: nn.Module
-    budget: Budget
-    workload: Workload
-    example: Batch
-    calibration: Calibration
-    keep: tuple[str, ...]
-    rewrites: tuple[str, ...] | None
-    at: str | None
-    seed: int
-    deadline: float
-    progress: Progress = field(default_factory=Progress)
-
-
-def resolve(
-    model: nn.Module,
-    budget: Budget,
-    example_inputs: Any,
-    *,
-    workload: Workload | None,
-    calibration: Iterable[Any] | None,
-    keep: Iterable[str],
-    rewrites: Sequence[str] | None,
-    at: str | None,
-    seed: int,
-    time_limit: float | None,
-) -> Request:
-    """Fill in what the caller left out; errors name the argument."""
-    names = _forward_names(model)
-    example = bind(default_inputs(model, example_inputs), names)
-    chosen = workload or default_workload(budget, example)
-    if isinstance(chosen, Train):
-        raise FxoptError(
-            "workload: a module that trains is measured as fxopt.optimize makes it (its .report); "
-            "verify and calibration are for fxopt.Forward and fxopt.Generate"
-        )
-    if isinstance(chosen, Forward):
-        chosen = _sized(chosen, example)
-    if at:
-        refuse_cache(at, budget, chosen)
-        example = uncached(model, at, example)
-        keep = [name.removeprefix(f"{at}.") for name in keep]
-    items = None if calibration is None else list(calibration)
-    if items is not None and not items:
-        raise FxoptError("calibration: it is empty; pass inputs, or omit it to use example_inputs")
-    return Request(
-        model=model,
-        budget=budget,
-        workload=chosen,
-        example=example,
-        calibration=split(
-            items if items is not None else [example], names, given=items is not None
-        ),
-        keep=tuple(keep),
-        rewrites=None if rewrites is None else tuple(rewrites),
-        at=at or None,
-        seed=seed,
-        deadline=time.monotonic() + (time_limit if time_limit is not None else 1e9),
-    )
-
-
-def training_step(
-    model: nn.Module,
-    budget: Budget,
-    example_inputs: Any,
-    workload: Workload | None,
-    calibration: Any,
-    at: str | None,
-) -> tuple[Batch, Train] | None:
-    """Example and workload where these arguments ask for a training step, None where not."""
-    speaks_of_steps = workload is None and budget.cost_rows == ("activations",)
-    if not isinstance(workload, Train) and (budget.quality or not speaks_of_steps):
-        return None
-    if at is not None or calibration is not None:
-        name = "at" if at is not None else "calibration"
-        raise FxoptError(f"{name}: fxopt.Train plans the whole step, exactly; leave {name} out")
-    example = bind(default_inputs(model, example_inputs), _forward_names(model))
-    chosen = workload or default_workload(budget, example)
-    assert isinstance(chosen, Train)
-    return example, chosen
-
-
-def _forward_names(model: nn.Module) -> list[str]:
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-
-
-def _sized(workload: Forward, example: Batch) -> Forward:
-    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
-    shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
-    return Forward(workload.batch or shape[0], workload.length or shape[1])
-
-
 class Compiler:
     """Captures once; scores, searches and realises on demand. Holds no result."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.captured: Captured = capture(
-            request.model,
-            request.example,
-            generate=isinstance(request.workload, Generate),
-            at=request.at,
-        )
+        self.state = State(request.model)
+        self.captured: Captured = capture(request.model, request.example, at=request.at)
         loaded = passes.load(request.rewrites)
         self.rewrites: list[Rewrite] = [r for r in loaded if set(r.workloads) != {"train"}]
         self.host: Host | None = None
@@ -200,13 +100,8 @@ class Compiler:
     def quality(self) -> Quality:
         """How errors are measured: the budget's row, or KL (outputs without logits: relative)."""
         row = self.request.budget.quality
-        kinds: dict[str | None, Kind] = {
-            "kl": "kl",
-            "loss_increase": "loss_increase",
-            "relative_error": "relative_error",
-            "metric_drop": "metric",
-        }
-        kind = kinds.get(row) or ("kl" if self.logits is not None else "relative_error")
+        otherwise: Kind = "kl" if self.logits is not None else "relative_error"
+        kind = QUALITIES.get(row or "", otherwise)
         if kind in ("kl", "loss_increase") and self.logits is None:
             raise FxoptError(
                 f"Budget.{row}: the model returns no logits; use relative_error or a metric"
@@ -240,16 +135,28 @@ class Compiler:
             return output[mask.bool()]
         return output
 
+    def outputs(self, call: Call, batch: Batch) -> Sequence[Any]:
+        """The model's outputs over the positions that count, `call` computing those of its
+        graph."""
+        return self._run(call, batch, self.quality.positions(batch))
+
     def _run(self, call: Call, batch: Batch, positions: Tensor | None) -> Sequence[Any]:
         """The model's outputs for one sequence, `call` computing those of its graph."""
+        self.state.rewind()
         if self.host is not None:
             return self.host.outputs(call, batch)
         return call(self.captured.arguments(**_keep(batch, positions, self.captured.causal_lm)))
 
     @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the workload: where nothing is generated, no cache is kept."""
+        generates = isinstance(self.request.workload, Generate)
+        return tuple(s for s in self.captured.sites if generates or s.family != "kv_cache")
+
+    @cached_property
     def proposals(self) -> Proposals:
         return propose(
-            self.captured.sites,
+            self.sites,
             self.rewrites,
             (*self.scenarios, self.final),
             self.request.workload.kind,
@@ -339,7 +246,8 @@ class Compiler:
     @cached_property
     def weights(self) -> str:
         """Fingerprint of the values of parameters and buffers."""
-        return weights_fingerprint(self.host.part if self.host else self.request.model)
+        model = self.host.part if self.host else self.request.model
+        return weights_fingerprint(model, written(self.captured.graph.graph))
 
     def facts(self) -> dict[str, Any]:
         """The device and the library versions a plan was made with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,10 +31,13 @@ def structure_fingerprint(graph: fx.GraphModule) -> str:
     return digest.hexdigest()
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and a strided sample of every parameter and buffer."""
+def weights_fingerprint(model: nn.Module, moving: Collection[str] = ()) -> str:
+    """SHA-256 over names, shapes, dtypes and a strided sample of every parameter and buffer, but
+    the `moving` ones, which each forward writes to."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in moving:
+            continue
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from . import coverage
 from .compiler import Compiler
 from .decide.runs import Latency, measure_latency, peak_temporaries
 from .decide.verify import weight_bytes
 from .emit.editor import GraphEditor
 from .hosted import Optimized
-from .ir.errors import RowResult
+from .ir.errors import FxoptError, RowResult
+from .ir.units import format_value
+from .ir.workload import Generate
 
 UNITS = {
     "latency": "s",
@@ -39,7 +43,6 @@ class Measurer:
         self.budget = compiler.request.budget
         self.wanted = set(self.budget.rows())
         self.notes: list[str] = []
-        self.p99: float | None = None
 
     @cached_property
     def baseline(self) -> dict[str, float]:
@@ -63,7 +66,29 @@ class Measurer:
             rows["memory"] = rows["weights"] + rows["kv_cache_now"] + rows["activations"]
         if compiler.quality.kind == "metric":
             rows["metric"] = self._metric(compiler.request.model)
+            if not math.isfinite(rows["metric"]):
+                raise FxoptError(
+                    f"Budget.metric: it returned {rows['metric']} for the original model; a "
+                    "metric returns a number, larger is better"
+                )
+        self._check_shares(rows)
         return rows
+
+    def _check_shares(self, rows: Mapping[str, float]) -> None:
+        """FxoptError for a share of what the model has none of."""
+        for name, limit in self.budget.rows().items():
+            if limit.relative and rows.get(name) == 0:
+                what = "no parameters" if name == "weights" else self._no_cache()
+                raise FxoptError(f"Budget.{name}: {limit.text} of nothing: the model has {what}")
+
+    def _no_cache(self) -> str:
+        workload = self.compiler.request.workload
+        if not isinstance(workload, Generate):
+            return (
+                f"no KV cache in the workload {workload.kind!r}; pass "
+                "workload=fxopt.Generate(batch=, prompt=, new_tokens=)"
+            )
+        return f"no KV cache: {self.compiler.captured.reason or 'it is no causal language model'}"
 
     @property
     def _timed(self) -> bool:
@@ -86,6 +111,7 @@ class Measurer:
         rows = self._bytes(editor)
         rows["weights"] = float(weight_bytes(module))
         rows |= self._slow(editor, module)
+        self.notes = coverage.notes(self.compiler, editor.graph)
         error = self._error(editor, self.compiler.verify_reference)
         rows[self.quality_row] = self.compiler.quality.measured(error)
         return rows
@@ -105,11 +131,14 @@ class Measurer:
         if quality.kind == "metric":
             return self.baseline["metric"] - self._metric(self.compiler.emit(editor))
         measured = reference.measure(editor.graph)
-        self.p99 = measured.p99
+        if reference is self.compiler.verify_reference and quality.per_position:
+            worst = format_value(measured.p99, UNITS[self.quality_row])
+            self.notes.append(f"{self.quality_row}: 99% of {measured.count} positions < {worst}")
         return quality.additive(measured.mean)
 
     def _metric(self, module: nn.Module) -> float:
         assert self.budget.metric is not None
+        self.compiler.state.rewind()
         return float(self.budget.metric(module))
 
     def _bytes(self, editor: GraphEditor) -> dict[str, float]:
@@ -138,6 +167,7 @@ class Measurer:
 
     def _latency(self, module: nn.Module) -> Latency:
         request = self.compiler.request
+        self.compiler.state.rewind()
         return measure_latency(
             request.model, module, request.workload, request.example, self.compiler.device
         )
@@ -145,6 +175,7 @@ class Measurer:
     def temporaries(self, module: nn.Module) -> float:
         """Peak bytes of one call of the workload beyond weights and cache."""
         request = self.compiler.request
+        self.compiler.state.rewind()
         return float(
             peak_temporaries(module, request.workload, request.example, self.compiler.device)
         )

@@ -13,9 +13,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.compiler import Compiler, resolve
+from fxopt.compiler import Compiler
 from fxopt.emit.module import OptimizedModule
 from fxopt.ir.errors import CaptureError, FxoptError
+from fxopt.request import resolve
 
 
 class Encoder(nn.Sequential):

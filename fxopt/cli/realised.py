@@ -89,8 +89,8 @@ def bench(
 
     fxopt bench examples/tiny_lm small --seconds 1
     """
-    from fxopt.compiler import resolve
     from fxopt.progress import showing
+    from fxopt.request import resolve
 
     from .inputs import load_inputs
     from .timing import measure

@@ -39,7 +39,7 @@ def split(items: Iterable[Any], names: Sequence[str], *, given: bool) -> Calibra
             "[{'input_ids': ids}, ...], or omit it to use example_inputs"
         )
     for i, sequence in enumerate(sequences):
-        _check_finite(sequence, i)
+        _check_values(sequence, i)
     notes = [] if given else ["calibration: none given, so the example inputs were used"]
     if len(sequences) < 3:
         notes.append(
@@ -81,9 +81,16 @@ def sequences_of(batch: Batch) -> list[Batch]:
     ]
 
 
-def _check_finite(batch: Batch, index: int) -> None:
+def _check_values(batch: Batch, index: int) -> None:
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        if not isinstance(value, Tensor):
+            continue
+        if not value.numel():
+            raise FxoptError(
+                f"calibration: sequence {index}, argument {name!r} is empty (shape "
+                f"{tuple(value.shape)}): nothing can be measured on it; leave it out"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
             raise FxoptError(
                 f"calibration: sequence {index}, argument {name!r} holds NaN or infinite values; "
                 "remove the sequence or mend its preprocessing"

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from ..ir.cost import Cost
 from ..ir.decision import KEEP
 from ..ir.units import format_value
-from .peaks import row_of
-from .search import FASTER, GAP
+from .search import BYTE_ROWS, FASTER, GAP
 from .swaps import Swap, Swaps
 
 BETTER = "better by costs corrected after the choice; not solved again"
@@ -18,7 +17,6 @@ SAME = 5e-3
 """The share of its own below which a change of what is minimised is none."""
 FULL = 0.05
 """The share of a limit that a row which binds may leave, since sites are not divided."""
-BYTES = ("weights", "kv_cache", "memory", "activations")
 THINGS = {"latency": "time", "error": "error", "memory": "memory"}
 
 
@@ -55,8 +53,8 @@ class Explainer:
         more = swap.added[self.main]
         if swap.missing:
             return self._needs(swap, mine, other)
-        if self._useless(mine, other):
-            return f"a rewrite that serves no bytes has to be {FASTER}x as fast as what it replaces"
+        if self._useless(swap, mine, other):
+            return f"a rewrite that saves no bytes has to be {FASTER}x as fast as what it replaces"
         if self.swaps.is_better(swap, GAP * abs(self.swaps.value)):
             return BETTER + self._saved(mine, other, -more, ": saves ")
         if self._same(mine, other, more) and swap.worth >= 0:
@@ -180,11 +178,11 @@ class Explainer:
         own = max(abs(mine.amount(self.main)), abs(other.amount(self.main)))
         return abs(change) <= SAME * own
 
-    def _useless(self, mine: Choice, other: Choice) -> bool:
-        """Whether the search left it out for being about as fast, where only time counts."""
-        rows = {self.main, *map(row_of, self.swaps.left)}
+    def _useless(self, swap: Swap, mine: Choice, other: Choice) -> bool:
+        """Whether the search left it out for being about as fast, and no smaller."""
         slow = other.cost.seconds < mine.cost.seconds < other.cost.seconds * FASTER
-        return slow and mine.name == KEEP and not rows & set(BYTES)
+        smaller = any(more < 0 for row, more in swap.added.items() if row in BYTE_ROWS)
+        return slow and mine.name == KEEP and not smaller
 
     def _name(self, row: str) -> str:
         return self.quality if row == "error" else row

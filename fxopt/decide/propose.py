@@ -34,6 +34,12 @@ class Proposals:
     refused: dict[tuple[str, str], list[tuple[str, str]]]
     kept: frozenset[tuple[str, str]] = field(default_factory=frozenset)
 
+    def refuse(self, proposal: Proposal, reason: str) -> None:
+        """Note why a candidate is none after all."""
+        where = (proposal.site.family, proposal.site.key)
+        said = f"{proposal.candidate.label}: {reason}"
+        self.refused.setdefault(where, []).append((proposal.rewrite.name, said))
+
 
 def propose(
     sites: Sequence[Site],

@@ -14,9 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..ir.errors import FxoptError
 from .calibration import Batch, padding_of
 
 Kind = Literal["kl", "loss_increase", "relative_error", "metric"]
+QUALITIES: dict[str, Kind] = {
+    "kl": "kl",
+    "loss_increase": "loss_increase",
+    "relative_error": "relative_error",
+    "metric_drop": "metric",
+}
+"""By the budget's row."""
 Evaluate = Callable[[Any, Batch, Tensor | None], Tensor]
 """(module, batch, positions [P] or None) -> output of interest; logits of those positions."""
 
@@ -117,6 +125,11 @@ class Reference:
             return self._kept[i]
         batch = self.batches[i]
         output = self._evaluate(self._original, batch, self.quality.positions(batch))
+        if output.isnan().any():
+            raise FxoptError(
+                f"calibration: the model itself returns NaN for sequence {i} of the part that is "
+                "measured; remove the sequence, or see which layer makes it (float16 overflows)"
+            )
         if sum(t.nbytes for t in self._kept.values()) + output.nbytes <= self._limit:
             self._kept[i] = output
         return output
@@ -142,7 +155,9 @@ def kl_divergence(target: Tensor, output: Tensor) -> Tensor:
     parts: list[Tensor] = []
     for p, q in zip(target.split(rows), output.split(rows), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        # what the model rules out (a logit of -inf) has no share in the sum
+        terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+        parts.append(terms.sum(-1))
     return torch.cat(parts)
 
 

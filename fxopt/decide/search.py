@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from ..ir.errors import excess
 from .peaks import PEAK_ROWS, Points, row_at
 from .solve import Group, Problem, Row, nearest, solve, total, undominated
 from .table import Column, Table
@@ -17,6 +19,7 @@ Rows = Mapping[str, float]
 GAP = 1e-3
 """Relative gap at which a choice counts as optimal: below what costs are measured to."""
 
+BYTE_ROWS = ("weights", "kv_cache", "memory", "activations")
 FASTER = 1.02
 """A rewrite that serves no byte row must be measured at least this much faster."""
 
@@ -34,7 +37,7 @@ class Limits:
 
     def excess(self, measured: Rows) -> float:
         """The smallest number that every measured row / limit - 1 stays under."""
-        return max((measured[n] / limit - 1 for n, limit in self.rows.items()), default=0.0)
+        return max((excess(measured[n], limit) for n, limit in self.rows.items()), default=0.0)
 
     def constant(self, name: str) -> dict[str, float]:
         """The solver's rows of one row of the budget, and the constant of each."""
@@ -66,7 +69,6 @@ class Search:
     limits: Limits
     correction: dict[str, float] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
-    fixed: Mapping[int, int] = field(default_factory=dict)
     stopped: bool = False
     solver_seconds: float = 40.0
 
@@ -78,46 +80,50 @@ class Search:
             for row, constant in self.limits.constant(name).items()
         )
         groups = self.table.groups(self.correction.get("error", 1.0))
+        forbidden = self._forbidden()
         return Problem(
             groups,
             rows,
             self.limits.objective,
             cuts=tuple(trial.choice for trial in self.trials),
-            forbidden=self._forbidden() | self._dominated(groups),
+            forbidden=forbidden | self._dominated(groups, forbidden),
             exclusive=self.table.exclusive,
         )
 
-    def _dominated(self, groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
-        """Options that another beats or equals in every row that counts: most of them."""
+    def _dominated(
+        self, groups: Sequence[Group], forbidden: frozenset[tuple[int, int]]
+    ) -> frozenset[tuple[int, int]]:
+        """Options that another, not `forbidden`, beats or equals in every row that counts: most
+        of them."""
         expanded = (row for name in self.limits.rows for row in self.limits.constant(name))
         rows = sorted({*expanded, *self.limits.objective})
         # where a choice excludes another, the other must be able to keep its site
         bound = {g for members in self.table.exclusive for g in members}
-        return frozenset(
-            (g, o)
-            for g, group in enumerate(groups)
-            if g not in self.fixed
-            for o in set(range(len(group.options))) - set(undominated(group.options, rows))
-            if o or g not in bound
-        )
-
-    def _forbidden(self) -> frozenset[tuple[int, int]]:
-        """Options that a lock excludes, or that are no faster where no byte row is served."""
         pairs: set[tuple[int, int]] = set()
-        slow_is_useless = not self._bytes_matter()
-        for g, columns in enumerate(self.table.columns):
-            for o, column in enumerate(columns):
-                if g in self.fixed:
-                    excluded = o != self.fixed[g]
-                else:
-                    excluded = slow_is_useless and o > 0 and _no_faster(column, columns[0])
-                if excluded:
-                    pairs.add((g, o))
+        for g, group in enumerate(groups):
+            allowed = [o for o in range(len(group.options)) if (g, o) not in forbidden]
+            best = {allowed[i] for i in undominated([group.options[o] for o in allowed], rows)}
+            pairs |= {(g, o) for o in allowed if o not in best and (o or g not in bound)}
         return frozenset(pairs)
 
-    def _bytes_matter(self) -> bool:
-        wanted = {*self.limits.rows, *(n for n, w in self.limits.objective.items() if w > 1e-3)}
-        return bool(wanted & {"weights", "kv_cache", "memory", "activations"})
+    def _forbidden(self) -> frozenset[tuple[int, int]]:
+        """Options that are neither faster nor smaller in a byte row that counts, or whose error
+        is no number."""
+        counting = {*self.limits.rows, *(n for n, w in self.limits.objective.items() if w > 1e-3)}
+        rows = [
+            expanded
+            for name in sorted(counting & set(BYTE_ROWS))
+            for expanded in self.limits.constant(name)
+        ]
+        pairs: set[tuple[int, int]] = set()
+        for g, group in enumerate(self.table.groups(1.0)):
+            kept, columns = group.options[0], self.table.columns[g]
+            for o, option in enumerate(group.options[1:], 1):
+                smaller = any(option.amount(row) < kept.amount(row) for row in rows)
+                useless = not smaller and _no_faster(columns[o], columns[0])
+                if useless or not math.isfinite(columns[o].error):
+                    pairs.add((g, o))
+        return frozenset(pairs)
 
     def next(self) -> Choice | None:
         """The best choice not tried yet that is predicted to hold; None when there is none."""
@@ -155,6 +161,7 @@ class Search:
         """Record what `choice` measured; later predictions are corrected by it."""
         predicted = self.predict(choice)
         value = sum(w * measured.get(n, predicted[n]) for n, w in self.limits.objective.items())
+        value = value if math.isfinite(value) else math.inf
         trial = Trial(choice, predicted, measured, self.limits.excess(measured), value)
         self.trials.append(trial)
         self.correct(choice, predicted, measured)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,19 +199,31 @@ def _milp(
     return Solution(choice, value(problem, choice), float(result.mip_gap or 0.0), "milp")
 
 
+_STDOUT = threading.Lock()
+
+
 @contextmanager
 def _silent() -> Generator[None]:
-    """HiGHS prints a line of its own debugging past every option: send it nowhere."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+    """HiGHS prints a line of its own debugging past every option: send it nowhere.
+
+    The descriptor is the process's, so one solve at a time.
+    """
+    with _STDOUT:
+        sys.stdout.flush()
+        try:
+            kept = os.dup(1)
+        except OSError:  # closed: nothing is printed anyway
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def columns_of(problem: Problem) -> dict[tuple[int, int], int]:

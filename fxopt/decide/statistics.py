@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.errors import FxoptError
 from ..ir.ops import attend
 from ..ir.site import GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
@@ -118,11 +119,20 @@ def collect(
         recorder.begin(batch, keep_attention=i < attention_sequences)
         with torch.enable_grad():
             outputs = run(recorder.call, batch, positions)
+            _check_output(outputs[logits], i)
             score, count = _sampled_score(outputs[logits], quality, generator)
         counted += count
         attended += count if i < attention_sequences else 0
         recorder.end(score, len(batches), generator)
     return Statistics(recorder.nodes, counted, attended)
+
+
+def _check_output(output: Tensor, sequence: int) -> None:
+    if output.isnan().any():
+        raise FxoptError(
+            f"calibration: the model itself returns NaN for sequence {sequence}; see whether its "
+            "weights are finite, and which layer overflows"
+        )
 
 
 def _sampled_score(output: Tensor, quality: Quality, generator: torch.Generator) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,7 +78,7 @@ class Table:
 
     def amounts(self, column: Column, kept: Column, scale: float = 1.0) -> Rows:
         """What a column adds to each row; `kept` is the first of its group."""
-        error = column.error
+        error = column.error if math.isfinite(column.error) else 0.0  # forbidden, then
         if column.measured is None:
             error *= self.factor.get(kind(column), 1.0)
         return {
@@ -159,7 +160,11 @@ def build(
         for chosen in _product(options):
             total, seconds, timed = _cost(sites, chosen, scenarios, baseline, cost)
             known = 0.0 if all(p.rewrite.exact for p in chosen) else None
-            made.append(Column(chosen, total, sum(map(priors, chosen)), known, seconds, timed))
+            prior = sum(map(priors, chosen))
+            if math.isfinite(prior):
+                made.append(Column(chosen, total, prior, known, seconds, timed))
+            elif len(chosen) == 1:
+                proposals.refuse(chosen[0], "its output is no number on the calibration data")
         columns.append(made)
     return Table(keys, columns)
 

@@ -47,6 +47,22 @@ def mutates(node: fx.Node) -> bool:
     )
 
 
+def written(graph: fx.Graph) -> frozenset[str]:
+    """Names of the buffers that running `graph` writes to, in place or through views."""
+    found = (_root(node.args[0]) for node in graph.nodes if mutates(node) and node.args)
+    return frozenset(str(n.target) for n in found if isinstance(n, fx.Node) and n.op == "get_attr")
+
+
+def _root(source: Any) -> Any:
+    """The node whose memory a chain of views shows."""
+    while isinstance(source, fx.Node) and isinstance(source.target, OpOverload):
+        results = schema(source.target).returns
+        if not results or results[0].alias_info is None:
+            return source
+        source = source.args[0]
+    return source
+
+
 def schema(target: OpOverload) -> Any:
     return target._schema  # pyright: ignore[reportPrivateUsage]
 

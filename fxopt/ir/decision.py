@@ -104,6 +104,15 @@ class Decision(PlanModel):
         return self.rewrite != KEEP
 
     @property
+    def members(self) -> list[str]:
+        """Keys of the linears that a group stands for, "mlp.gate_proj+up_proj" or, from several
+        modules, "a.proj+b.proj"; none where it is one linear."""
+        first, *others = self.key.split("+")
+        prefix = f"{first.rpartition('.')[0]}." if "." in first else ""
+        every = [first, *(other if "." in other else prefix + other for other in others)]
+        return every if others else []
+
+    @property
     def kept(self) -> Cost | None:
         """What the site costs as it was, where the plan knows."""
         if not self.rewritten:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,16 @@ class RowResult:
         """measured / limit - 1: positive when the row is violated."""
         if self.limit is None or self.measured is None:
             return 0.0
-        if self.limit == 0:
-            return 0.0 if self.measured <= 0 else float("inf")
-        return self.measured / self.limit - 1.0
+        return excess(self.measured, self.limit)
+
+
+def excess(measured: float, limit: float) -> float:
+    """measured / limit - 1; infinite for what is no number, which keeps no limit."""
+    if math.isnan(measured):
+        return math.inf
+    if limit == 0:
+        return 0.0 if measured <= 0 else math.inf
+    return measured / limit - 1.0
 
 
 class BudgetError(FxoptError):

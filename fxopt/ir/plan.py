@@ -17,7 +17,7 @@ from .decision import KEEP, Alternative, Decision, PlanModel, Refused
 from .errors import PlanError, RowResult
 from .evidence import Block, Generated, Looser, Price, Trial
 from .names import hint, select
-from .store import read_plan, read_tensors, tensors_path, write_tensors, write_text
+from .store import read_plan, read_tensors, tensors_path, write_plan, write_text
 from .workload import Forward, Generate, Train
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class Plan(PlanModel):
     `at` names the submodule that alone is rewritten, if any: keys and fingerprints are of that
     one. `fingerprint_structure` names the graph (always checked by `apply`), `fingerprint_weights`
     the values (checked where prepared `tensors` exist). `totals` are the rows of the budget, in
-    the units that `RowResult` names. `tensors` is what calibrated choices prepared, by choice
-    and name; it is stored beside the JSON, and `prepared` is the SHA-256 of that file.
+    the units that `RowResult` names, `baseline` what shares refer to. `tensors` is what calibrated
+    choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
+    SHA-256 of that file.
     `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
     `blocks` and `sources` are for readers: nothing of them is replayed.
     """
@@ -55,6 +56,7 @@ class Plan(PlanModel):
     decisions: list[Decision] = Field(default_factory=list[Decision])
     refusals: list[Refused] = Field(default_factory=list[Refused])
     totals: list[RowResult] = Field(default_factory=list[RowResult])
+    baseline: dict[str, float] = Field(default_factory=dict[str, float])
     notes: list[str] = Field(default_factory=list[str])
     prepared: str | None = None
     trials: list[Trial] = Field(default_factory=list[Trial])
@@ -150,9 +152,13 @@ class Plan(PlanModel):
     def save(self, path: str | Path) -> Path:
         """Write the plan, and `tensors` beside it as `.safetensors`; each file in one step."""
         path = Path(path)
-        beside = tensors_path(path)
-        self.prepared = write_tensors(beside, self._tensors) if self._tensors else None
-        return write_text(path, self.model_dump_json(indent=2) + "\n")
+        tensors_path(path)  # refuses a name that is the tensors' own
+
+        def text(digest: str | None) -> str:
+            self.prepared = digest
+            return self.model_dump_json(indent=2) + "\n"
+
+        return write_plan(path, text, self._tensors)
 
     @classmethod
     def load(cls, path: str | Path, rewrites: Mapping[str, int] | None = None) -> Plan:

@@ -49,11 +49,25 @@ def write_text(path: Path, text: str) -> Path:
     return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors (of any device, strided or shared) and return the SHA-256 of the file."""
+def write_plan(
+    path: Path, text: Callable[[str | None], str], tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write a plan and its tensors (of any device, strided or shared) beside it, or neither.
+
+    `text` gives the plan from the SHA-256 of the file of tensors, None without any. The pair that
+    stood there before stands until both are written.
+    """
+    if not tensors:
+        return write_text(path, text(None))
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda file: save_file(own, file))
-    return _sha256(path)
+
+    def both(temporary: Path) -> None:
+        save_file(own, temporary)
+        write_text(path, text(_sha256(temporary)))
+
+    # The tensors' rename comes after the plan's, and alone: it cannot fail for want of room.
+    write_atomically(tensors_path(path), both)
+    return path
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:

@@ -41,7 +41,9 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
     check(x, weight, scale)
     own = row_scale(x)
     rounded = quantize(x, own)
-    y = F.linear(rounded.to(x.dtype), weight.to(x.dtype)).float() * own * scale
+    # A sum of products of numbers up to 448 is beyond float16.
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    y = F.linear(rounded.to(wide), weight.to(wide)).float() * own * scale
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).contiguous()
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.compiler import Compiler, resolve
+from fxopt.compiler import Compiler
 from fxopt.decide.propose import Proposal
 from fxopt.decide.recover import Recovery, recover
+from fxopt.request import resolve
 
 
 class Block(nn.Module):

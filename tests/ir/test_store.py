@@ -75,6 +75,24 @@ def test_tensors_of_another_plan_are_refused_or_ignored(plan: Plan, tmp_path: Pa
     assert Plan.load(path).tensors == {}
 
 
+@pytest.mark.parametrize("broken", ["save_file", "write_text"])
+def test_a_failed_save_leaves_the_pair_that_was_there(
+    plan: Plan, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.tensors = {"a": torch.ones(2)}
+    path = plan.save(tmp_path / "plan.json")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    plan.tensors = {"a": torch.zeros(3)}
+    monkeypatch.setattr(f"fxopt.ir.store.{broken}", full)
+    with pytest.raises(OSError, match="No space"):
+        plan.save(path)
+    assert names(tmp_path) == ["plan.json", "plan.safetensors"]
+    assert torch.equal(Plan.load(path).tensors["a"], torch.ones(2))
+
+
 def test_editing_the_json_keeps_the_tensors(plan: Plan, tmp_path: Path) -> None:
     plan.tensors = {"a": torch.ones(2)}
     path = plan.save(tmp_path / "plan.json")

@@ -1,0 +1,219 @@
+"""The arguments of `optimize`, checked and with what the caller left out filled in."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decide.calibration import Batch, Calibration, bind, split
+from .host import refuse_cache, uncached
+from .inputs import default_inputs, default_workload
+from .ir.budget import Budget
+from .ir.errors import FxoptError
+from .ir.names import hint
+from .ir.workload import Forward, Generate, Train, Workload, scenarios
+from .progress import Progress
+
+EXAMPLE = "fxopt.Generate(batch=1, prompt=1024, new_tokens=128)"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one optimisation is asked for."""
+
+    model: nn.Module
+    budget: Budget
+    workload: Workload
+    example: Batch
+    calibration: Calibration
+    keep: tuple[str, ...]
+    rewrites: tuple[str, ...] | None
+    at: str | None
+    seed: int
+    deadline: float
+    progress: Progress = field(default_factory=Progress)
+
+
+def resolve(
+    model: nn.Module,
+    budget: Budget,
+    example_inputs: Any,
+    *,
+    workload: Workload | None,
+    calibration: Iterable[Any] | None,
+    keep: Iterable[str],
+    rewrites: Sequence[str] | None,
+    at: str | None,
+    seed: int,
+    time_limit: float | None,
+) -> Request:
+    """Fill in what the caller left out; errors name the argument."""
+    check(model, budget, workload)
+    names = forward_names(model)
+    example = bind(default_inputs(model, example_inputs), names)
+    chosen = workload or default_workload(budget, example)
+    if isinstance(chosen, Train):
+        raise FxoptError(
+            "workload: a module that trains is measured as fxopt.optimize makes it (its .report); "
+            "verify and calibration are for fxopt.Forward and fxopt.Generate"
+        )
+    if isinstance(chosen, Forward):
+        chosen = _sized(chosen, example)
+    _check_latency(budget, chosen)
+    kept = listed(keep)
+    if at:
+        refuse_cache(at, budget, chosen)
+        example = uncached(model, at, example)
+        kept = tuple(name.removeprefix(f"{at}.") for name in kept)
+    return Request(
+        model=model,
+        budget=budget,
+        workload=chosen,
+        example=example,
+        calibration=_calibration(calibration, example, names),
+        keep=kept,
+        rewrites=None if rewrites is None else listed(rewrites),
+        at=at or None,
+        seed=seed,
+        deadline=time.monotonic() + (time_limit if time_limit is not None else 1e9),
+    )
+
+
+def check(model: object, budget: object, workload: object) -> None:
+    """FxoptError for arguments of another kind than `optimize` takes."""
+    if not isinstance(model, nn.Module):
+        raise FxoptError(f"model: takes a torch.nn.Module, not {_kind(model)}")
+    inner = getattr(model, "_orig_mod", None)
+    if inner is not None or isinstance(model, nn.DataParallel):
+        name = "._orig_mod" if inner is not None else ".module"
+        raise FxoptError(
+            f"model: {type(model).__name__} wraps the model itself: pass model{name}, and wrap "
+            "what comes back"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FxoptError("model: a ScriptModule cannot be captured; pass the module it was made of")
+    if getattr(model, "plan", None) is not None and hasattr(model, "program"):
+        raise FxoptError("model: it was optimised already; optimise the original under this budget")
+    if not isinstance(budget, Budget):
+        raise FxoptError(
+            f'budget: takes fxopt.Budget(...), such as fxopt.Budget(kl=0.02, weights="60%"), not '
+            f"{_kind(budget)}"
+        )
+    if workload is not None and not isinstance(workload, Forward | Generate | Train):
+        raise FxoptError(
+            f"workload: takes fxopt.Forward(), {EXAMPLE} or fxopt.Train(batch=, seq=), not "
+            f"{_kind(workload)}"
+        )
+
+
+def training_step(
+    model: nn.Module,
+    budget: Budget,
+    example_inputs: Any,
+    workload: Workload | None,
+    calibration: Any,
+    at: str | None,
+) -> tuple[Batch, Train] | None:
+    """Example and workload where these arguments ask for a training step, None where not."""
+    check(model, budget, workload)
+    speaks_of_steps = workload is None and budget.cost_rows == ("activations",)
+    if not isinstance(workload, Train) and (budget.quality or not speaks_of_steps):
+        return None
+    if at is not None or calibration is not None:
+        name = "at" if at is not None else "calibration"
+        raise FxoptError(f"{name}: fxopt.Train plans the whole step, exactly; leave {name} out")
+    example = bind(default_inputs(model, example_inputs), forward_names(model))
+    chosen = workload or default_workload(budget, example)
+    assert isinstance(chosen, Train)
+    return example, chosen
+
+
+def forward_names(model: nn.Module) -> list[str]:
+    """The named arguments of the forward, in order."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def listed(names: Iterable[str]) -> tuple[str, ...]:
+    """Names as a tuple; one text is one name, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} {value!r}"[:80] if value is not None else "None"
+
+
+def _sized(workload: Forward, example: Batch) -> Forward:
+    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
+    shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
+    return Forward(workload.batch or shape[0], workload.length or shape[1])
+
+
+def _check_latency(budget: Budget, workload: Workload) -> None:
+    known = [scenario.name for scenario in scenarios(workload)]
+    for name in budget.latency if isinstance(budget.latency, dict) else ():
+        if name not in known:
+            raise FxoptError(
+                f"Budget.latency: the workload makes no call {name!r}.{hint(name, known)} Its "
+                f"calls: {', '.join(known)}"
+            )
+
+
+def _calibration(given: Any, example: Batch, names: Sequence[str]) -> Calibration:
+    """Calibration split in three; one tensor or dict is one batch of sequences."""
+    if given is None:
+        return split([example], names, given=False)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise FxoptError(
+            f"calibration: takes an iterable of inputs, such as [{{'input_ids': ids}}, ...], not "
+            f"{_kind(given)}"
+        )
+    items = [given] if isinstance(given, Tensor | Mapping) else list(given)
+    if not items:
+        raise FxoptError("calibration: it is empty; pass inputs, or omit it to use example_inputs")
+    for i, item in enumerate(items):
+        _check_like(bind(item, names), example, names, i)
+    return split(items, names, given=True)
+
+
+def _check_like(item: Batch, example: Batch, names: Sequence[str], index: int) -> None:
+    """FxoptError where an item is no input like the example."""
+    where = f"calibration: item {index}"
+    for name, value in item.items():
+        like = example.get(name)
+        if not isinstance(value, Tensor | bool | int | float | None) and like is None:
+            raise FxoptError(f"{where}, argument {name!r} is {_kind(value)}, not a tensor")
+        if isinstance(like, Tensor):
+            _check_tensor(value, like, f"{where}, argument {name!r}")
+    tensors = [name for name, value in item.items() if isinstance(value, Tensor)]
+    unknown = [name for name in tensors if name not in names and name not in example]
+    if unknown and names:
+        raise FxoptError(
+            f"{where} has an argument {unknown[0]!r} that the forward does not take."
+            f"{hint(unknown[0], names)}"
+        )
+
+
+def _check_tensor(value: Any, like: Tensor, where: str) -> None:
+    if not isinstance(value, Tensor):
+        raise FxoptError(f"{where} is {_kind(value)}, where example_inputs has a tensor")
+    if value.device.type == "meta":
+        raise FxoptError(f"{where} is on the meta device: it has a shape but no values")
+    mine, its = (t.dtype.is_floating_point or t.dtype.is_complex for t in (value, like))
+    differs = (
+        f"dtype {value.dtype}, where example_inputs has {like.dtype}"
+        if mine != its or (mine and value.dtype != like.dtype)
+        else f"{value.dim()} dimensions, where example_inputs has {like.dim()}"
+        if value.dim() != like.dim()
+        else f"device {value.device}, where example_inputs has {like.device}"
+        if value.device != like.device
+        else ""
+    )
+    if differs:
+        raise FxoptError(f"{where} has {differs}")

@@ -1,0 +1,178 @@
+"""One search: a table of priced options, its trials, and the module that comes of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from . import evidence
+from .compiler import Compiler
+from .decide.decisions import refusals
+from .decide.search import Choice, Search, Trial, identity
+from .emit.editor import GraphEditor
+from .hosted import Optimized
+from .ir.errors import BudgetError, RowResult
+from .ir.plan import Plan
+from .measure import Measurer
+from .replay import prepared_tensors
+from .show.report import Report
+
+logger = logging.getLogger("fxopt")
+
+ATTEMPTS = 5
+"""Searches, each asking more of the `choose` part, until the `verify` part holds."""
+MARGIN, MOST = 1.02, 10.0
+RUNNERS_UP = 4
+"""Where nothing holds, so many of the nearest trials are verified, and the model as it is; the
+best is handed out."""
+
+
+class Session:
+    """One search: a table, its trials, and the module that comes of it."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler = compiler
+        self.interrupted = False
+        for note in compiler.request.calibration.notes:
+            logger.warning(note)
+        self.measurer = Measurer(compiler)
+        self.table = compiler.table()
+        limits = compiler.limits(self.measurer.baseline, self.table)
+        self.search = Search(self.table, limits)
+
+    def search_best(self) -> Trial:
+        """Search; the identity is always among the trials."""
+        found = self._search()
+        if found is None or found.excess > 0:
+            none = identity(self.table)
+            if all(t.choice != none for t in self.search.trials):
+                self.search.tell(none, self._measured(none))
+        best = self.search.best
+        assert best is not None
+        return best
+
+    def _search(self) -> Trial | None:
+        """As far as time goes. Ctrl-C ends the time: at least one choice is still measured, where
+        none was; another Ctrl-C is for the caller."""
+        try:
+            return self.compiler.search(self.search, self._measured)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            logger.warning("Ctrl-C: the best plan measured so far follows; once more gives up")
+            now = replace(self.compiler.request, deadline=time.monotonic())
+            self.compiler.request = now
+            return self.compiler.search(self.search, self._measured)
+
+    def _measured(self, choice: Choice) -> Mapping[str, float]:
+        editor = self.compiler.realise(self.compiler.chosen(self.search, choice))
+        return self.measurer.trial(editor)
+
+    def plan(self) -> Plan:
+        """The decision alone: realised to see the graph, not emitted and not verified."""
+        trial = self.search_best()
+        editor = self.compiler.realise(self.compiler.chosen(self.search, trial.choice))
+        made = self.plan_of(trial, self.measurer.rows(trial.predicted, {}), editor)
+        if trial.excess > 0:
+            made.notes.append("no plan was found that keeps every row; this is the nearest")
+        return made
+
+    def optimize(self) -> Optimized:
+        """Search, verify on the part kept aside, correct and search again until it holds."""
+        nearest: tuple[float, Optimized, list[RowResult]] | None = None
+        for _ in range(ATTEMPTS):
+            found = self.search_best()
+            held, rows = found.excess <= 0, list[RowResult]()
+            for trial in [found] if held else self._nearest():
+                module, rows = self._verified(trial)
+                excess = max((row.excess for row in rows if row.limit is not None), default=0.0)
+                if excess <= 0:
+                    return module
+                if nearest is None or excess < nearest[0]:
+                    nearest = (excess, module, rows)
+            if not held or time.monotonic() > self.compiler.request.deadline:
+                break
+            self._correct(found, rows)
+        assert nearest is not None
+        raise _budget_error(nearest[1], nearest[2])
+
+    def _nearest(self) -> list[Trial]:
+        """Where nothing holds: the trials to verify, the model as it is among them."""
+        ranked, none = self.search.ranked(), identity(self.table)
+        return [t for i, t in enumerate(ranked) if i < RUNNERS_UP or t.choice == none]
+
+    def _verified(self, trial: Trial) -> tuple[Optimized, list[RowResult]]:
+        proposals = self.compiler.chosen(self.search, trial.choice)
+        editor = self.compiler.realise(proposals)
+        module = self.compiler.emit(editor)
+        measured = self.measurer.contract(editor, module)
+        for note in self.measurer.notes:
+            if note.startswith("calibration:"):
+                logger.warning(note)
+        rows = self.measurer.rows(trial.predicted, measured)
+        module.plan = self.plan_of(trial, rows, editor, module)
+        module.report = Report(rows, self._notes())
+        return module, rows
+
+    def _correct(self, trial: Trial, rows: Sequence[RowResult]) -> None:
+        """The verify part was worse than the choose part: expect that of every choice."""
+        worst = max((row for row in rows if row.limit is not None), key=lambda row: row.excess)
+        assert worst.measured is not None
+        name = self.measurer.solver_name(worst.name)
+        measured = worst.measured
+        if name == "error":
+            measured = self.compiler.quality.additive(measured)
+        factor = measured / max(trial.measured.get(name, 0.0), 1e-30)
+        # what is no number is as bad as can be
+        factor = min(max(factor, 1.0), MOST) if math.isfinite(factor) else MOST
+        self.search.tighten(trial, name, factor * MARGIN)
+
+    def _notes(self) -> list[str]:
+        notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]
+        if self.compiler.host is not None:
+            notes += self.compiler.host.notes()
+        if self.interrupted:
+            notes.append("Ctrl-C ended the search; this is the best plan measured so far")
+        elif self.search.stopped:
+            notes.append("the time limit ended the search; this is the best plan measured so far")
+        return notes
+
+    def plan_of(
+        self,
+        trial: Trial,
+        rows: list[RowResult],
+        editor: GraphEditor,
+        module: Optimized | None = None,
+    ) -> Plan:
+        """The plan of a trial, realised in `editor`, with the tensors that it prepared."""
+        compiler, search = self.compiler, self.search
+        shown = evidence.shown(self.measurer, search, trial, rows, editor, module)
+        made = Plan(
+            budget=compiler.request.budget,
+            workload=compiler.request.workload,
+            hardware=compiler.facts(),
+            at=compiler.request.at,
+            fingerprint_structure=compiler.structure,
+            fingerprint_weights=compiler.weights,
+            refusals=refusals(compiler.proposals),
+            totals=rows,
+            baseline=dict(self.measurer.baseline),
+            notes=[*self._notes(), *evidence.notes(shown["decisions"])],
+            **shown,
+        )
+        made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
+        return made
+
+
+def _budget_error(best: Optimized, rows: list[RowResult]) -> BudgetError:
+    worst = max((r for r in rows if r.limit is not None), key=lambda r: r.excess)
+    return BudgetError(
+        f"no plan keeps the budget: {worst.name} measured {worst.measured:.4g} {worst.unit}, "
+        f"limit {worst.limit:.4g}; the nearest plan is in .best, its rows in .rows. Loosen "
+        f"{worst.name}, or the quality row, or allow more rewrites",
+        rows,
+        worst.name,
+        best,
+    )

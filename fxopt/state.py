@@ -1,0 +1,52 @@
+"""What a search must leave as it was: buffers that forwards update, and random numbers."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class State:
+    """The buffers of a model as they were, to begin every run of it with the same ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(module, dict(module._buffers)) for module in model.modules()]
+        tensors = {id(t): t for _, held in self._held for t in held.values() if t is not None}
+        self._kept = [(t, t.detach().clone()) for t in tensors.values()]
+        self._versions = [_version(t) for t, _ in self._kept]
+
+    def rewind(self) -> None:
+        """Put back what was written since; costs nothing where nothing was."""
+        for module, held in self._held:
+            if any(module._buffers.get(name) is not tensor for name, tensor in held.items()):
+                module._buffers.update(held)
+        with torch.no_grad():
+            for i, (tensor, kept) in enumerate(self._kept):
+                if _version(tensor) != self._versions[i]:
+                    tensor.copy_(kept)
+                    self._versions[i] = _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    # Nothing writes to an inference tensor outside of inference mode, and it counts no versions.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Generator[None]:
+    """Buffers and random generators are as before afterwards, whatever happens inside.
+
+    Inference mode is off inside: its tensors could never be trained.
+    """
+    state = State(model)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.inference_mode(False), torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            state.rewind()

@@ -1,0 +1,142 @@
+"""The loop of solve, measure, correct: what is never taken, what is measured, when it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fxopt.decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
+from fxopt.decide.table import Column, Table
+from fxopt.ir.cost import Cost
+
+
+def column(label: str, seconds: float, weights: int, state: int, prior: float) -> Column:
+    proposal: Any = SimpleNamespace(
+        rewrite=SimpleNamespace(name="linear.toy"),
+        candidate=SimpleNamespace(label=label),
+        site=SimpleNamespace(family="linear", key="a"),
+    )
+    kept = label == "keep"
+    return Column(() if kept else (proposal,), Cost(seconds, weights, state), prior,
+                  0.0 if kept else None)  # fmt: skip
+
+
+def table(*groups: list[Column]) -> Table:
+    keys: Any = [
+        (SimpleNamespace(family="linear", key=f"layer.{i}", info=None),) for i in range(len(groups))
+    ]
+    return Table(keys, [list(group) for group in groups])
+
+
+KEEP = column("keep", 1.0, 100, 100, 0.0)
+
+
+def forbidden(options: list[Column], rows: dict[str, float], objective: dict[str, float]) -> Any:
+    search = Search(table([KEEP, *options]), Limits(rows, {}, objective))
+    return {o for _, o in search._forbidden()}
+
+
+def test_what_serves_no_row_is_never_taken() -> None:
+    slower_and_smaller = column("small", 1.5, 50, 100, 0.1)
+    hardly_faster = column("1%", 0.99, 100, 100, 0.1)
+    faster = column("fast", 0.9, 100, 100, 0.1)
+    smaller_cache = column("cache", 1.2, 100, 50, 0.1)
+    options = [slower_and_smaller, hardly_faster, faster, smaller_cache]
+    latency = {"latency": 1.0}
+    assert forbidden(options, {"error": 1.0}, latency) == {1, 2, 4}
+    assert forbidden(options, {"error": 1.0, "weights": 90.0}, latency) == {2, 4}
+    assert forbidden(options, {"error": 1.0, "kv_cache": 90.0}, latency) == {1, 2}
+    assert forbidden(options, {"error": 1.0}, {"memory": 1.0}) == {2}
+
+
+@pytest.mark.parametrize("prior", [math.nan, math.inf])
+def test_an_error_that_is_no_number_is_never_taken(prior: float) -> None:
+    fast, broken = column("fast", 0.5, 100, 100, 0.1), column("broken", 0.1, 1, 1, prior)
+    search = Search(table([KEEP, fast, broken]), Limits({"error": 1.0}, {}, {"latency": 1.0}))
+    assert search.next() == (1,)
+
+
+def search_of(limit: float, truth: float = 1.0) -> tuple[Search, Any]:
+    """Six groups that trade weights for error; what is measured errs `truth` times the prior."""
+    groups = [
+        [KEEP, column("mild", 1.0, 60, 100, 0.01 * (i + 1)), column("hard", 1.0, 20, 100, 0.1)]
+        for i in range(6)
+    ]
+    limits = Limits({"weights": limit, "error": 0.5}, {}, {"error": 1.0})
+    search = Search(table(*groups), limits)
+
+    def measure(choice: Choice) -> dict[str, float]:
+        chosen = search.columns(choice)
+        return {
+            "weights": float(sum(c.cost.weight_bytes for c in chosen)),
+            "error": truth * sum(c.prior for c in chosen),
+        }
+
+    return search, measure
+
+
+def test_improve_ends_at_the_first_choice_that_nothing_betters() -> None:
+    search, measure = search_of(360.0)
+    best = improve(search, measure, deadline=math.inf)
+    assert best is not None
+    assert best.excess <= 0
+    assert len(search.trials) == 1
+    assert best.measured["error"] == pytest.approx(0.2)  # four mild ones and a hard one
+
+
+def test_improve_learns_that_errors_are_larger_than_thought() -> None:
+    search, measure = search_of(300.0, truth=1.7)
+    improve(search, measure, deadline=math.inf)
+    assert search.correction["error"] == pytest.approx(1.7, rel=0.05)
+    assert search.predict(search.trials[-1].choice)["error"] == pytest.approx(
+        search.trials[-1].measured["error"], rel=0.05
+    )
+
+
+def test_improve_gives_the_nearest_where_nothing_holds() -> None:
+    search, measure = search_of(60.0)
+    best = improve(search, measure, deadline=math.inf, rounds=5)
+    assert best is not None
+    assert best.excess > 0
+    assert len({trial.choice for trial in search.trials}) == len(search.trials) <= 5
+    assert best.excess == min(trial.excess for trial in search.trials)
+
+
+def test_improve_stops_at_the_deadline_with_one_measured_choice() -> None:
+    search, measure = search_of(60.0)
+    improve(search, measure, deadline=time.monotonic() - 1)
+    assert len(search.trials) == 1
+    assert search.stopped
+
+
+def test_tighten_asks_more_of_every_choice_and_drops_the_one_that_failed() -> None:
+    search, measure = search_of(360.0)
+    first = improve(search, measure, deadline=math.inf)
+    assert isinstance(first, Trial)
+    search.tighten(first, "weights", 1.5)
+    assert search.limits.rows["weights"] == pytest.approx(240)
+    assert search.trials[0].excess > 0
+    second = improve(search, measure, deadline=math.inf)
+    assert second is not None
+    assert second.choice != first.choice
+    assert second.measured["weights"] <= 240
+
+
+def test_swaps_are_measured_once_each_largest_error_first_and_teach_the_rest() -> None:
+    search, _ = search_of(300.0)
+    seen: list[str] = []
+
+    def measure(measured: Column) -> float:
+        seen.append(measured.label)
+        return 3.0 * measured.prior
+
+    done = measure_swaps(search, measure, deadline=math.inf)
+    assert done == len(seen) > 0
+    assert list(search.table.factor.values()) == [pytest.approx(3.0)] * 2
+    again = measure_swaps(search, measure, deadline=math.inf)
+    assert again == 0
+    assert measure_swaps(search_of(300.0)[0], measure, deadline=time.monotonic() - 1) == 0

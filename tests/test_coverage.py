@@ -1,0 +1,62 @@
+"""An error that calibration could not see is said to be unseen."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+import fxopt
+
+hf = pytest.importorskip("transformers")
+
+
+def llama() -> Any:
+    config = hf.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def optimised(length: int) -> Any:
+    data = [{"input_ids": torch.randint(1, 97, (1, length))} for _ in range(4)]
+    return fxopt.optimize(
+        llama(),
+        fxopt.Budget(kl=0.5, kv_cache="120%"),
+        data[0],
+        workload=fxopt.Generate(batch=1, prompt=400, new_tokens=100),
+        calibration=data,
+        rewrites=["kv_cache.blocks"],
+    )
+
+
+def test_short_calibration_is_no_proof_of_a_packed_cache(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "fxopt"):
+        opt = optimised(48)
+    assert opt.plan.rewritten
+    (said,) = (note for note in opt.report.notes if "packed tokens" in note)
+    assert said.startswith("calibration: 0.0% of the attention")
+    assert "at most 48 tokens" in said
+    assert said in caplog.messages
+
+
+def test_the_share_of_attention_on_packed_tokens_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "fxopt"):
+        opt = optimised(420)
+    (said,) = (note for note in opt.report.notes if "packed tokens" in note)
+    share = float(said.removeprefix("kv_cache: ").partition("%")[0]) / 100
+    # with random weights attention is nearly even: half to nearly all of the past is packed
+    assert 0.4 < share < 0.95
+    assert not [m for m in caplog.messages if "packed tokens" in m]
+
+
+def test_p99_is_reported() -> None:
+    assert any(note.startswith("kl: 99% of ") for note in optimised(220).report.notes)

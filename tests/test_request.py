@@ -1,0 +1,196 @@
+"""Arguments that `optimize` cannot take: one error, before anything runs, with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.ir.errors import FxoptError
+
+hf = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96)).eval()
+
+
+@pytest.fixture
+def data() -> list[torch.Tensor]:
+    return [torch.randn(1, 20, 96) for _ in range(6)]
+
+
+BUDGET = fxopt.Budget(relative_error=0.1, weights="60%")
+
+
+def wrapped(model: nn.Module) -> list[tuple[Any, str]]:
+    return [
+        (lambda x: x, "takes a torch.nn.Module, not function"),
+        (torch.compile(model), r"pass model\._orig_mod"),
+        (nn.DataParallel(model), r"pass model\.module"),
+        (torch.jit.script(model), "ScriptModule"),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_what_is_no_plain_module(model: nn.Module, data: list[torch.Tensor], which: int) -> None:
+    given, says = wrapped(model)[which]
+    with pytest.raises(FxoptError, match=says):
+        fxopt.optimize(given, BUDGET, data[0], calibration=data)
+
+
+def test_what_was_optimised_already(model: nn.Module, data: list[torch.Tensor]) -> None:
+    opt = fxopt.optimize(model, BUDGET, data[0], calibration=data)
+    with pytest.raises(FxoptError, match="optimise the original"):
+        fxopt.optimize(opt, BUDGET, data[0], calibration=data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"budget": {"kl": 0.02}}, r"budget: takes fxopt\.Budget"),
+        ({"workload": "generate"}, r"workload: takes fxopt\.Forward"),
+        ({"workload": [fxopt.Forward()]}, r"workload: takes fxopt\.Forward"),
+        ({"recover": "lora"}, "recover"),
+        ({"calibration": []}, "calibration: it is empty"),
+        ({"calibration": "heldout.txt"}, "calibration: takes an iterable"),
+        ({"calibration": 7}, "calibration: takes an iterable"),
+        ({"calibration": [torch.randn(1, 0, 96)]}, "sequence 0, argument 'input' is empty"),
+        ({"calibration": [torch.zeros(1, 20, 96).long()]}, "dtype torch.int64"),
+        ({"calibration": [torch.randn(20, 96)]}, "2 dimensions, where example_inputs has 3"),
+        ({"calibration": [torch.randn(1, 20, 96, device="meta")]}, "meta device"),
+        ({"calibration": [{"inputs": torch.randn(1, 20, 96)}]}, "Did you mean 'input'"),
+        ({"calibration": ["text"]}, "is str 'text', where example_inputs has a tensor"),
+        ({"calibration": [torch.full((1, 20, 96), float("nan"))]}, "NaN"),
+        ({"budget": fxopt.Budget(latency={"decode": "0.5x"}, kl=1.0)}, "makes no call 'decode'"),
+        ({"budget": fxopt.Budget(kv_cache="50%")}, r"no KV cache"),
+    ],
+)
+def test_one_error_says_what_and_where(
+    model: nn.Module, data: list[torch.Tensor], arguments: dict[str, Any], says: str
+) -> None:
+    given: dict[str, Any] = {"budget": BUDGET, "calibration": data, **arguments}
+    with pytest.raises(FxoptError, match=says):
+        fxopt.optimize(model, given.pop("budget"), data[0], **given)
+
+
+def test_a_share_of_no_parameters_and_of_no_cache(data: list[torch.Tensor]) -> None:
+    with pytest.raises(FxoptError, match="weights: 50% of nothing: the model has no parameters"):
+        fxopt.optimize(nn.ReLU(), fxopt.Budget(weights="50%"), data[0], calibration=data)
+    llama = tiny_llama()
+    ids = torch.randint(1, 97, (1, 16))
+    with pytest.raises(FxoptError, match=r"kv_cache: 50% of nothing.*workload=fxopt\.Generate"):
+        fxopt.optimize(
+            llama, fxopt.Budget(kv_cache="50%"), {"input_ids": ids}, workload=fxopt.Forward()
+        )
+
+
+def test_one_tensor_is_a_batch_of_sequences_and_one_text_a_name(model: nn.Module) -> None:
+    made = fxopt.plan(
+        model, fxopt.Budget(weights="80%"), torch.randn(1, 20, 96),
+        calibration=torch.randn(6, 20, 96), rewrites="linear.quantized", keep="0",
+    )  # fmt: skip
+    assert {d.rewrite for d in made.rewritten} == {"linear.quantized"}
+    assert not made.find("0", "linear").rewritten
+    assert not any("calibration" in note for note in made.notes)
+
+
+class Broken(nn.Module):
+    """Overflows where an input is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(96, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y + torch.where(x.abs().amax() > 100, torch.nan, 0.0)
+
+
+def test_a_model_that_returns_nan_is_named(data: list[torch.Tensor]) -> None:
+    data[-1] = data[-1] * 1000
+    with pytest.raises(FxoptError, match="the model itself returns NaN for sequence"):
+        fxopt.optimize(Broken(), BUDGET, data[0], calibration=data)
+
+
+def test_weights_that_are_no_numbers_are_named(data: list[torch.Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96))
+    with torch.no_grad():
+        model[2].weight[3, 5] = float("nan")
+    with pytest.raises(FxoptError, match="whether its weights are finite"):
+        fxopt.optimize(model, BUDGET, data[0], calibration=data)
+
+
+def test_a_metric_that_is_no_number_is_named(model: nn.Module, data: list[torch.Tensor]) -> None:
+    budget = fxopt.Budget(metric=lambda _: float("nan"), metric_drop=0.1, weights="60%")
+    with pytest.raises(FxoptError, match=r"Budget\.metric: it returned nan for the original"):
+        fxopt.optimize(model, budget, data[0], calibration=data)
+
+
+def test_a_rewritten_metric_that_is_no_number_keeps_no_limit(
+    model: nn.Module, data: list[torch.Tensor]
+) -> None:
+    def metric(module: nn.Module) -> float:
+        return 1.0 if module is model else float("nan")
+
+    budget = fxopt.Budget(metric=metric, metric_drop=0.1, weights="60%")
+    with pytest.raises(fxopt.BudgetError) as caught:
+        fxopt.optimize(model, budget, data[0], calibration=data)
+    assert caught.value.binding == "metric_drop"
+
+
+class Masked(nn.Module):
+    """Logits of which one class is ruled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(96, 96)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.linear(x)
+        return {"logits": y.masked_fill(torch.arange(96) == 3, -torch.inf)}
+
+
+def test_a_class_that_is_ruled_out_has_no_share_in_kl(data: list[torch.Tensor]) -> None:
+    budget = fxopt.Budget(kl=0.01, weights="60%")
+    opt = fxopt.optimize(Masked(), budget, data[0], calibration=data)
+    rows = {row.name: row for row in opt.report.rows}
+    assert 0 <= rows["kl"].measured <= 0.01
+
+
+def test_half_precision_models_are_optimised(data: list[torch.Tensor]) -> None:
+    """fp8 beside float16, whose largest number is 65504."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96)).half().eval()
+    calibration = [30 * x.half() for x in data]
+    opt = fxopt.optimize(
+        model, fxopt.Budget(relative_error=0.1, weights="60%"), calibration[0],
+        calibration=calibration,
+    )  # fmt: skip
+    labels = {a.label: a.error for d in opt.plan.decisions for a in d.alternatives}
+    labels |= {d.label: d.error for d in opt.plan.rewritten}
+    assert labels["fp8"] is not None
+    assert labels["fp8"] < 0.01
+
+
+def tiny_llama() -> Any:
+    config = hf.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def test_a_model_generates_whatever_its_budget_was() -> None:
+    model, ids = tiny_llama(), torch.randint(1, 97, (2, 16))
+    data = [{"input_ids": row[None]} for row in torch.randint(1, 97, (6, 24))]
+    opt = fxopt.optimize(model, fxopt.Budget(weights="100%"), data[0], calibration=data)
+    assert opt.plan.workload.kind == "forward"
+    assert not [d for d in opt.plan.decisions if d.family == "kv_cache"]
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(opt.generate(ids, max_new_tokens=8, do_sample=False), expected)
