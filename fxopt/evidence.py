@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from . import passes
 from .compiler import Compiler
-from .decide.outlook import loosened
-from .decide.search import Search, Trial
+from .decide.decisions import decisions
+from .decide.explain import BETTER, Explainer
+from .decide.outlook import Standing, loosened, standing
+from .decide.search import Search, Trial, identity
+from .decide.swaps import Swaps
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir import evidence
 from .ir.errors import RowResult
 from .ir.plan import Decision
+from .ir.units import format_value
 from .measure import UNITS, Measurer
 from .show.blocks import Graphs, blocks
 
@@ -23,20 +29,62 @@ OUTLOOK_SECONDS = 10.0
 """Time for one solution, and for all of them."""
 
 
+def shown(
+    measurer: Measurer,
+    search: Search,
+    taken: Trial,
+    totals: Sequence[RowResult],
+    editor: GraphEditor,
+    module: Optimized | None,
+) -> dict[str, Any]:
+    """The decisions of a trial, and all that its plan carries beside, as fields of `Plan`."""
+    compiler = measurer.compiler
+    stand = standing(search, taken)
+    names = _Names(measurer, stand, totals)
+    why = Explainer(Swaps(stand), measurer.quality_row, error_unit(measurer.quality_row))
+    decided = decisions(compiler.proposals, search.table, why)
+    judge(measurer, decided)
+    held = all(row.excess <= 0 for row in totals)
+    return {
+        "decisions": decided,
+        "trials": trials(measurer, search, taken),
+        "prices": names.prices(),
+        "looser": looser(names) if held else [],
+        "untried": untried(compiler),
+        "blocks": graph_blocks(compiler, editor),
+        "sources": sources(module, decided) if module else [],
+    }
+
+
+def notes(decided: Iterable[Decision]) -> list[str]:
+    """What a reader should know of the decisions as a whole."""
+    better = sum(
+        other.reason.startswith(BETTER) for decision in decided for other in decision.alternatives
+    )
+    if not better:
+        return []
+    count = "1 alternative is" if better == 1 else f"{better} alternatives are"
+    return [f"{count} better by costs corrected after the choice; not solved again"]
+
+
 def trials(measurer: Measurer, search: Search, taken: Trial) -> list[evidence.Trial]:
     """Every choice that was measured, in order; what is minimised is among its rows."""
+    main = next(iter(search.limits.objective))
+    before = search.predict(identity(search.table))[main]
     made: list[evidence.Trial] = []
     for trial in search.trials:
         rows = measurer.rows(trial.predicted, _by_row(measurer, trial.measured))
-        names = {measurer.solver_name(row.name) for row in rows}
-        rows += [
-            RowResult(name, None, value, None, _unit(name))
-            for name, value in trial.predicted.items()
-            if name not in names
-        ]
+        if main not in {measurer.solver_name(row.name) for row in rows}:
+            predicted, measured = trial.predicted[main], trial.measured.get(main)
+            rows.append(RowResult(main, None, predicted, measured, _unit(main), before))
         same = trial.choice == taken.choice
         made.append(evidence.Trial(rows=rows, holds=trial.excess <= 0, taken=same))
     return made
+
+
+def error_unit(quality: str) -> str:
+    """What errors of single sites are in: relative ones are squared, so that they add up."""
+    return "squared" if quality == "relative_error" else _unit(quality)
 
 
 def _unit(row: str) -> str:
@@ -54,28 +102,117 @@ def _by_row(measurer: Measurer, rows: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def looser(measurer: Measurer, search: Search, taken: Trial) -> list[evidence.Looser]:
+class _Names:
+    """A standing choice in the budget's rows and units, as a plan's totals know it."""
+
+    def __init__(self, measurer: Measurer, stand: Standing, totals: Sequence[RowResult]) -> None:
+        self.measurer, self.stand = measurer, stand
+        self.limits = measurer.compiler.request.budget.absolute(measurer.baseline)
+        self.predicted = _by_row(measurer, stand.rows(stand.choice))
+        known = {row.name: row for row in totals}
+        self.now = {
+            name: _known(known.get(name), predicted) for name, predicted in self.predicted.items()
+        }
+
+    @property
+    def objective(self) -> str:
+        main = self.stand.main
+        return self.measurer.quality_row if main == "error" else main
+
+    def then(self, rows: Mapping[str, float]) -> list[RowResult]:
+        """What is known of each row now, and that changed as the prediction changes."""
+        changed = _by_row(self.measurer, rows)
+        return [
+            RowResult(
+                name,
+                self.limits.get(name),
+                now * changed[name] / self.predicted[name] if self.predicted[name] else now,
+                None,
+                _unit(name),
+                now,
+            )
+            for name, now in self.now.items()
+            if name in {*self.limits, self.objective, self.measurer.quality_row}
+        ]
+
+    def prices(self) -> list[evidence.Price]:
+        """Shadow prices of the limits; none where the relaxation gave none."""
+        return [
+            evidence.Price(
+                row=name,
+                unit=_unit(name),
+                price=self.stand.prices[row] * self._per(name, limit) * self._worth(),
+                objective=self.objective,
+                objective_unit=_unit(self.objective),
+                used=self.predicted[name] / limit if limit else 1.0,
+            )
+            for name, limit in self.limits.items()
+            if (row := self.measurer.solver_name(name)) in self.stand.prices
+        ]
+
+    def _per(self, name: str, limit: float) -> float:
+        """By how much the solver's limit grows with the budget's: relative errors are squared."""
+        quality = self.measurer.compiler.quality
+        if name != self.measurer.quality_row:
+            return 1.0
+        step = 1e-6 * limit
+        return (quality.additive(limit + step) - quality.additive(limit)) / step
+
+    def _worth(self) -> float:
+        """What one of the solver's units of the objective is, as it was measured."""
+        name = self.objective
+        value, now = self.stand.rows(self.stand.choice)[self.stand.main], self.now[name]
+        if not value:
+            return 0.0
+        scale = now / self.predicted[name] if self.predicted[name] else 1.0
+        return scale * (self._per_error(value) if self.stand.main == "error" else 1.0)
+
+    def _per_error(self, value: float) -> float:
+        quality, step = self.measurer.compiler.quality, 1e-6 * value
+        return (quality.measured(value) - quality.measured(value - step)) / step
+
+
+def _known(row: RowResult | None, predicted: float) -> float:
+    values = () if row is None else (row.measured, row.predicted)
+    return next((value for value in values if value is not None), predicted)
+
+
+def looser(names: _Names) -> list[evidence.Looser]:
     """Each limited row given more, while the time for it lasts."""
-    compiler = measurer.compiler
+    compiler, stand = names.measurer.compiler, names.stand
     end = min(time.monotonic() + OUTLOOK_SECONDS, compiler.request.deadline)
-    now = _by_row(measurer, search.predict(taken.choice))
-    limits = compiler.request.budget.absolute(measurer.baseline)
     found: list[evidence.Looser] = []
-    for name, limit in limits.items():
-        row, unit = measurer.solver_name(name), _unit(name)
-        if row not in search.limits.rows:
+    for name, limit in names.limits.items():
+        row = names.measurer.solver_name(name)
+        if row not in stand.search.limits.rows:
             continue
         for factor in FACTORS:
-            if time.monotonic() + SOLVE_SECONDS > end:
-                return found
-            scale = compiler.quality.additive(factor) if row == "error" else factor
-            rows = loosened(search, taken.choice, row, scale, time_limit=SOLVE_SECONDS)
-            if rows is None:
-                continue
-            then = _by_row(measurer, rows)
-            results = [RowResult(n, limits.get(n), then[n], None, _unit(n), now[n]) for n in then]
-            found.append(evidence.Looser(row=name, limit=limit * factor, unit=unit, rows=results))
+            rows = None
+            if time.monotonic() + SOLVE_SECONDS <= end:
+                scale = compiler.quality.additive(factor) if row == "error" else factor
+                rows = loosened(stand, row, scale, time_limit=SOLVE_SECONDS)
+            results = [] if rows is None else names.then(rows)
+            found.append(
+                evidence.Looser(
+                    row=name,
+                    limit=limit * factor,
+                    unit=_unit(name),
+                    rows=results,
+                    solved=rows is not None,
+                )
+            )
     return found
+
+
+def untried(compiler: Compiler) -> list[str]:
+    """Rewrites for the families of this model that are tried only where `rewrites=` names them."""
+    families = {site.family for site in compiler.captured.sites}
+    loaded = {rewrite.name for rewrite in compiler.rewrites}
+    return sorted(
+        name
+        for name in passes.ON_REQUEST
+        if name not in loaded and name.partition(".")[0] in families
+    )
 
 
 def judge(measurer: Measurer, decisions: Iterable[Decision]) -> None:
@@ -88,7 +225,8 @@ def judge(measurer: Measurer, decisions: Iterable[Decision]) -> None:
     for other in (other for decision in decisions for other in decision.alternatives):
         if other.error is not None and other.error > most:
             other.feasible = False
-            other.reason = f"errs by {other.error:.2e} alone, and the whole budget is {most:.2e}"
+            own, whole = (format_value(e, error_unit(name)) for e in (other.error, most))
+            other.reason = f"errs {own} alone, and the whole budget is {whole}"
 
 
 def graph_blocks(compiler: Compiler, editor: GraphEditor) -> list[evidence.Block]:

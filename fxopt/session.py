@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from . import evidence
 from .compiler import Compiler
-from .decide.decisions import decisions, refusals
+from .decide.decisions import refusals
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
 from .emit.editor import GraphEditor
@@ -149,10 +149,7 @@ class Session:
     ) -> Plan:
         """The plan of a trial, realised in `editor`, with the tensors that it prepared."""
         compiler, search = self.compiler, self.search
-        nats = compiler.quality.kind != "relative_error"
-        decided = decisions(compiler.proposals, self.table, trial.choice, nats=nats)
-        evidence.judge(self.measurer, decided)
-        held = all(row.excess <= 0 for row in rows)
+        shown = evidence.shown(self.measurer, search, trial, rows, editor, module)
         made = Plan(
             budget=compiler.request.budget,
             workload=compiler.request.workload,
@@ -160,15 +157,11 @@ class Session:
             at=compiler.request.at,
             fingerprint_structure=compiler.structure,
             fingerprint_weights=compiler.weights,
-            decisions=decided,
             refusals=refusals(compiler.proposals),
             totals=rows,
             baseline=dict(self.measurer.baseline),
-            notes=self._notes(),
-            trials=evidence.trials(self.measurer, search, trial),
-            looser=evidence.looser(self.measurer, search, trial) if held else [],
-            blocks=evidence.graph_blocks(compiler, editor),
-            sources=evidence.sources(module, decided) if module else [],
+            notes=[*self._notes(), *evidence.notes(shown["decisions"])],
+            **shown,
         )
         made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
         return made

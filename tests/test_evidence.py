@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt import evidence
 from fxopt.emit.module import OptimizedModule
 from fxopt.ir.plan import Plan
+from fxopt.ir.workload import scenarios
 
 BUDGET = fxopt.Budget(relative_error=0.2, weights="45%", minimize="memory")
 
@@ -55,6 +57,50 @@ def test_looser_rows_never_cost_more(plan: Plan) -> None:
     assert most == pytest.approx(0.4)
 
 
+def test_the_outlook_begins_with_what_the_totals_say(plan: Plan) -> None:
+    totals = {row.name: row.measured for row in plan.totals}
+    for looser in plan.looser:
+        now = {row.name: row.before for row in looser.rows}
+        assert now["weights"] == totals["weights"]
+        assert now["relative_error"] == totals["relative_error"]
+        for row in looser.rows:
+            assert row.predicted is not None
+            limit = looser.limit if row.name == looser.row else row.limit
+            assert limit is None or row.predicted <= limit * (1 + 1e-9)
+
+
+def test_every_limit_has_a_price_whatever_was_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "OUTLOOK_SECONDS", 0.0)
+    torch.manual_seed(5)
+    model, data = nn.Linear(96, 64).eval(), [torch.randn(4, 96) for _ in range(3)]
+    budget = fxopt.Budget(relative_error=0.9, weights="60%")
+    plan = fxopt.plan(model, budget, data[0], calibration=data)
+    assert {price.row for price in plan.prices} == {"weights", "relative_error"}
+    assert all(price.objective == "latency" and price.price >= 0 for price in plan.prices)
+    assert len(plan.looser) == 4
+    assert not any(looser.solved or looser.rows for looser in plan.looser)
+    assert "linear.low_rank_shared" in plan.untried
+
+
+def test_the_time_of_a_site_is_that_of_its_calls(plan: Plan) -> None:
+    (call,) = scenarios(plan.workload)
+    for decision in plan.decisions:
+        for one in (decision, *decision.alternatives):
+            if one.calls is not None:
+                assert one.cost.seconds == pytest.approx(call.repeats * one.calls[call.name])
+                assert one.timed == []  # the tests price by the roofline
+    assert any(decision.calls for decision in plan.decisions)
+
+
+def test_rewritten_sites_say_what_they_serve(plan: Plan) -> None:
+    for decision in plan.rewritten:
+        assert decision.reason.startswith("saves ")
+        assert " of memory" in decision.reason
+        assert decision.error_measured in (True, False)
+        for other in decision.alternatives:
+            assert any(character.isdigit() for character in other.reason), other.reason
+
+
 def test_blocks_are_the_graph_before_and_after(plan: Plan) -> None:
     lines = [line for block in plan.blocks for line in block.lines]
     for decision in (plan.find(name, "linear") for name in ("up", "down")):
@@ -67,7 +113,7 @@ def test_alternatives_that_err_more_than_the_budget_do_not_fit(plan: Plan) -> No
     assert {other.feasible for other in others} == {True, False}
     for other in others:
         assert other.feasible == ((other.error or 0.0) <= 0.2**2)
-        assert other.feasible or "the whole budget is 4.00e-02" in other.reason
+        assert other.feasible or "alone, and the whole budget is 0.04 squared" in other.reason
 
 
 def test_sources_are_the_generated_classes(optimised: OptimizedModule, plan: Plan) -> None:

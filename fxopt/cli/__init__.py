@@ -1,5 +1,5 @@
 """The command line: `fxopt optimize | plan | apply | export | bench | verify | diff | report |
-doctor`."""
+explain | doctor`."""
 
 from __future__ import annotations
 

@@ -1,21 +1,35 @@
-"""`fxopt diff` and `fxopt report`: the commands that read plans."""
+"""`fxopt diff`, `fxopt report` and `fxopt explain`: the commands that read plans."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from . import options as o
 from .command import DIFFERENT, OK, Output, command
 from .results import read_plan, rows_of
 
+Markdown = Annotated[
+    Path | None, typer.Option(help="Text to write, for a pull request.", show_default=False)
+]
+SiteName = Annotated[str, typer.Argument(help="Site, attention op, or module.")]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="Of the sites of one name.", show_default=False)
+]
+
 
 @command
-def diff(before: o.PlanFile, after: o.PlanFile, output: Output) -> int:
+def diff(before: o.PlanFile, after: o.PlanFile, output: Output, html: o.Html = None) -> int:
     """Compare two plans; exit code 2 when they decide differently.
 
-    fxopt diff plan.json small
+    fxopt diff plan.json small --html diff.html
     """
     found = read_plan(before).diff(read_plan(after))
+    if html:
+        found.to_html(html)
     document = {
         "different": bool(found),
         "changed": [
@@ -31,19 +45,49 @@ def diff(before: o.PlanFile, after: o.PlanFile, output: Output) -> int:
 
 
 @command
-def report(plan: o.PlanFile, output: Output, html: o.Html = None) -> int:
+def report(plan: o.PlanFile, output: Output, html: o.Html = None, markdown: Markdown = None) -> int:
     """Show a plan's budget: predicted against measured, row by row.
 
-    fxopt report small --html plan.html
+    fxopt report small --html plan.html --markdown plan.md
     """
+    from fxopt.ir.store import write_text
     from fxopt.show.report import Report
     from fxopt.show.rows import limit_texts
 
     read = read_plan(plan)
     if html:
         read.to_html(html)
+    if markdown:
+        write_text(markdown, read.to_markdown())
     shown = Report(read.totals, read.notes, limit_texts(read.budget))
     output.show(shown, {"rows": rows_of(read.totals), "notes": read.notes})
+    return OK
+
+
+@command
+def explain(plan: o.PlanFile, site: SiteName, output: Output, family: FamilyName = None) -> int:
+    """Say why a site is what it is, what else was possible there, and why not.
+
+    A module stands for the sites below it, an attention op for its heads.
+
+    fxopt explain plan.json model.layers.3.self_attn
+    """
+    from fxopt.show.explain import matching
+
+    read = read_plan(plan)
+    text = read.explain(site, family)
+    sites = [
+        {
+            "family": entry.family,
+            "key": entry.key,
+            "state": entry.mark,
+            "reasons": list(entry.reasons),
+            "decision": json.loads(entry.decision.model_dump_json()) if entry.decision else None,
+        }
+        for entry in matching(read, site, family)
+    ]
+    prices = [json.loads(price.model_dump_json()) for price in read.prices]
+    output.show(text, {"sites": sites, "prices": prices})
     return OK
 
 

@@ -169,7 +169,7 @@ def _apart(plan: Plan) -> tuple[list[list[Alternative]], tuple[tuple[int, ...], 
 def _chosen(plan: Plan, columns: Sequence[Sequence[Alternative]], choice: Sequence[int]) -> Plan:
     made = plan.model_copy(deep=True)
     made.tensors = plan.tensors
-    made.trials, made.looser, made.blocks, made.sources = [], [], [], []
+    made.trials, made.prices, made.looser, made.blocks, made.sources = [], [], [], [], []
     for decision, options, o in zip(made.decisions, columns, choice, strict=True):
         taken = options[o]
         if (taken.rewrite, taken.label) != (decision.rewrite, decision.label):

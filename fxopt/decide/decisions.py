@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 from ..ir.cost import Cost
 from ..ir.plan import KEEP, Alternative, Decision, Refused
 from ..ir.site import GroupInfo, Site
-from . import explain
+from .explain import Choice, Explainer
 from .propose import Proposal, Proposals
-from .search import Choice
-from .table import Column, Table
+from .table import Column, Table, is_identity
 
 
-def decisions(proposals: Proposals, table: Table, choice: Choice, *, nats: bool) -> list[Decision]:
+def decisions(proposals: Proposals, table: Table, why: Explainer) -> list[Decision]:
     """One decision a site, in the order of the graph; joint options give one to each site."""
     made: dict[tuple[str, str], Decision] = {}
-    for sites, columns, option in zip(table.keys, table.columns, choice, strict=True):
+    for group, sites in enumerate(table.keys):
         for site in sites:
-            made[site.family, site.key] = _decision(site, columns, option, nats)
+            here = _Here(proposals, table, why, group, site)
+            made[site.family, site.key] = here.decision()
     for decision in list(made.values()):
         for member in _members(proposals, decision) if decision.rewritten else ():
             if member in made:
@@ -65,71 +66,125 @@ def _untouched(site: Site, proposals: Proposals) -> Decision:
     )
 
 
-def _decision(site: Site, columns: Sequence[Column], option: int, nats: bool) -> Decision:
-    mine, kept = columns[option], columns[0]
-    proposal = _of(mine, site)
-    others = [c for c in _single(columns, site) if _of(c, site) is not proposal]
-    if proposal is None:
+class _Here:
+    """The options of one decision as they concern one of its sites, all else as chosen."""
+
+    def __init__(
+        self, proposals: Proposals, table: Table, why: Explainer, group: int, site: Site
+    ) -> None:
+        self.proposals, self.table, self.why = proposals, table, why
+        self.group, self.site = group, site
+        self.columns = table.columns[group]
+        self.option = why.swaps.stand.choice[group]
+        self.mine = self.columns[self.option]
+        beside = _beside(self.mine, site)
+        self.options = [o for o, c in enumerate(self.columns) if _beside(c, site) == beside]
+
+    def decision(self) -> Decision:
+        """What happens at the site, and what else could."""
         return Decision(
-            key=site.key,
-            family=site.family,
-            cost=_share(kept, site),
-            error=0.0,
-            reason=explain.kept([kept, *others], nats),
-            alternatives=[_alternative(site, c, kept, mine) for c in others],
+            key=self.site.key,
+            family=self.site.family,
+            **self._fields(self.option),
+            reason=self._reason(),
+            alternatives=[self._alternative(o) for o in self.options if o != self.option],
+            already=self._already(),
         )
-    own = next((c for c in _single(columns, site) if _of(c, site) is proposal), mine)
-    together = [p for p in mine.proposals if p is not proposal]
-    reason = explain.chosen(mine if together else own, kept, nats)
-    if together:
-        reason += f"; decided with {together[0].rewrite.name} {together[0].candidate.label}"
-    keep = Alternative(
-        rewrite=KEEP,
-        cost=_share(kept, site),
-        error=0.0,
-        reason="exact, and what the budget does not allow everywhere",
-    )
-    return Decision(
-        key=site.key,
-        family=site.family,
-        rewrite=proposal.rewrite.name,
-        version=proposal.rewrite.version,
-        label=proposal.candidate.label,
-        parameters=dict(proposal.candidate.parameters),
-        cost=_share(mine, site),
-        error=own.error,
-        reason=reason,
-        alternatives=[keep, *(_alternative(site, c, kept, mine) for c in others)],
-    )
 
+    def _reason(self) -> str:
+        proposal = _of(self.mine, self.site)
+        others = {o: self._choice(o) for o in self.options if o != self.option}
+        if not others:
+            names = " and ".join(self._already())
+            return f"already the exact call that {names} makes" if names else "no candidate is left"
+        if proposal is None:
+            return self.why.kept(self.group, self._choice(self.option), others)
+        kept = next(o for o in self.options if _of(self.columns[o], self.site) is None)
+        mine, was = self._choice(self.option), self._choice(kept)
+        reason = self.why.chosen(self.group, kept, mine, was)
+        together = [p for p in self.mine.proposals if p is not proposal]
+        if together:
+            reason += f"; decided with {together[0].rewrite.name} {together[0].candidate.label}"
+        return reason
 
-def _single(columns: Sequence[Column], site: Site) -> list[Column]:
-    """The columns that change this site alone."""
-    return [c for c in columns if len(c.proposals) == 1 and _of(c, site) is not None]
+    def _already(self) -> list[str]:
+        """Rewrites that offered what stands here."""
+        offered = self.proposals.by_site.get((self.site.family, self.site.key), [])
+        return list(dict.fromkeys(p.rewrite.name for p in offered if is_identity(p)))
+
+    def _alternative(self, option: int) -> Alternative:
+        choices = self._choice(self.option), self._choice(option)
+        reason = self.why.alternative(self.group, option, *choices)
+        return Alternative(**self._fields(option), reason=reason)
+
+    def _choice(self, option: int) -> Choice:
+        proposal = _of(self.columns[option], self.site)
+        name = proposal.candidate.label if proposal else KEEP
+        return Choice(name, self._cost(option), self._error(option))
+
+    def _fields(self, option: int) -> dict[str, Any]:
+        """What a decision and its alternatives have in common."""
+        column, proposal = self.columns[option], _of(self.columns[option], self.site)
+        measured = column.measured is not None and self._apart.measured is not None
+        fields: dict[str, Any] = {
+            "cost": self._cost(option),
+            "error": self._error(option),
+            "calls": self._calls(option),
+            "timed": self._timed(option),
+            "error_measured": measured if proposal else None,
+        }
+        if proposal is None:
+            return {"rewrite": KEEP, **fields}
+        return {
+            "rewrite": proposal.rewrite.name,
+            "version": proposal.rewrite.version,
+            "label": proposal.candidate.label,
+            "parameters": dict(proposal.candidate.parameters),
+            **fields,
+        }
+
+    @cached_property
+    def _apart(self) -> Column:
+        """The attention of what was chosen, its cache as it is: what divides a joint cost."""
+        alone = tuple(p for p in self.mine.proposals if p.site.family == "attention")
+        return next(c for c in self.columns if c.proposals == alone)
+
+    def _share(self, total: float, apart: float, mine: float) -> float:
+        """Of an additive amount of an option: a cache adds what its attention alone had not."""
+        if len(self.table.keys[self.group]) == 1:
+            return total
+        return total - (apart if self.site.family == "kv_cache" else mine - apart)
+
+    def _cost(self, option: int) -> Cost:
+        cost = self.columns[option].cost
+        seconds = (c.cost.seconds for c in (self.columns[option], self._apart, self.mine))
+        cost = replace(cost, seconds=self._share(*seconds))
+        if self.site.family != "attention":
+            return cost
+        # what packing needs is its cache's
+        own = tuple(p for p in self.columns[option].proposals if p.site == self.site)
+        alone = next(c.cost for c in self.columns if c.proposals == own)
+        return replace(cost, state_bytes=0, temporary_bytes=alone.temporary_bytes)
+
+    def _error(self, option: int) -> float:
+        table, kept = self.table, self.columns[0]
+        columns = (self.columns[option], self._apart, self.mine)
+        return self._share(*(table.amounts(c, kept)["error"] for c in columns))
+
+    def _calls(self, option: int) -> dict[str, float]:
+        columns = (self.columns[option], self._apart, self.mine)
+        names = self.columns[option].seconds
+        return {name: self._share(*(c.seconds[name] for c in columns)) for name in names}
+
+    def _timed(self, option: int) -> list[str]:
+        columns = (self.columns[option], self._apart, self.mine)
+        return [n for n in columns[0].seconds if all(n in column.timed for column in columns)]
 
 
 def _of(column: Column, site: Site) -> Proposal | None:
     return next((p for p in column.proposals if p.site == site), None)
 
 
-def _share(column: Column, site: Site) -> Cost:
-    """The cost of a column at one of its sites: bytes of the cache count at the cache's, and
-    seconds at the attention's where both change."""
-    if site.family == "attention":
-        return replace(column.cost, state_bytes=0)
-    joint = site.family == "kv_cache" and len(column.proposals) > 1
-    return replace(column.cost, seconds=0.0) if joint else column.cost
-
-
-def _alternative(site: Site, column: Column, kept: Column, mine: Column) -> Alternative:
-    proposal = _of(column, site)
-    assert proposal is not None
-    return Alternative(
-        rewrite=proposal.rewrite.name,
-        label=proposal.candidate.label,
-        parameters=dict(proposal.candidate.parameters),
-        version=proposal.rewrite.version,
-        cost=_share(column, site),
-        error=column.error,
-        reason=explain.alternative(column, kept, mine),
-    )
+def _beside(column: Column, site: Site) -> tuple[Proposal, ...]:
+    """What a column changes at other sites."""
+    return tuple(p for p in column.proposals if p.site != site)

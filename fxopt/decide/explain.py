@@ -1,77 +1,192 @@
-"""Why a site was rewritten, kept or refused, in a sentence."""
+"""Why a site was rewritten or kept, and why not otherwise: a sentence of amounts and rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..ir.cost import Cost
-from .table import Column
+from ..ir.decision import KEEP
+from ..ir.units import format_value
+from .search import BYTE_ROWS, FASTER, GAP
+from .swaps import Swap, Swaps
+
+BETTER = "better by costs corrected after the choice; not solved again"
+"""How the reason begins of an alternative that would have been chosen by today's costs."""
+SAME = 5e-3
+"""The share of its own below which a change of what is minimised is none."""
+FULL = 0.05
+"""The share of a limit that a row which binds may leave, since sites are not divided."""
+THINGS = {"latency": "time", "error": "error", "memory": "memory"}
 
 
-def chosen(column: Column, kept: Column, per_position: bool) -> str:
-    """What a chosen column gains and what it costs in quality."""
-    gains = [text for text in _gains(column.cost, kept.cost) if text]
-    gain = ", ".join(gains) or "nothing in this budget's rows"
-    return f"gains {gain}; error {_error(column, per_position)}"
+@dataclass(frozen=True)
+class Choice:
+    """What stands or could stand at a site: its name, its share of the cost and of the error."""
+
+    name: str
+    cost: Cost
+    error: float
+
+    def amount(self, row: str) -> float:
+        """The share of what is minimised."""
+        if row == "memory":
+            return self.cost.weight_bytes + self.cost.state_bytes
+        return self.error if row == "error" else self.cost.seconds
 
 
-def kept(columns: Sequence[Column], per_position: bool) -> str:
-    """Why column 0 was better than the others: what the cheapest and the mildest would do."""
-    others = columns[1:]
-    if not others:
-        return "nothing to choose from"
-    base = columns[0].cost
-    useful = [c for c in others if any(_gains(c.cost, base))]
-    if not useful:
-        best = min(others, key=lambda c: c.cost.seconds)
-        return (
-            "no candidate gains anything here; the fastest, "
-            f"{best.label}, takes {_ratio(best.cost, base)}"
-        )
-    mild = min(useful, key=lambda c: c.error)
-    gain = ", ".join(text for text in _gains(mild.cost, base) if text)
-    return (
-        f"the budget holds without it: the mildest candidate, {mild.label}, would gain {gain} "
-        f"for an error of {_error(mild, per_position)}"
-    )
+class Explainer:
+    """Says why, by the program that a choice was made in.
 
+    `quality` is the budget's name of the error row, `unit` what errors are measured in.
+    """
 
-def alternative(column: Column, kept_column: Column, chosen_column: Column) -> str:
-    """Why an alternative was not taken."""
-    if column.error > chosen_column.error and not any(_gains(column.cost, chosen_column.cost)):
-        return "larger error for no gain"
-    if column.error <= chosen_column.error:
-        return "dearer than what was chosen"
-    return f"error {column.error:.2e} against {chosen_column.error:.2e}"
+    def __init__(self, swaps: Swaps, quality: str, unit: str) -> None:
+        self.swaps, self.quality, self.unit = swaps, quality, unit
+        self.main = swaps.stand.main
 
+    def alternative(self, group: int, option: int, mine: Choice, other: Choice) -> str:
+        """Why `option` of `group`, which makes `other` of a site, was not taken."""
+        if beside := self.swaps.beside(group, option):
+            return f"cannot stand beside the rewrite of {beside}"
+        swap = self.swaps.to(group, option)
+        more = swap.added[self.main]
+        if swap.missing:
+            return self._needs(swap, mine, other)
+        if self._useless(swap, mine, other):
+            return f"a rewrite that saves no bytes has to be {FASTER}x as fast as what it replaces"
+        if self.swaps.is_better(swap, GAP * abs(self.swaps.value)):
+            return BETTER + self._saved(mine, other, -more, ": saves ")
+        if self._same(mine, other, more) and swap.worth >= 0:
+            return self._indifferent(swap, mine, other)
+        if more > 0:
+            return self._worse(mine, other, more) + self._freed(swap, mine, other)
+        return f"would save {self._amount(self.main, -more)}: less than the program is solved to"
 
-def _gains(cost: Cost, base: Cost) -> list[str]:
-    texts: list[str] = []
-    if cost.seconds < base.seconds * 0.98:
-        texts.append(f"{base.seconds / max(cost.seconds, 1e-12):.2f}x speed")
-    if cost.weight_bytes < base.weight_bytes:
-        texts.append(f"{size(base.weight_bytes - cost.weight_bytes)} of weights")
-    if cost.state_bytes < base.state_bytes:
-        texts.append(f"{size(base.state_bytes - cost.state_bytes)} of KV cache")
-    return texts
+    def chosen(self, group: int, option: int, mine: Choice, kept: Choice) -> str:
+        """What a rewrite serves, and what that is worth; `option` is that which keeps the site."""
+        back = self.swaps.to(group, option)
+        rows = {r: more for r, more in back.added.items() if more > 0 and r != "error"}
+        sizes = {r: more for r, more in rows.items() if not r.startswith("latency")}
+        parts = [self._speed(mine, kept)] if mine.cost.seconds < kept.cost.seconds * 0.98 else []
+        parts += [f"saves {self._listed(sizes)}"] if sizes else []
+        if not parts:
+            return "gains nothing in this budget's rows"
+        return ", ".join(parts) + self._price(sizes, -back.added[self.main])
 
+    def kept(self, group: int, mine: Choice, others: Mapping[int, Choice]) -> str:
+        """Why the site stays as it is: what comes nearest to paying."""
 
-def _ratio(cost: Cost, base: Cost) -> str:
-    if base.seconds <= 0:
-        return "as long"
-    return f"{cost.seconds / base.seconds:.2f}x the time"
+        def net(option: int) -> float:
+            swap = self.swaps.to(group, option)
+            return swap.added[self.main] + swap.worth
 
+        free = [option for option in others if not self.swaps.beside(group, option)]
+        if not free:
+            first = next(iter(others))
+            return self.alternative(group, first, mine, others[first])
+        best = min(free, key=net)
+        why = self.alternative(group, best, mine, others[best])
+        return f"no candidate pays; the nearest, {others[best].name}: {why}"
 
-def _error(column: Column, per_position: bool) -> str:
-    unit = " nats" if per_position else ""
-    how = "predicted" if column.measured is None else "measured"
-    return f"{column.error:.2e}{unit} ({how})"
+    def _needs(self, swap: Swap, mine: Choice, other: Choice) -> str:
+        missing = sorted(swap.missing)
+        text = "; ".join(self._short(row, swap, mine, other) for row in missing)
+        more = swap.added[self.main]
+        if self._same(mine, other, more) or self.main in missing:
+            return text
+        if more > 0:
+            return f"{text}; {self._worse(mine, other, more)}"
+        prices = self.swaps.stand.prices
+        worth = sum(prices.get(row, 0.0) * swap.added[row] for row in missing)
+        saved = f"to save {self._amount(self.main, -more)} here"
+        priced = f": worth {self._amount(self.main, worth)} elsewhere" if worth > 0 else ""
+        return f"{text}{priced}, {saved}"
 
+    def _short(self, row: str, swap: Swap, mine: Choice, other: Choice) -> str:
+        full = row in self.swaps.binding and swap.missing[row] < FULL * self.swaps.limit(row)
+        if row == "error":
+            more = self._amount(row, other.error - mine.error)
+            return f"errs {more} more" + (
+                f", and {self.quality} binds" if full else f" than {self.quality} has room for"
+            )
+        left = self._amount(row, swap.missing[row])
+        rest = "which binds" if full else f"of which {left} are left"
+        return f"needs {self._amount(row, swap.added[row])} more of {row}, {rest}"
 
-def size(count: float) -> str:
-    """Bytes for people: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    def _worse(self, mine: Choice, other: Choice, more: float) -> str:
+        if self.main == "memory":
+            return f"takes {self._amount(self.main, more)} more of memory"
+        word = "errs" if self.main == "error" else "takes"
+        amounts = (self._amount(self.main, c.amount(self.main)) for c in (other, mine))
+        return f"{word} {' against '.join(amounts)}"
+
+    def _freed(self, swap: Swap, mine: Choice, other: Choice) -> str:
+        """What it takes less of rows that bind, and what that is worth."""
+        if swap.worth >= 0:
+            return ""
+        less = {
+            row: mine.error - other.error if row == "error" else -more
+            for row, more in swap.added.items()
+            if more < 0 and row in self.swaps.binding and row != self.main
+        }
+        listed = " and ".join(f"{self._amount(r, x)} of {self._name(r)}" for r, x in less.items())
+        worth = self._amount(self.main, -swap.worth)
+        return f"; the {listed} that it frees are worth {worth}" if less else ""
+
+    def _indifferent(self, swap: Swap, mine: Choice, other: Choice) -> str:
+        same = f"for the same {THINGS.get(self.main, self.main)}"
+        if other.error > mine.error and "error" in {*swap.added, self.main}:
+            return f"errs {self._amount('error', other.error - mine.error)} more {same}"
+        row = max(swap.added, key=lambda name: (name != self.main, swap.added[name]))
+        if row != self.main and swap.added[row] > 0:
+            return f"needs {self._amount(row, swap.added[row])} more of {self._name(row)} {same}"
+        row = min(swap.added, key=lambda name: (name == self.main, swap.added[name]))
+        if row != self.main and swap.added[row] < 0:
+            return (
+                f"saves {self._amount(row, -swap.added[row])} of {self._name(row)}, which has room"
+            )
+        return "no better in any row of the budget"
+
+    def _speed(self, mine: Choice, kept: Choice) -> str:
+        if mine.cost.seconds <= 0 or kept.cost.seconds <= 0:
+            return f"takes {self._amount('latency', kept.cost.seconds - mine.cost.seconds)} less"
+        return f"{kept.cost.seconds / mine.cost.seconds:.2f}x speed"
+
+    def _listed(self, rows: Mapping[str, float]) -> str:
+        text = " and ".join(f"{self._amount(r, x)} of {r}" for r, x in rows.items())
+        binding = [row for row in rows if row in self.swaps.binding]
+        if not binding:
+            return text
+        if len(binding) == len(rows):
+            return text + (", which binds" if len(rows) == 1 else ", which bind")
+        return f"{text}; {' and '.join(binding)} binds"
+
+    def _price(self, saved: Mapping[str, float], spent: float) -> str:
+        """What the saved bytes are worth elsewhere, against what the site takes more itself."""
+        prices = self.swaps.stand.prices
+        worth = sum(prices.get(row, 0.0) * more for row, more in saved.items() if row != self.main)
+        if worth <= 0:
+            return ""
+        here = f", for {self._amount(self.main, spent)} here" if spent > 0 else ""
+        return f": worth {self._amount(self.main, worth)} elsewhere{here}"
+
+    def _saved(self, mine: Choice, other: Choice, less: float, before: str) -> str:
+        return "" if self._same(mine, other, less) else before + self._amount(self.main, less)
+
+    def _same(self, mine: Choice, other: Choice, change: float) -> bool:
+        own = max(abs(mine.amount(self.main)), abs(other.amount(self.main)))
+        return abs(change) <= SAME * own
+
+    def _useless(self, swap: Swap, mine: Choice, other: Choice) -> bool:
+        """Whether the search left it out for being about as fast, and no smaller."""
+        slow = other.cost.seconds < mine.cost.seconds < other.cost.seconds * FASTER
+        smaller = any(more < 0 for row, more in swap.added.items() if row in BYTE_ROWS)
+        return slow and mine.name == KEEP and not smaller
+
+    def _name(self, row: str) -> str:
+        return self.quality if row == "error" else row
+
+    def _amount(self, row: str, amount: float) -> str:
+        unit = "s" if row.startswith("latency") else self.unit if row == "error" else "bytes"
+        return format_value(amount, unit)

@@ -1,27 +1,80 @@
-"""What a looser budget would buy: the program solved again with one row given more."""
+"""Where a choice stands in its program: what is left of each row, what more of a row would buy."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .peaks import row_of
-from .search import Choice, Rows, Search
-from .solve import solve, value
+from .prices import prices
+from .search import GAP, Choice, Rows, Search, Trial
+from .solve import Problem, solve, total, value
 
 
-def loosened(
-    search: Search, taken: Choice, row: str, factor: float, *, time_limit: float
-) -> Rows | None:
+@dataclass(frozen=True)
+class Standing:
+    """A choice in the program that it was chosen in.
+
+    `problem` predicts of `choice` what was predicted when it was chosen, whatever was corrected
+    since, and has no cuts. `main` is the row that is minimised, and `prices` what one more unit
+    of each row would take off it; empty when they are not known.
+    """
+
+    search: Search
+    choice: Choice
+    problem: Problem
+    main: str
+    prices: Mapping[str, float]
+
+    def rows(self, choice: Sequence[int]) -> dict[str, float]:
+        """The rows with a limit, the main one and the error, as predicted of `choice`."""
+        limits = self.search.limits
+        return {
+            name: max(
+                total(self.problem, choice, row) + constant
+                for row, constant in limits.constant(name).items()
+            )
+            for name in dict.fromkeys((*limits.rows, self.main, "error"))
+        }
+
+    def left(self) -> dict[str, float]:
+        """What the choice leaves of each row of the program."""
+        return {
+            row.name: row.limit - row.constant - total(self.problem, self.choice, row.name)
+            for row in self.problem.rows
+        }
+
+
+def standing(search: Search, taken: Trial) -> Standing:
+    """The program as it was when `taken` was chosen, with what was learnt of single sites since."""
+    now = search.predict(taken.choice).get("error", 0.0)
+    then = taken.predicted.get("error", 0.0)
+    scale = search.correction.get("error", 1.0) * (then / now if now > 0 and then > 0 else 1.0)
+    problem = replace(search, correction={**search.correction, "error": scale}).problem()
+    # a choice that is handed out though it was predicted to miss a row is compared with itself
+    rows = tuple(
+        replace(row, limit=max(row.limit, row.constant + total(problem, taken.choice, row.name)))
+        for row in problem.rows
+    )
+    problem = replace(problem, rows=rows, cuts=())
+    main = next(iter(search.limits.objective))
+    return Standing(search, taken.choice, problem, main, prices(problem, main))
+
+
+def loosened(stand: Standing, row: str, factor: float, *, time_limit: float) -> Rows | None:
     """Every row as predicted of the best choice when `row` may be `factor` times its limit.
 
-    That is `taken` itself where the solver finds nothing better; None where it finds nothing.
+    That of the choice itself where it is proved that nothing is better; None when that was not
+    found out in time.
     """
-    problem = search.problem()
     rows = tuple(
-        replace(r, limit=r.limit * factor) if row_of(r.name) == row else r for r in problem.rows
+        replace(r, limit=r.limit * factor) if row_of(r.name) == row else r
+        for r in stand.problem.rows
     )
-    found = solve(replace(problem, rows=rows, cuts=()), time_limit=time_limit)
+    problem = replace(stand.problem, rows=rows)
+    found = solve(problem, time_limit=time_limit, gap=GAP)
     if found is None:
         return None
-    better = found.value < value(problem, taken)
-    return search.predict(found.choice if better else taken)
+    if found.value < value(problem, stand.choice):
+        return stand.rows(found.choice)
+    return stand.rows(stand.choice) if found.gap <= GAP else None

@@ -168,11 +168,11 @@ def undominated(options: Sequence[Option], rows: Iterable[str]) -> list[int]:
 def _milp(
     problem: Problem, time_limit: float, gap: float, *, relax: bool = False
 ) -> Solution | None:
-    index = _columns(problem)
+    index = columns_of(problem)
     width = len(index) + len(problem.pairs) + relax
     cost = np.zeros(width)
     for row, weight in problem.objective.items():
-        cost += weight * _row(problem, index, row, width)
+        cost += weight * line_of(problem, index, row, width)
     cost /= np.abs(cost).max() or 1.0
     upper = np.ones(width)
     upper[[index[pair] for pair in problem.forbidden]] = 0
@@ -185,7 +185,7 @@ def _milp(
             cost,
             integrality=np.concatenate([np.ones(len(index)), np.zeros(width - len(index))]),
             bounds=Bounds(np.zeros(width), upper),  # pyright: ignore[reportArgumentType]
-            constraints=_constraints(problem, index, width, relax=relax),
+            constraints=constraints(problem, index, width, relax=relax),
             options={"time_limit": time_limit, "mip_rel_gap": gap},
         )
     if result.x is None:
@@ -226,12 +226,12 @@ def _silent() -> Generator[None]:
             os.close(nowhere)
 
 
-def _columns(problem: Problem) -> dict[tuple[int, int], int]:
+def columns_of(problem: Problem) -> dict[tuple[int, int], int]:
     pairs = ((g, o) for g, group in enumerate(problem.groups) for o in range(len(group.options)))
     return {pair: column for column, pair in enumerate(pairs)}
 
 
-def _row(
+def line_of(
     problem: Problem, index: Mapping[tuple[int, int], int], row: str, width: int
 ) -> np.ndarray:
     line = np.zeros(width)
@@ -242,7 +242,7 @@ def _row(
     return line
 
 
-def _constraints(
+def constraints(
     problem: Problem, index: Mapping[tuple[int, int], int], width: int, *, relax: bool
 ) -> list[LinearConstraint]:
     """One-hot groups, budget rows scaled to 1, products of pairs, cuts.
@@ -266,8 +266,8 @@ def _constraints(
     for g, group in enumerate(problem.groups):
         add({index[g, o]: 1.0 for o in range(len(group.options))}, 1, 1)
     for row in problem.rows:
-        line = _row(problem, index, row.name, width)
-        scale = max(abs(row.limit - row.constant), np.abs(line).max(), ROUNDING)
+        line = line_of(problem, index, row.name, width)
+        scale = scale_of(row, line)
         if relax:
             line[-1] = -row.limit
         limit = (0.0 if relax else row.limit) - row.constant
@@ -285,6 +285,11 @@ def _constraints(
     matrix = coo_matrix((values, (rows, columns)), shape=(len(low), width)).tocsr()
     bounds: Any = np.array([low, high])
     return [LinearConstraint(matrix, *bounds)]
+
+
+def scale_of(row: Row, line: np.ndarray) -> float:
+    """What a row is divided by in the program."""
+    return float(max(abs(row.limit - row.constant), np.abs(line).max(), ROUNDING))
 
 
 def greedy(problem: Problem) -> Solution | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,13 +24,15 @@ Rows = dict[str, float]
 @dataclass(frozen=True)
 class Column:
     """One joint option of a group: the proposals it realises (none: keep), what it costs and
-    errs. `prior` and `measured` are additive errors; `seconds` is of one call, by scenario."""
+    errs. `prior` and `measured` are additive errors; `seconds` is of one call, by scenario, and
+    `timed` names the scenarios of which all ops were timed on the device."""
 
     proposals: tuple[Proposal, ...]
     cost: Cost
     prior: float
     measured: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    timed: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
@@ -156,11 +158,11 @@ def build(
         keys.append(sites)
         made: list[Column] = []
         for chosen in _product(options):
-            total, seconds = _cost(sites, chosen, scenarios, baseline, cost)
+            total, seconds, timed = _cost(sites, chosen, scenarios, baseline, cost)
             known = 0.0 if all(p.rewrite.exact for p in chosen) else None
             prior = sum(0.0 if p.rewrite.exact else prior_of(p) for p in chosen)
             if math.isfinite(prior):
-                made.append(Column(chosen, total, prior, known, seconds))
+                made.append(Column(chosen, total, prior, known, seconds, timed))
             elif len(chosen) == 1:
                 proposals.refuse(chosen[0], "its output is no number on the calibration data")
         columns.append(made)
@@ -182,12 +184,12 @@ def _joint(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
 def _product(options: list[list[Proposal]]) -> list[tuple[Proposal, ...]]:
     chosen: list[tuple[Proposal, ...]] = [()]
     for proposals in options:
-        changing = [p for p in proposals if not _is_identity(p)]
+        changing = [p for p in proposals if not is_identity(p)]
         chosen = [c + extra for c in chosen for extra in [(), *((p,) for p in changing)]]
     return chosen
 
 
-def _is_identity(proposal: Proposal) -> bool:
+def is_identity(proposal: Proposal) -> bool:
     """An exact choice that the canonical graph already makes (`attention.exact`)."""
     return proposal.rewrite.exact and not proposal.candidate.parameters
 
@@ -198,18 +200,21 @@ def _cost(
     scenarios: Sequence[Scenario],
     baseline: Baseline,
     model: CostModel,
-) -> tuple[Cost, dict[str, float]]:
-    """Seconds summed over scenarios (and of one call each), bytes at the last (longest) one.
+) -> tuple[Cost, dict[str, float], frozenset[str]]:
+    """Seconds summed over scenarios (and of one call each), bytes at the last (longest) one; the
+    scenarios of which the model timed every op.
 
     Temporaries are those of the call with the most. A scenario of no repeats is there for its
     bytes: its calls are not timed.
     """
     by_family = {p.site.family: p for p in chosen}
     seconds: dict[str, float] = {}
+    timed: set[str] = set()
+    known: Collection[str] = getattr(model, "measured", ())
     repeated = 0.0
     bytes_ = Cost()
     for scenario in scenarios:
-        total = Cost()
+        total, made = Cost(), list[OpCall]()
         price = model if scenario.repeats else _bytes_only
         for site in sites:
             seen = site.at(scenario)
@@ -222,16 +227,18 @@ def _cost(
                 continue  # the cache's own call reads and attends
             proposal = by_family.get(site.family)
             if proposal is None:
-                total += total_cost(baseline(site, seen), price)
-                continue
-            match = _with_window(proposal, by_family)
-            calls = proposal.rewrite.lower(match, proposal.candidate, seen)
+                calls = baseline(site, seen)
+            else:
+                match = _with_window(proposal, by_family)
+                calls = proposal.rewrite.lower(match, proposal.candidate, seen)
             total += total_cost(calls, price)
+            made += calls
         if scenario.repeats:
             seconds[scenario.name] = total.seconds
             repeated += scenario.repeats * total.seconds
+            timed |= {scenario.name} if all(call.key in known for call in made) else set()
         bytes_ = replace(total, temporary_bytes=max(bytes_.temporary_bytes, total.temporary_bytes))
-    return replace(bytes_, seconds=repeated), seconds
+    return replace(bytes_, seconds=repeated), seconds, frozenset(timed)
 
 
 def _bytes_only(call: OpCall) -> Cost:

@@ -23,7 +23,7 @@ class PlanDiff:
     """Decisions matched by family and key, and the totals and facts beside them.
 
     False when both plans decide the same under the same budget and workload: measured totals and
-    costs alone, which differ from run to run, make no difference.
+    costs alone, which differ from run to run, make no difference. `plans` are the two, for pages.
     """
 
     added: list[Decision] = field(default_factory=list[Decision])
@@ -35,6 +35,7 @@ class PlanDiff:
         default_factory=list[tuple[RowResult | None, RowResult | None]]
     )
     facts: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+    plans: tuple[Plan, Plan] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def between(cls, before: Plan, after: Plan) -> PlanDiff:
@@ -59,6 +60,7 @@ class PlanDiff:
                 )
                 if (a := _stored(before, name)) != (b := _stored(after, name))
             ],
+            plans=(before, after),
         )
 
     def __bool__(self) -> bool:

@@ -13,6 +13,8 @@ from .names import hint
 from .site import FAMILIES, Family
 
 KEEP = "keep"
+BY_HAND = "chosen by hand"
+"""The reason of a decision that `Decision.choose` made."""
 
 
 def _rewrite_name(name: str) -> str:
@@ -32,7 +34,10 @@ class PlanModel(BaseModel):
 
 
 class Alternative(PlanModel):
-    """What else was possible at a site, and why it was not chosen. Keeping the site is one too."""
+    """What else was possible at a site, and why it was not chosen. Keeping the site is one too.
+
+    `feasible` says whether any plan within the budget could have it; the rest as in `Decision`.
+    """
 
     rewrite: RewriteName
     label: str = ""
@@ -42,6 +47,9 @@ class Alternative(PlanModel):
     error: float | None = None
     feasible: bool = True
     reason: str = ""
+    calls: dict[str, float] | None = None
+    timed: list[str] = Field(default_factory=list)
+    error_measured: bool | None = None
 
 
 class Refused(PlanModel):
@@ -61,6 +69,11 @@ class Decision(PlanModel):
     `error` the predicted change of the quality row (None: unknown); `reason` says why this was
     chosen or why the site was kept. `alternatives` holds the other candidates, "keep" among them
     when the site is rewritten. `locked` decisions are not solved again.
+
+    For readers alone: `calls` are the seconds behind `cost`, of one call of each kind that the
+    workload makes, and `timed` the kinds that were timed (others are the roofline's);
+    `error_measured` says whether `error` was measured by swapping this site alone; `already` names
+    rewrites that would change nothing, since the call is what they make.
     """
 
     key: str
@@ -75,6 +88,10 @@ class Decision(PlanModel):
     reason: str = ""
     alternatives: list[Alternative] = Field(default_factory=list[Alternative])
     locked: bool = False
+    calls: dict[str, float] | None = None
+    timed: list[str] = Field(default_factory=list)
+    error_measured: bool | None = None
+    already: list[RewriteName] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check_family(self) -> Decision:
@@ -122,11 +139,19 @@ class Decision(PlanModel):
             cost=self.cost,
             error=self.error,
             reason="replaced by hand",
+            calls=self.calls,
+            timed=self.timed,
+            error_measured=self.error_measured,
         )
+        for other in self.alternatives:
+            # these compare with what was chosen before
+            other.reason = "" if other.feasible else other.reason
         self.alternatives = [mine if other is chosen else other for other in self.alternatives]
         self.rewrite, self.version, self.label = chosen.rewrite, chosen.version, chosen.label
         self.parameters, self.kernel = chosen.parameters, {}
-        self.cost, self.error, self.reason = chosen.cost, chosen.error, "chosen by hand"
+        self.cost, self.error, self.reason = chosen.cost, chosen.error, BY_HAND
+        self.calls, self.timed = chosen.calls, chosen.timed
+        self.error_measured = chosen.error_measured
 
 
 def _no_choice(

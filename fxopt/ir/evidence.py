@@ -21,13 +21,32 @@ class Trial(PlanModel):
 class Looser(PlanModel):
     """What the solver would choose if `row` were allowed `limit` and all else stayed.
 
-    In `rows`, `before` is predicted of this plan and `predicted` of that choice.
+    In `rows`, `before` is what this plan measured (predicted, where nothing was measured), and
+    `predicted` that value changed as the prediction changes. `solved` is False, and `rows` empty,
+    where the solver found nothing better and did not prove that there is nothing, in its time.
     """
 
     row: str
     limit: float
     unit: str
     rows: list[RowResult]
+    solved: bool = True
+
+
+class Price(PlanModel):
+    """The shadow price of a limit: the fall of `objective`, for one `unit` more of `row`.
+
+    From the relaxation of the program in which the plan was chosen, so it holds for small
+    changes; 0 where the row does not bind. `used` is the share of the limit that the solver
+    counted as taken when it chose.
+    """
+
+    row: str
+    unit: str
+    price: float
+    objective: str
+    objective_unit: str
+    used: float
 
 
 class Block(PlanModel):

@@ -15,7 +15,7 @@ from .budget import Budget
 from .changes import PlanDiff
 from .decision import KEEP, Alternative, Decision, PlanModel, Refused
 from .errors import PlanError, RowResult
-from .evidence import Block, Generated, Looser, Trial
+from .evidence import Block, Generated, Looser, Price, Trial
 from .names import hint, select
 from .store import read_plan, read_tensors, tensors_path, write_plan, write_text
 from .workload import Forward, Generate, Train
@@ -41,7 +41,8 @@ class Plan(PlanModel):
     the units that `RowResult` names, `baseline` what shares refer to. `tensors` is what calibrated
     choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
     SHA-256 of that file.
-    `trials`, `looser`, `blocks` and `sources` are for readers: nothing of them is replayed.
+    `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
+    `blocks` and `sources` are for readers: nothing of them is replayed.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -59,7 +60,9 @@ class Plan(PlanModel):
     notes: list[str] = Field(default_factory=list[str])
     prepared: str | None = None
     trials: list[Trial] = Field(default_factory=list[Trial])
+    prices: list[Price] = Field(default_factory=list[Price])
     looser: list[Looser] = Field(default_factory=list[Looser])
+    untried: list[str] = Field(default_factory=list[str])
     blocks: list[Block] = Field(default_factory=list[Block])
     sources: list[Generated] = Field(default_factory=list[Generated])
     _tensors: dict[str, Tensor] = PrivateAttr(default_factory=dict[str, Tensor])
@@ -193,6 +196,17 @@ class Plan(PlanModel):
         """The plan for a pull request, in the Markdown of GitHub and GitLab."""
         return _view("markdown", self)
 
+    def explain(self, site: str, family: str | None = None) -> str:
+        """Why this and not that at a site, an op with its heads, or the sites below a module.
+
+        PlanError, with near names, when nothing is decided there.
+        """
+        return _view("explain", self, site, family)
+
+    def to_dot(self) -> str:
+        """`graph()` in the language of Graphviz; `dot -Tsvg plan.dot` draws it."""
+        return _view("dot", self)
+
     def graph(self) -> DiGraph[str]:
         """The calls of the model before and after, as one networkx graph; see `show.network`.
 
@@ -208,9 +222,12 @@ class Plan(PlanModel):
         return isinstance(other, Plan) and self.model_dump() == other.model_dump()
 
 
-def _view(kind: Literal["text", "html", "markdown", "network"], plan: Plan) -> Any:
+View = Literal["text", "html", "markdown", "network", "dot", "explain"]
+
+
+def _view(kind: View, *arguments: Any) -> Any:
     # Pages know plans, plans do not know pages: only this call finds them.
-    return import_module(f"..show.{kind}", __package__).render(plan)
+    return import_module(f"..show.{kind}", __package__).render(*arguments)
 
 
 def _readable(path: Path, error: ValidationError) -> str:

@@ -96,6 +96,8 @@ def format_value(value: float | None, unit: str) -> str:
         return "-"
     if not math.isfinite(value):
         return "inf" if value > 0 else "nan" if math.isnan(value) else "-inf"
+    if unit == "s" and value == 0:
+        return "0 s"
     if unit in SHOWN:
         return _scaled(value, SHOWN[unit])
     return f"{value:.3g} {unit}".strip()

@@ -61,6 +61,29 @@ def blocks(graphs: Graphs) -> list[Block]:
     return list(found.values())
 
 
+def both_after(first: Iterable[Block], second: Iterable[Block]) -> list[Block]:
+    """The blocks of two plans, each as rewritten: the diff is from the first plan to the second."""
+    old, new = _rewritten(first), _rewritten(second)
+    found: dict[tuple[str, ...], Block] = {}
+    for module, lines in new.items():
+        merged = _merge(old.get(module, {}), lines)
+        found.setdefault(tuple(merged), Block(modules=[], lines=merged)).modules.append(module)
+    return list(found.values())
+
+
+def _rewritten(blocks: Iterable[Block]) -> dict[str, dict[str, str]]:
+    """By module, the calls that stand there after, by name."""
+    return {
+        module: {
+            line.partition(" = ")[0].lstrip(" +%"): line[1:]
+            for line in block.lines
+            if line[:1] in (" ", "+")
+        }
+        for block in blocks
+        for module in block.modules
+    }
+
+
 def _prefixes(graphs: Graphs) -> dict[str, str]:
     """The block of each module: up to its first number, or a later one where blocks are large."""
     counts: dict[str, int] = {}

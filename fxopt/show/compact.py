@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fxopt.ir.cost import Cost
 from fxopt.ir.evidence import Block, Generated
 from fxopt.ir.plan import KEEP, Alternative, Decision
 
 from .entries import Entry
+from .fold import QUANTITY, sentence_shape
+from .kernels import kernels_at, text_of
 
 Json = dict[str, Any]
 DIGITS = 6
@@ -19,11 +20,13 @@ DIGITS = 6
 class Encoder:
     """Collects what sites share. `encoded` is the object that web/data.js decodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Sequence[str] = ()) -> None:
+        self._calls = list(calls)
         self._texts: dict[Hashable, int] = {}
         self._options: dict[Hashable, int] = {}
         self._lists: dict[Hashable, int] = {}
         self._sites: list[list[Any]] = []
+        self._kernels: dict[str, int] = {}
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -35,70 +38,95 @@ class Encoder:
             "options": list(self._options),
             "alternatives": list(self._lists),
             "sites": [list(column) for column in zip(*self._sites, strict=True)],
+            "kernels": self._kernels,
         }
 
     def text(self, text: str) -> int:
         return self._texts.setdefault(text, len(self._texts))
 
     def blocks(self, blocks: Iterable[Block]) -> list[Json]:
+        """Their lines, and the kernels at each rewritten site, whose texts are kept once."""
         return [
             {
                 "modules": block.modules,
                 "lines": [self.text(line) for line in block.lines],
                 "inputs": block.inputs,
+                "kernels": self._kernels_at(block),
             }
             for block in blocks
         ]
+
+    def _kernels_at(self, block: Block) -> dict[str, list[str]]:
+        found = kernels_at(block)
+        for folder in (name for folders in found.values() for name in folders):
+            self._kernels[folder] = self.text(text_of(folder))
+        return found
 
     def sources(self, sources: Iterable[Generated]) -> Json:
         """The text of the class at each module."""
         return {m: self.text(source.text) for source in sources for m in source.modules}
 
     def _site(self, entry: Entry) -> list[Any]:
-        """Mark, family, key, reasons, option, error, option as it was, alternatives."""
+        """Mark, family, key, reasons, option, error, option as it was, alternatives, flags."""
         decision = entry.decision
         head: list[Any] = [entry.mark, entry.family, self.text(entry.key)]
         head.append([self.text(reason) for reason in entry.reasons])
         if decision is None:
             return [*head, -1, None, -1, -1, 0]
-        kept = decision.kept
+        kept = _kept(decision)
         return [
             *head,
-            self._option(decision, decision.cost),
+            self._option(decision),
             rounded(decision.error),
-            -1 if kept is None else self._option(Alternative(rewrite=KEEP), kept),
+            -1 if kept is None else self._option(kept),
             self._alternatives(decision),
-            int(decision.locked),
+            _flags(decision.locked, decision.error_measured),
         ]
 
-    def _option(self, choice: Decision | Alternative, cost: Cost) -> int:
-        details = {**choice.parameters, **getattr(choice, "kernel", {})}
+    def _option(self, choice: Decision | Alternative) -> int:
+        cost, calls = choice.cost, choice.calls or {}
+        kernel: dict[str, Any] = getattr(choice, "kernel", {})
         key = (
             self.text(choice.rewrite),
             self.text(choice.label),
-            self.text(", ".join(f"{name}={value}" for name, value in details.items())),
+            self.text(_listed(choice.parameters)),
+            self.text(_listed(kernel)),
             *map(
                 rounded, (cost.seconds, cost.weight_bytes, cost.state_bytes, cost.temporary_bytes)
             ),
+            tuple(rounded(calls[name]) for name in self._calls if name in calls),
+            sum(1 << n for n, name in enumerate(self._calls) if name in choice.timed),
         )
         return self._options.setdefault(key, len(self._options))
 
     def _alternatives(self, decision: Decision) -> int:
         flat: list[Any] = []
         for other in decision.alternatives:
-            reason = self.text(_template(other, decision))
-            flat += [self._option(other, other.cost), rounded(other.error), reason]
-            flat.append(int(other.feasible))
+            quantities = "|".join(QUANTITY.findall(other.reason))
+            flat += [
+                self._option(other),
+                rounded(other.error),
+                self.text(sentence_shape(other.reason)),
+                self.text(quantities),
+                _flags(other.feasible, other.error_measured),
+            ]
         return self._lists.setdefault(tuple(flat), len(self._lists)) if flat else -1
 
 
-def _template(other: Alternative, decision: Decision) -> str:
-    """The reason with the two errors left out where the page can write them itself."""
-    reason = other.reason
-    for sign, value in (("\x01", other.error), ("\x02", decision.error)):
-        if value is not None and f"{value:.2e}" == f"{float(rounded(value)):.2e}":
-            reason = reason.replace(f"{value:.2e}", sign, 1)
-    return reason
+def _kept(decision: Decision) -> Decision | Alternative | None:
+    """The site as it was, where the plan knows."""
+    if not decision.rewritten:
+        return decision
+    return next((other for other in decision.alternatives if other.rewrite == KEEP), None)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _flags(first: bool, measured: bool | None) -> int:
+    """Bit 0: locked, or feasible; bit 1: it is known how the error is; bit 2: it was measured."""
+    return int(first) | 2 * (measured is not None) | 4 * (measured is True)
 
 
 def rounded(value: float | None) -> Any:

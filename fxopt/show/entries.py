@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxopt.ir.plan import Decision, Plan, Refused
+
+from .fold import QUANTITY, merge_sentences, sentence_shape
 
 MARKS = {"~": "rewritten", "=": "kept", "!": "locked", "x": "refused"}
 
@@ -65,8 +67,25 @@ def why(decision: Decision) -> str:
     )
 
 
+def shown_together(entry: Entry) -> Hashable:
+    """What is equal of sites that are listed as one."""
+    parameters = tuple(sorted(entry.decision.parameters.items())) if entry.decision else ()
+    return (entry.mark, entry.what, parameters, *map(sentence_shape, entry.reasons))
+
+
+def said_together(equal: Sequence[Entry]) -> list[str]:
+    """The reasons of sites that are listed as one. Their costs are added up, and amounts in the
+    reason of a rewritten one are its own."""
+    texts = [merge_sentences(reasons) for reasons in zip(*(e.reasons for e in equal), strict=True)]
+    decision = equal[0].decision
+    rewritten = decision is not None and decision.rewritten
+    if len(equal) > 1 and rewritten and texts and QUANTITY.search(texts[0]):
+        texts[0] = f"each: {texts[0]}"
+    return texts
+
+
 def _decided(decision: Decision, refusals: Sequence[Refused]) -> Entry:
-    served = decision.rewritten or decision.alternatives
+    served = decision.rewritten or decision.alternatives or decision.already
     mark = "!" if decision.locked else "~" if decision.rewritten else "=" if served else "x"
     mark = "=" if mark == "x" and not refusals else mark
     what = "refused" if mark == "x" else choice(decision)

@@ -6,11 +6,17 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
+from fxopt.ir.units import SHOWN
+
 Item = TypeVar("Item")
 # A number that counts modules, heads or calls: a whole component of a site's key.
 _INDEX = re.compile(r"(?<=[./=#])\d+(?=[./#]|$)|^\d+(?=[./#]|$)")
-# A number of its own in a sentence, not one inside a name.
-_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\d.]*\w*[._]\w)(?!\d)")
+# A number of its own in a sentence, not one inside a name, with its unit of time or size.
+_FACTORS = dict(unit for units in SHOWN.values() for unit in units)
+QUANTITY = re.compile(
+    r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\d.]*\w*[._]\w)(?!\d)"
+    rf"(?: (?:{'|'.join(_FACTORS)})\b)?"
+)
 
 
 def groups(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
@@ -65,13 +71,26 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def sentence_shape(text: str) -> str:
     """A sentence without its numbers: what makes two reasons the same reason."""
-    return _NUMBER.sub("\0", text)
+    return QUANTITY.sub("\0", text)
 
 
 def merge_sentences(texts: Sequence[str]) -> str:
-    """Sentences of one shape as one: numbers that differ become `least..largest`."""
-    columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
-    numbers = [sorted(set(column), key=float) for column in columns]
-    spans = [c[0] if len(c) == 1 else f"{c[0]}..{c[-1]}" for c in numbers]
+    """Sentences of one shape as one: quantities that differ become `least..largest`."""
+    columns = zip(*(QUANTITY.findall(text) for text in texts), strict=True)
+    spans = [_span(sorted(set(column), key=_size)) for column in columns]
     parts = sentence_shape(texts[0]).split("\0")
     return "".join(part + span for part, span in zip(parts, [*spans, ""], strict=True))
+
+
+def _size(quantity: str) -> float:
+    number, _, unit = quantity.partition(" ")
+    return float(number) * _FACTORS.get(unit, 1.0)
+
+
+def _span(quantities: Sequence[str]) -> str:
+    """`3`, `64..192 KiB` or `64 KiB..1.2 MiB` for sorted quantities."""
+    least, largest = quantities[0], quantities[-1]
+    if len(quantities) == 1:
+        return least
+    number, _, unit = least.partition(" ")
+    return f"{number if unit == largest.partition(' ')[2] else least}..{largest}"

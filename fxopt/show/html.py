@@ -11,9 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fxopt.ir.changes import PlanDiff
+from fxopt.ir.decision import BY_HAND
 from fxopt.ir.plan import Decision, Plan
+from fxopt.ir.workload import scenarios
 
-from . import summary
+from . import binding, outlook, summary
+from .blocks import both_after
 from .compact import Encoder, columns_of, rounded, to_script
 from .entries import MARKS, Entry, choice, entries, why
 from .entries import summary as summary_text
@@ -21,7 +24,9 @@ from .rows import cells
 from .text import workload_text
 
 HERE = Path(__file__).parent
-SCRIPTS = ("data", "number", "table", "details", "tree", "layout", "graph", "scatter", "main")
+SCRIPTS = (
+    "data", "number", "table", "details", "tree", "layout", "graph", "scatter", "print", "main",
+)  # fmt: skip
 ROW = ("name", "unit", "limit", "before", "predicted", "measured")
 DIFF_MARKS = {"~": "changed", "+": "added", "-": "removed"}
 SHOWN_LINES = 30
@@ -30,14 +35,15 @@ SHOWN_LINES = 30
 
 def render(plan: Plan) -> str:
     """The page. It loads nothing, and no text of the plan can become part of its markup."""
-    listed = entries(plan)
-    encoder = Encoder()
-    encoder.add(listed)
+    encoder = Encoder([call["name"] for call in _calls(plan)])
+    encoder.add(entries(plan))
+    binds = binding.binding(plan)
     data = {
         "mode": "plan",
+        "calls": _calls(plan),
         "blocks": encoder.blocks(plan.blocks),
         "sources": encoder.sources(plan.sources),
-        "rows": columns_of(plan.totals, ROW),
+        "rows": columns_of(summary.rows(plan), ROW),
         "trials": [
             {"rows": columns_of(t.rows, ROW), "holds": t.holds, "taken": t.taken}
             for t in plan.trials
@@ -46,9 +52,10 @@ def render(plan: Plan) -> str:
             {"row": x.row, "limit": rounded(x.limit), "rows": columns_of(x.rows, ROW)}
             for x in plan.looser
         ],
-        "binds": summary.binding(plan),
-        "objective": summary.objective(plan),
+        "binds": binds,
+        "objective": binding.objective(plan),
         "unit": _error_unit(plan),
+        "cpu": plan.hardware.get("kind") == "cpu",
     }
     return _page(
         data | encoder.encoded(),
@@ -58,21 +65,45 @@ def render(plan: Plan) -> str:
         workload=workload_text(plan.workload),
         device=plan.hardware.get("name") or plan.hardware.get("device"),
         cards=summary.cards(plan),
-        binding=summary.binding_sentence(plan),
-        objective=summary.objective(plan),
-        outlooks=summary.outlooks(plan),
+        binding=binding.sentence(plan),
+        objective=binding.objective(plan),
+        notes=summary.general_notes(plan),
+        said=summary.said(plan),
+        tried=outlook.tried(plan),
+        tried_heads=outlook.tried_heads(plan),
+        outlooks=outlook.outlooks(plan),
+        outlook_heads=outlook.outlook_heads(plan),
+        letters=[letter(index) for index in range(len(plan.looser))],
+        quotes=[(row, quoted) for row in binds if (quoted := _quote(plan, row))],
         at_sites=summary.at_sites(plan),
         timed=any(r.name.startswith("latency") and r.measured is not None for r in plan.totals),
         lines=summary.lines(plan),
         shown=SHOWN_LINES,
-        by_hand=any(d.reason == "chosen by hand" for d in plan.decisions),
+        by_hand=any(d.reason == BY_HAND for d in plan.decisions),
         diff=None,
     )
 
 
+def letter(index: int) -> str:
+    """What names an outlook in the plot: a, b, ... z, a1."""
+    return chr(ord("a") + index % 26) + (str(index // 26) if index >= 26 else "")
+
+
+def _quote(plan: Plan, row: str) -> str:
+    quoted = binding.quote(plan, row)
+    return quoted and f"{quoted} of {binding.objective(plan)}"
+
+
+def _calls(plan: Plan) -> list[dict[str, Any]]:
+    """The kinds of call that the workload makes, and how often it makes each."""
+    return [{"name": call.name, "repeats": call.repeats} for call in scenarios(plan.workload)]
+
+
 def render_diff(diff: PlanDiff) -> str:
     """The page of what changes from one plan to another."""
-    encoder = Encoder()
+    plan = diff.plans[1] if diff.plans else None
+    calls = _calls(plan) if plan else []
+    encoder = Encoder([call["name"] for call in calls])
     pairs: list[tuple[int, int]] = []
     listed: list[Entry] = []
     sides = [
@@ -87,15 +118,29 @@ def render_diff(diff: PlanDiff) -> str:
             listed += [] if decision is None else [_entry(decision)]
         pairs.append((at[0], at[1]))
     encoder.add(listed)
-    data = {"mode": "diff", "pairs": pairs, "blocks": [], "sources": {}, "unit": ""}
+    blocks = both_after(*(p.blocks for p in diff.plans)) if diff.plans else []
+    data = {
+        "mode": "diff",
+        "pairs": pairs,
+        "calls": calls,
+        "blocks": encoder.blocks(blocks),
+        "sources": {},
+        "unit": _error_unit(plan) if plan else "",
+        "objective": binding.objective(plan) if plan else "error",
+        "cpu": plan is not None and plan.hardware.get("kind") == "cpu",
+    }
     counts = f"{len(diff.changed)} changed, {len(diff.added)} added, {len(diff.removed)} removed"
+    titles = zip(("first", "second"), diff.plans or (), strict=False)
     return _page(
         data | encoder.encoded(),
         title=f"Diff: {counts}" + ("" if diff else " (the plans decide the same)"),
         plan=None,
         marks=DIFF_MARKS,
         diff=diff,
+        sums=summary.sums(diff),
+        both=[(title, summary.cards(one)) for title, one in titles],
         totals=[[side and cells(side, {}) for side in rows] for rows in diff.totals],
+        by_hand=False,
     )
 
 
@@ -106,8 +151,9 @@ def _entry(decision: Decision) -> Entry:
 
 
 def _error_unit(plan: Plan) -> str:
-    """What the errors of decisions are measured in."""
-    return "nats" if plan.budget.quality in (None, "kl", "loss_increase") else ""
+    """What the errors of decisions are measured in: relative ones are squared, to add up."""
+    unit = {"kl": "nats", "loss_increase": "nats", "relative_error": "squared"}
+    return unit.get(plan.budget.quality or binding.error_row(plan), "")
 
 
 def _page(data: dict[str, Any], **context: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from fxopt.ir.evidence import Block
 from fxopt.ir.plan import Plan
 
-from . import summary
+from . import binding, outlook, summary
 from .entries import summary as summary_text
 from .fold import fold_keys
 from .rows import HEADS, cells, limit_texts, with_missing
@@ -31,11 +31,12 @@ def render(plan: Plan) -> str:
     parts = [
         f"### {escape(summary_text(plan))}",
         escape(workload_text(plan.workload) + (f" on {device}" if device else ""))
-        + f", minimising {escape(summary.objective(plan))} within the budget.",
+        + f", minimising {escape(binding.objective(plan))} within the budget.",
         _table(["row", *HEADS[1:]], [[escape(cell) for cell in row] for row in rows], numbers=4),
-        f"**What binds.** {escape(summary.binding_sentence(plan))}",
+        f"**What binds.** {escape(binding.sentence(plan))}",
         *_outlooks(plan),
         *(f"> Note: {escape(note)}" for note in plan.notes),
+        *map(escape, summary.said(plan)),
     ]
     for kind, lines in summary.lines(plan).items():
         if lines:
@@ -71,17 +72,20 @@ def _lines(kind: str, lines: Sequence[Line]) -> str:
 
 
 def _outlooks(plan: Plan) -> list[str]:
-    outlooks = summary.outlooks(plan)
-    if not outlooks:
+    outlooks, heads = outlook.outlooks(plan), outlook.outlook_heads(plan)
+    if not heads:
         return []
-    names = [change[0] for change in outlooks[0].changes]
-    rows = [["as it is", *(escape(change[1]) for change in outlooks[0].changes)]]
+    rows = [["as it is", *(escape(value) for _, value in heads)]]
     rows += [
         [f"{escape(o.row)} × {o.factor.removesuffix('x')}"]
-        + [escape(f"{then} ({change})") for _, _, then, change in o.changes]
+        + (
+            [escape(f"{then} ({change})") for _, _, then, change in o.changes]
+            or ["not solved in time", *[""] * (len(heads) - 1)]
+        )
         for o in outlooks
     ]
-    table = _table(["if this limit grew", *map(escape, names)], rows, numbers=len(names))
+    names = [escape(name) for name, _ in heads]
+    table = _table(["if this limit grew", *names], rows, numbers=len(names))
     return [_folded("What a looser budget would buy", table)]
 
 

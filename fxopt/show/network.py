@@ -55,8 +55,8 @@ def render(plan: Plan) -> DiGraph[str]:
 
     `change` is "unchanged", "rewritten", "added" or "removed", of nodes and edges; `op_before`,
     `op_after`, `type` and `module` tell of the call; nodes of sites also have `family`, `rewrite`,
-    `reason`, `error` and `seconds` (of all heads of an attention op; the first reason). DOT is
-    `networkx.drawing.nx_pydot.to_pydot(graph).to_string()`.
+    `reason`, `error` and `seconds` (of all heads of an attention op; the first reason).
+    `Plan.to_dot` writes it for Graphviz.
     """
     if not plan.blocks:
         raise PlanError("the plan holds no graph: make it again with fxopt.plan or fxopt.optimize")

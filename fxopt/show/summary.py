@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fxopt.ir.changes import PlanDiff
 from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
-from fxopt.ir.evidence import Looser
 from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.site import FAMILIES
 from fxopt.ir.units import format_value
 
-from .entries import Entry, counted, entries
-from .fold import fold_keys, groups, merge_sentences
+from .binding import binding, objective, quote, used
+from .costs import SAVED, change, saving, total
+from .entries import Entry, counted, entries, said_together, shown_together
+from .fold import fold_keys, groups
 from .rows import cells, limit_texts, with_missing
-from .text import SAVED, saving, shown_together, total
-
-WORTH = 0.005
-"""The least gain in what is minimised for which a row is said to bind."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class Card:
     verdict: str
     share: float | None
     binds: bool
-    note: str = ""
+    minimised: bool
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -50,115 +49,79 @@ class Line:
     keys: list[str]
 
 
-def used(row: RowResult) -> float | None:
-    """The share of its limit that a row takes, as measured or else as predicted."""
-    value = row.predicted if row.measured is None else row.measured
-    if row.limit is None or value is None:
-        return None
-    return value / row.limit if row.limit else (0.0 if value <= 0 else float("inf"))
-
-
-def gains(plan: Plan) -> dict[str, float]:
-    """By row: the most that loosening it lowers what is minimised, as a share; empty: unknown."""
-    found: dict[str, float] = {}
-    for looser in plan.looser:
-        row = next((r for r in looser.rows if r.name == objective(plan)), None)
-        if row is not None and row.before and row.predicted is not None:
-            gain = 1 - row.predicted / row.before
-            found[looser.row] = max(found.get(looser.row, 0.0), gain)
-    return found
-
-
-def objective(plan: Plan) -> str:
-    """The name of the row that is minimised."""
-    name = plan.budget.objective
-    return (plan.budget.quality or "kl") if name == "error" else name
-
-
-def binding(plan: Plan) -> list[str]:
-    """The rows that stand in the way of a better plan, that which costs most first.
-
-    Known from solving again with looser rows; else the row that is used most, if nearly full.
-    """
-    bought = {name: gain for name, gain in gains(plan).items() if gain >= WORTH}
-    if plan.looser:
-        return sorted(bought, key=lambda name: -bought[name])
-    shares = {row.name: share for row in plan.totals if (share := used(row)) is not None}
-    return (
-        [max(shares, key=lambda name: shares[name])]
-        if shares and max(shares.values()) > 0.9
-        else []
-    )
-
-
 def cards(plan: Plan) -> list[Card]:
-    texts, binds = limit_texts(plan.budget), binding(plan)
-    made: list[Card] = []
-    for row in with_missing(plan.totals, plan.budget):
-        _, limit, before, predicted, measured, verdict = cells(row, texts)
-        note = "before: keys and values in 16 bits, as budgets count them"
-        made.append(
-            Card(
-                row, limit, before, predicted, measured, verdict, used(row),
-                row.name in binds, note if row.name == "kv_cache" else "",
-            )
-        )  # fmt: skip
-    return made
+    """A card for each row of the budget, and for what is minimised."""
+    return [_card(plan, row) for row in rows(plan)]
 
 
-def binding_sentence(plan: Plan) -> str:
-    """Which row binds, and by what one knows."""
-    rows = {row.name: row for row in plan.totals}
-    bound, bought = binding(plan), gains(plan)
-    exceeded = [row.name for row in plan.totals if row.excess > 0]
-    if exceeded:
-        return f"{' and '.join(exceeded)} could not be kept: no plan was found that holds."
-    if not any(row.limit is not None for row in plan.totals):
-        return "No row has a limit, so none binds."
-    if not bound:
-        how = "more of any row buys nothing" if plan.looser else "every row has room left"
-        return f"No row binds: {how}."
-    texts: list[str] = []
-    for name in bound:
-        share = used(rows[name]) if name in rows else None
-        text = f"{name} binds" + (f", {share:.1%} of its limit used" if share is not None else "")
-        if name in bought:
-            text += f": with more of it, {objective(plan)} would fall by up to {bought[name]:.0%}"
-        texts.append(text)
-    others = [row for row in plan.totals if row.limit is not None and row.name not in bound]
-    rest = [f"{row.name} uses {share:.0%}" for row in others if (share := used(row)) is not None]
-    return "; ".join(texts) + ("." if not rest else f". Not binding: {', '.join(rest)}.")
+def rows(plan: Plan) -> list[RowResult]:
+    """The rows of the budget, and what is minimised: from the plan's trial if nowhere else."""
+    known = with_missing(plan.totals, plan.budget)
+    taken = (row for trial in plan.trials if trial.taken for row in trial.rows)
+    missing = [row for row in taken if row.name == objective(plan)]
+    return known if any(row.name == objective(plan) for row in known) else [*missing[:1], *known]
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """One looser limit: what is asked, and each row now and then."""
+def _card(plan: Plan, row: RowResult) -> Card:
+    _, limit, before, predicted, measured, verdict = cells(row, limit_texts(plan.budget))
+    binds = row.name in binding(plan)
+    notes = [note.partition(": ")[2] for note in plan.notes if _is_of(note, row)]
+    if row.name == "kv_cache":
+        notes.append("before: keys and values in 16 bits, as budgets count them")
+    if row.name == "latency" and row.measured is None:
+        notes.append("predicted from the sites' own calls; the whole model was not timed")
+    if binds and (quoted := quote(plan, row.name)):
+        notes.append(f"{quoted} of {objective(plan)}")
+    return Card(
+        row, limit, before, predicted, measured, verdict, used(row), binds,
+        row.name == objective(plan), notes,
+    )  # fmt: skip
 
-    row: str
-    factor: str
-    limit: str
-    changes: list[tuple[str, str, str, str]]
+
+def _is_of(note: str, row: RowResult) -> bool:
+    return note.startswith(f"{row.name}: ")
 
 
-def outlooks(plan: Plan) -> list[Outlook]:
-    limits = {row.name: row.limit for row in plan.totals}
-    return [_outlook(looser, limits.get(looser.row)) for looser in plan.looser]
+def general_notes(plan: Plan) -> list[str]:
+    """The plan's notes but those that stand on the card of a row."""
+    return [note for note in plan.notes if not any(_is_of(note, row) for row in rows(plan))]
 
 
-def _outlook(looser: Looser, limit: float | None) -> Outlook:
-    changes = [
-        (
-            row.name,
-            format_value(row.before, row.unit),
-            format_value(row.predicted, row.unit),
-            _change(row.before, row.predicted),
-        )
-        for row in looser.rows
+def said(plan: Plan) -> list[str]:
+    """What is to be said of the plan as a whole beside its notes."""
+    return [text for text in (_chosen_by(plan), _together(plan), _untried(plan)) if text]
+
+
+def _untried(plan: Plan) -> str:
+    names = ", ".join(plan.untried)
+    return f"Not tried: {names} (name them in rewrites=)." if names else ""
+
+
+def _chosen_by(plan: Plan) -> str:
+    """What the part of the calibration data that the search chose by says against the other."""
+    taken = next((trial for trial in plan.trials if trial.taken), None)
+    totals = {row.name: row for row in plan.totals}
+    texts = [
+        f"{row.name} is {format_value(row.measured, row.unit)} on the part of the calibration data "
+        f"that the search chose by, over its limit, and "
+        f"{format_value(totals[row.name].measured, row.unit)} on the part kept for verification, "
+        "which is what the contract is about"
+        for row in (taken.rows if taken else [])
+        if row.excess > 0 and row.name in totals and totals[row.name].excess <= 0
     ]
-    factor = f"{looser.limit / limit:.3g}x" if limit else ""
-    old = format_value(limit, looser.unit)
-    return Outlook(
-        looser.row, factor, f"{old} → {format_value(looser.limit, looser.unit)}", changes
+    return "; ".join(texts) + "." if texts else ""
+
+
+def _together(plan: Plan) -> str:
+    """What the errors of single sites add up to, against that of all together."""
+    row = next((r for r in plan.totals if r.name in ("kl", "loss_increase")), None)
+    errors = [d.error for d in counted(plan.rewritten) if d.error is not None]
+    if row is None or row.measured is None or len(errors) < 2:
+        return ""
+    return (
+        f"Each site's error is its own, all others kept; they add up to "
+        f"{format_value(sum(errors), row.unit)}, and together measure "
+        f"{format_value(row.measured, row.unit)}."
     )
 
 
@@ -173,19 +136,29 @@ def at_sites(plan: Plan) -> list[tuple[str, str, str, str]]:
     for name, (label, unit) in SAVED.items():
         old, new = getattr(before, name), getattr(after, name)
         if (old or new) and name != "temporary_bytes":
-            change = _change(old, new)
-            lines.append((label, format_value(old, unit), format_value(new, unit), change))
+            texts = format_value(old, unit), format_value(new, unit), change(old, new)
+            lines.append((label, *texts))
     return lines
 
 
-def _change(before: float | None, after: float | None) -> str:
-    """By how much a quantity grew, as a share of what it was."""
-    if before is None or after is None:
-        return ""
-    if not before:
-        return "same" if after == before else ""
-    share = after / before - 1
-    return "same" if abs(share) < WORTH else f"{share:+.0%}".replace("-", "−")
+def sums(diff: PlanDiff) -> list[tuple[str, str, str, str]]:
+    """What the sites that differ take in each plan: name, first, second, change."""
+    pairs = [*diff.changed, *((None, d) for d in diff.added), *((d, None) for d in diff.removed)]
+    sides = [counted([d for d in side if d is not None]) for side in zip(*pairs, strict=True)]
+    if not sides:
+        return []
+    costs = [total(side, lambda decision: decision.cost) or Cost() for side in sides]
+    found = [
+        (label, *(getattr(cost, name) for cost in costs), unit)
+        for name, (label, unit) in SAVED.items()
+        if name != "temporary_bytes"
+    ]
+    found.append(("error", *(sum(d.error or 0.0 for d in side) for side in sides), ""))
+    return [
+        (label, format_value(old, unit), format_value(new, unit), change(old, new))
+        for label, old, new, unit in found
+        if old or new
+    ]
 
 
 def lines(plan: Plan) -> dict[str, list[Line]]:
@@ -214,6 +187,6 @@ def _line(equal: Sequence[Entry]) -> Line:
         family=first.family,
         what=first.what,
         saving=[part.replace("->", "→") for part in saving(decisions).split(", ") if part],
-        reasons=[merge_sentences(texts) for texts in zip(*(e.reasons for e in equal), strict=True)],
+        reasons=said_together(equal),
         keys=[entry.key for entry in equal],
     )

@@ -124,17 +124,36 @@ def test_diff_of_equal_and_different_plans(fxopt: Invoke, saved: Path, tmp_path:
     assert (code, document["different"]) == (2, True)
     assert document["changed"][0]["after"]["rewrite"] == "keep"
     assert fxopt("diff", saved, other, "--quiet") == (2, "", "")
+    page = tmp_path / "diff.html"
+    assert fxopt("diff", saved, other, "--html", page)[0] == 2
+    assert "Diff: 1 changed" in page.read_text("utf-8")
 
 
 def test_report(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    code, shown, _ = fxopt("report", saved, "--html", page)
+    page, text = tmp_path / "page.html", tmp_path / "plan.md"
+    code, shown, _ = fxopt("report", saved, "--html", page, "--markdown", text)
     assert code == 0
     assert "kept" in shown
     assert "95% = " in shown
     assert page.exists()
+    assert text.read_text("utf-8") == Plan.load(saved / "plan.json").to_markdown()
     document = json.loads(fxopt("report", saved, "--json")[1])
     assert {"kl", "weights"} <= {row["name"] for row in document["rows"]}
+
+
+def test_explain(fxopt: Invoke, saved: Path) -> None:
+    plan = Plan.load(saved / "plan.json")
+    site = plan.rewritten[0].key
+    code, shown, _ = fxopt("explain", saved, site)
+    assert code == 0
+    assert plan.rewritten[0].reason in " ".join(shown.split())
+    assert shown.rstrip("\n") == plan.explain(site)
+    document = json.loads(fxopt("explain", saved, site, "--json")[1])
+    assert document["sites"][0]["decision"]["rewrite"] == plan.rewritten[0].rewrite
+    assert {price["row"] for price in document["prices"]} == {"kl", "weights"}
+    code, shown, error = fxopt("explain", saved, f"{site}x")
+    assert (code, shown) == (1, "")
+    assert f"no site {site + 'x'!r}. Did you mean" in error
 
 
 @pytest.mark.parametrize("kind", ["forward", "generate"])

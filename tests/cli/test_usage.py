@@ -17,7 +17,8 @@ from fxopt.ir.workload import Forward, Generate
 
 Invoke = Callable[..., tuple[int, str, str]]
 COMMANDS = (
-    "optimize", "plan", "apply", "export", "bench", "verify", "diff", "report", "doctor",
+    "optimize", "plan", "apply", "export", "bench", "verify", "diff", "report", "explain",
+    "doctor",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from fxopt.ir.budget import Budget
 from fxopt.ir.cost import Cost
+from fxopt.ir.decision import BY_HAND
 from fxopt.ir.errors import PlanError, RowResult
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from fxopt.ir.workload import Forward, Generate, Train
@@ -81,6 +82,33 @@ def test_two_decisions_for_a_site_are_refused(plan: Plan) -> None:
             workload=plan.workload,
             decisions=[Decision(key="a", family="linear"), Decision(key="a", family="linear")],
         )
+
+
+def test_a_choice_by_hand_takes_its_own_facts_and_drops_old_comparisons(plan: Plan) -> None:
+    first = plan.decisions[0]
+    keep, small, large = first.alternatives
+    keep.reason, small.reason, large.reason = "slower", "errs more", "errs 0.3 nats alone"
+    small.calls, small.timed, small.error_measured = {"decode": 1e-6}, ["decode"], True
+    first.choose("linear.low_rank", "r8")
+    assert (first.reason, first.calls, first.timed) == (BY_HAND, {"decode": 1e-6}, ["decode"])
+    assert first.error_measured is True
+    mine = first.alternatives[1]
+    assert (mine.label, mine.reason, mine.calls) == ("int4", "replaced by hand", None)
+    # what compares with the former choice is dropped, what holds of any choice stays
+    assert [other.reason for other in (keep, large)] == ["", "errs 0.3 nats alone"]
+
+
+def test_plans_without_the_facts_for_readers_load(plan: Plan, tmp_path: Path) -> None:
+    path = plan.save(tmp_path / "plan.json")
+    data = json.loads(path.read_text("utf-8"))
+    for decision in data["decisions"]:
+        for one in (decision, *decision["alternatives"]):
+            for name in ("calls", "timed", "error_measured", "already"):
+                one.pop(name, None)
+    for name in ("prices", "untried"):
+        del data[name]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert Plan.load(path) == plan
 
 
 def test_kept_cost(plan: Plan) -> None:

@@ -13,7 +13,7 @@ from fxopt.ir.units import format_value, parse_bytes, parse_seconds
     ("value", "unit", "text"),
     [
         (None, "s", "-"),
-        (0.0, "s", "0 ns"),
+        (0.0, "s", "0 s"),
         (1.5, "s", "1.5 s"),
         (0.0123456, "s", "12.3 ms"),
         (5e-6, "s", "5 µs"),

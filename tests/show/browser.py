@@ -1,14 +1,21 @@
-"""A headless Chromium on a page from the disk; tests that need one are skipped without it."""
+"""A headless Chromium on a page from the disk.
+
+Without one the tests that need it are skipped; where CI is set they fail, unless FXOPT_BROWSER=skip
+says that the machine cannot have one (.ci/run does, when it could not install it).
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pytest
 
 CHROMIUM = os.environ.get("FXOPT_CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
 MISSING = next(
@@ -22,6 +29,16 @@ MISSING = next(
     ),
     "",
 )
+
+
+def without_one(environment: Mapping[str, str]) -> Literal["skip", "fail"]:
+    """What the tests do where there is no browser."""
+    in_ci = environment.get("CI", "").lower() not in {"", "0", "false"}
+    return "fail" if in_ci and environment.get("FXOPT_BROWSER") != "skip" else "skip"
+
+
+SKIP = MISSING if without_one(os.environ) == "skip" else ""
+needs_browser = pytest.mark.skipif(bool(SKIP), reason=SKIP)
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -31,6 +48,12 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+TIMED = """
+new MutationObserver(() => {
+  if (document.documentElement.dataset.ready !== undefined) window.readyAfter ??= performance.now();
+}).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-ready"] });
+"""
 
 
 class Tab:
@@ -45,9 +68,22 @@ class Tab:
         page.on("request", lambda request: self.requests.append(request.url))
 
     def open(self, path: Path) -> Tab:
+        self.page.add_init_script(TIMED)
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-ready]", state="attached")
         return self
+
+    def seconds(self) -> float:
+        """From the start of the navigation until the page was ready, by its own clock."""
+        self.wait("window.readyAfter !== undefined")
+        return self.page.evaluate("window.readyAfter") / 1000
+
+    def wait(self, condition: str) -> None:
+        """Until an expression holds. The page's policy forbids what Playwright would poll with."""
+        end = time.monotonic() + 10
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < end, condition
+            time.sleep(0.01)
 
     def text(self, selector: str) -> str:
         return self.page.locator(selector).first.inner_text()
@@ -70,6 +106,7 @@ class Tab:
 
 @contextmanager
 def chromium() -> Generator[Any]:
+    assert not MISSING, MISSING
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

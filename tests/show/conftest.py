@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from fxopt.ir.workload import Generate
+from tests.show.browser import Tab, chromium
+from tests.show.synthetic import llama
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 MIB = 1 << 20
@@ -94,6 +97,36 @@ def plan() -> Plan:
         ],
         notes=["calibrated on the example inputs alone"],
     )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Generator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def tab(browser: Any, tmp_path: Path) -> Generator[Callable[..., Tab]]:
+    """Write a plan (or a diff) as a page and open it; after the test nothing may have gone
+    wrong in it, and nothing may have been loaded but the page itself."""
+    opened: list[Tab] = []
+
+    def show(plan: Any, width: int = 1440, **options: Any) -> Tab:
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        path = plan.to_html(tmp_path / f"{len(opened)}.html")
+        opened.append(Tab(page).open(path))
+        return opened[-1]
+
+    yield show
+    for one in opened:
+        assert one.problems == []
+        assert len(one.requests) == 1, one.requests
+        one.page.close()
+
+
+@pytest.fixture(scope="session")
+def small() -> Plan:
+    return llama(3, 2)
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from fxopt.ir.budget import Budget
 from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
-from fxopt.ir.evidence import Block, Generated, Looser, Trial
+from fxopt.ir.evidence import Block, Generated, Looser, Price, Trial
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
+from fxopt.ir.units import format_value
 from fxopt.ir.workload import Generate
 
 LINEARS = {
@@ -20,6 +22,8 @@ LINEARS = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+
+PRICED = {"objective": "latency", "objective_unit": "s"}
 
 
 def llama(layers: int, heads: int, seed: int = 0) -> Plan:
@@ -39,8 +43,12 @@ def llama(layers: int, heads: int, seed: int = 0) -> Plan:
         RowResult("weights", 6e9, 5.9e9, 5.97e9, "bytes", before=1.6e10),
         RowResult("kl", 0.02, 0.008, 0.011, "nats", before=0.0),
     ]
-    then = [RowResult("weights", 6e9, 7e9, None, "bytes", before=5.9e9)]
+    then = [RowResult("weights", 6e9, 7e9, None, "bytes", before=5.97e9)]
+    then.append(RowResult("kl", 0.02, 0.0115, None, "nats", before=0.011))
     then.append(RowResult("latency", None, 0.8, None, "s", before=1.0))
+    latency = RowResult("latency", None, 1.0, None, "s", before=2.5)
+    failed = [replace(row, measured=(row.measured or 0) * 2) for row in rows]
+    failed.append(replace(latency, predicted=0.9))
     return Plan(
         created_by="fxopt test",
         budget=Budget(kl=0.02, weights="6GB"),
@@ -48,8 +56,19 @@ def llama(layers: int, heads: int, seed: int = 0) -> Plan:
         decisions=decisions,
         refusals=[Refused(family="linear", key="lm_head", reason="tied to model.embed_tokens")],
         totals=rows,
-        trials=[Trial(rows=rows, holds=True, taken=True), Trial(rows=rows, holds=False)],
-        looser=[Looser(row="weights", limit=7.5e9, unit="bytes", rows=then)],
+        trials=[
+            Trial(rows=failed, holds=False),
+            Trial(rows=[*rows, latency], holds=True, taken=True),
+        ],
+        prices=[
+            Price(row="weights", unit="bytes", price=1e-10, used=0.98, **PRICED),
+            Price(row="kl", unit="nats", price=0.0, used=0.4, **PRICED),
+        ],
+        looser=[
+            Looser(row="weights", limit=7.5e9, unit="bytes", rows=then),
+            Looser(row="kl", limit=0.04, unit="nats", rows=[], solved=False),
+        ],
+        untried=["linear.low_rank_shared"],
         blocks=[_block(decisions, f"model.layers.{layer}", layer) for layer in range(layers)],
         sources=[
             Generated(
@@ -69,26 +88,60 @@ def _decision(chance: random.Random, key: str, family: str, weights: int) -> Dec
             label=f"option{number}",
             parameters={"rank": 16 * number, "group_size": 64},
             cost=Cost(1e-5 * number, weights * number // 11, 0 if weights else 4096 * number),
-            error=(error := chance.expovariate(1e4)),
+            error=chance.expovariate(1e4),
             feasible=number > 2,
-            reason=f"error {error:.2e} against 0.00e+00",
+            calls={"prefill": 4e-6 * number, "decode": 2e-8 * number},
+            timed=["decode"],
+            error_measured=number == 4,
         )
         for number in range(1, 11)
     ]
-    kept = Alternative(rewrite=KEEP, cost=Cost(2e-4, weights, 0 if weights else 65536), error=0.0)
+    kept = Alternative(
+        rewrite=KEEP,
+        cost=Cost(2e-4, weights, 0 if weights else 65536),
+        error=0.0,
+        calls={"prefill": 8e-5, "decode": 4e-7},
+        timed=["prefill", "decode"],
+    )
     decision = Decision(
         key=key,
         family=family,  # pyright: ignore[reportArgumentType]
         cost=kept.cost,
         error=0.0,
-        reason=f"the budget holds without it: option1 would err by {chance.random():.2e}",
+        reason=f"no candidate pays; the nearest, option1: errs {chance.random():.3g} nats more",
         alternatives=options,
+        calls=kept.calls,
+        timed=kept.timed,
     )
     if chance.random() < 0.6:
         chosen = chance.choice(options)
         decision.choose(chosen.rewrite, chosen.label)
-        decision.reason = f"gains 1.5x speed; error {chosen.error:.2e} nats (measured)"
+        decision.reason = "saves 64 KiB of weights, which binds: worth 1.5 ms elsewhere"
+    for other in decision.alternatives:
+        other.reason = _reason(other, decision)
     return decision
+
+
+def _reason(other: Alternative, decision: Decision) -> str:
+    """As many different texts as plans of real models have: sizes and times are those of a layer,
+    errors each site's own."""
+    if not other.feasible:
+        return f"errs {other.error:.3g} nats alone, and the whole budget is 0.02 nats"
+    times = other.cost.seconds, decision.cost.seconds
+    slower = "takes {} against {}".format(*(format_value(t, "s") for t in times))
+    bytes_ = (c.cost.weight_bytes + c.cost.state_bytes for c in (other, decision))
+    more = next(bytes_) - next(bytes_)
+    size = format_value(abs(more), "bytes")
+    errs = (other.error or 0.0) - (decision.error or 0.0)
+    if more > 0:
+        return f"needs {size} more of weights, which binds" + (
+            f"; {slower}" if times[0] > times[1] else ""
+        )
+    if errs > 0:
+        return f"errs {errs:.3g} nats more, and kl binds"
+    if times[0] > times[1]:
+        return f"{slower}; the {size} of weights that it frees are worth 1.2 µs"
+    return "better by costs corrected after the choice; not solved again"
 
 
 def _block(decisions: list[Decision], module: str, layer: int) -> Block:

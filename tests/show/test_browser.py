@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fxopt.ir.errors import RowResult
-from fxopt.ir.plan import Plan
-from tests.show.browser import MISSING, Tab, chromium
+from fxopt.ir.plan import Decision, Plan
+from tests.show.browser import Tab, needs_browser, without_one
 from tests.show.synthetic import llama
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = needs_browser
 HOSTILE = "</script><img src=x onerror=\"console.log('run')\"><b>&lt;"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Generator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def tab(browser: Any, tmp_path: Path) -> Generator[Callable[..., Tab]]:
-    """Write a plan (or a diff) as a page and open it; after the test nothing may have gone
-    wrong in it, and nothing may have been loaded but the page itself."""
-    opened: list[Tab] = []
-
-    def show(plan: Any, width: int = 1440, **options: Any) -> Tab:
-        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
-        path = plan.to_html(tmp_path / f"{len(opened)}.html")
-        opened.append(Tab(page).open(path))
-        return opened[-1]
-
-    yield show
-    for one in opened:
-        assert one.problems == []
-        assert len(one.requests) == 1, one.requests
-        one.page.close()
-
-
-@pytest.fixture(scope="module")
-def small() -> Plan:
-    return llama(3, 2)
+def in_order(plan: Plan) -> list[Decision]:
+    """The decisions as the table shows them first."""
+    return sorted(plan.decisions, key=lambda decision: not decision.rewritten)
 
 
 def test_the_first_rewritten_site_is_open(tab: Callable[..., Tab], small: Plan) -> None:
@@ -53,6 +27,7 @@ def test_the_first_rewritten_site_is_open(tab: Callable[..., Tab], small: Plan) 
     assert shown.selected() == small.rewritten[0].key
     assert small.rewritten[0].reason in shown.text("#details")
     assert shown.text("#count") == f"{len(small.decisions) + 1} sites"
+    assert shown.rows()[:9] == [decision.key for decision in in_order(small)][:9]
 
 
 def test_filter_by_words_family_and_state(tab: Callable[..., Tab], small: Plan) -> None:
@@ -88,7 +63,7 @@ def test_keyboard_alone_is_enough(tab: Callable[..., Tab], small: Plan) -> None:
     shown.press("/")
     shown.page.keyboard.type("mlp")
     shown.press("Enter", "Home")
-    keys = [d.key for d in small.decisions if ".mlp." in d.key]
+    keys = [d.key for d in in_order(small) if ".mlp." in d.key]
     assert shown.selected() == keys[0]
     shown.press("j", "ArrowDown", "k")
     assert shown.selected() == keys[1]
@@ -115,15 +90,48 @@ def test_a_site_shows_its_alternatives(tab: Callable[..., Tab], small: Plan) -> 
     names = shown.page.eval_on_selector_all(
         "#details tr.option", "rows => rows.map(row => row.dataset.option)"
     )
-    assert len(names) == 11
-    assert names[1:] == [
-        "kept" if other.rewrite == "keep" else f"{other.rewrite} {other.label}"
-        for other in decision.alternatives
+    listed = sorted([decision, *decision.alternatives], key=lambda one: one.cost.seconds)
+    assert names == [
+        "kept" if one.rewrite == "keep" else f"{one.rewrite} {one.label}" for one in listed
     ]
-    details = shown.text("#details")
-    for other in decision.alternatives:
-        assert other.reason in details
-    assert details.count("does not fit") == sum(not d.feasible for d in decision.alternatives)
+    reasons = shown.page.eval_on_selector_all(
+        "#details td.reason", "cells => cells.map(cell => cell.innerText)"
+    )
+    for one, reason in zip(listed, reasons, strict=True):
+        if one is decision:
+            assert reason == "chosen"
+        else:
+            assert reason.removeprefix("✗ never fits: ") == one.reason
+            assert reason.startswith("✗") == (not one.feasible)
+
+
+def test_the_time_of_a_site_says_how_it_is_known_for_each_call(
+    tab: Callable[..., Tab], small: Plan
+) -> None:
+    shown = tab(small)
+    lines = shown.page.eval_on_selector_all(
+        "#details tr.call", "rows => rows.map(row => row.innerText.split('\\t'))"
+    )
+    assert [(line[0], line[-1]) for line in lines] == [
+        ("prefill, 1 ×", "roofline, before: measured"),
+        ("decode, 256 ×", "measured"),
+    ]
+    decision = small.rewritten[0]
+    assert decision.calls is not None
+    assert lines[1][2] == f"{decision.calls['decode'] * 1e9:.0f} ns"
+
+
+def test_errors_that_were_not_measured_are_marked(tab: Callable[..., Tab], small: Plan) -> None:
+    shown = tab(small)
+    decision = small.rewritten[0]
+    errors = shown.page.eval_on_selector_all(
+        "#details .alternatives tr.option",
+        "rows => rows.map(row => [row.dataset.option, row.innerText.includes(' ?')])",
+    )
+    guessed = [o for o in decision.alternatives if o.error_measured is False]
+    guessed += [decision] if decision.error_measured is False else []
+    marked = {name for name, has_sign in errors if has_sign}
+    assert marked == {f"{one.rewrite} {one.label}" for one in guessed}
 
 
 def test_graph_shows_both_sides_and_selects(tab: Callable[..., Tab], small: Plan) -> None:
@@ -177,19 +185,28 @@ def test_generated_source_is_shown(tab: Callable[..., Tab], small: Plan) -> None
     assert "class LlamaMLP_1(nn.Module):" in shown.text("#details details pre")
 
 
+def test_a_rewritten_site_shows_its_kernel(tab: Callable[..., Tab], small: Plan) -> None:
+    plan = small.model_copy(deep=True)
+    decision = next(d for d in plan.rewritten if d.family == "linear")
+    decision.kernel = {"block_m": 64}
+    shown = tab(plan)
+    shown.page.fill("#filter", decision.key)
+    shown.page.click(".row.body")
+    shown.page.click("#details .kernel summary")
+    assert "@triton.jit" in shown.text("#details .kernel pre")
+    assert "kernels/low_rank_linear/triton.py" in shown.text("#details .kernel .note")
+    assert "pinned: block_m=64" in shown.text("#details .kernel .note")
+    kept = next(d for d in plan.decisions if d.family == "linear" and not d.rewritten)
+    shown.page.fill("#filter", kept.key)
+    shown.page.click(".row.body")
+    assert shown.page.locator("#details .kernel").count() == 0
+
+
 def test_tree_folds_layers_and_filters(tab: Callable[..., Tab], small: Plan) -> None:
     shown = tab(small)
     assert "model.layers.{0..2}" in shown.text("#tree").replace("\n", "")
     shown.page.click("#tree button:has-text('q_proj')")
     assert shown.rows() == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
-
-
-def test_scatter_says_its_points(tab: Callable[..., Tab], small: Plan) -> None:
-    shown = tab(small)
-    label = shown.page.get_attribute("#scatter svg[role=img]", "aria-label")
-    assert label.startswith("kl against weights")
-    assert "this plan at 5.56 GiB, 0.011 nats" in label
-    assert shown.page.locator("#scatter svg[role=img] .point").count() == 3
 
 
 def test_address_opens_a_site(browser: Any, small: Plan, tmp_path: Path) -> None:
@@ -248,32 +265,22 @@ def test_print_shows_every_row_and_no_controls(tab: Callable[..., Tab], small: P
     assert shown.page.is_visible("#scatter svg")
 
 
-def test_diff_lists_what_differs(tab: Callable[..., Tab], small: Plan) -> None:
-    other = small.model_copy(deep=True)
-    changed = other.find("model.layers.1.mlp.up_proj", "linear")
-    changed.choose("linear.low_rank", "option7")
-    removed = other.decisions.pop()
-    shown = tab(small.diff(other))
-    assert shown.rows() == [changed.key, removed.key]
-    assert shown.text("#details .what").startswith("~ changed:")
-    assert "option7" in shown.text("#details .what")
-    assert "chosen by hand" in shown.text("#details")
-    assert small.find(changed.key, "linear").reason in shown.text("#details")
-
-
 def test_an_8b_model_is_less_than_a_megabyte(tmp_path: Path) -> None:
     plan = llama(32, 8)
     assert len(plan.decisions) == 32 * (2 * 8 + 7)
     assert plan.to_html(tmp_path / "plan.html").stat().st_size < 1_000_000
 
 
-def test_five_thousand_sites_open_and_scroll(tab: Callable[..., Tab]) -> None:
+def test_five_thousand_sites_open_in_two_seconds_and_scroll(tab: Callable[..., Tab]) -> None:
     plan = llama(100, 22)
     assert len(plan.decisions) > 5000
-    began = time.perf_counter()
+    # the best of three, as other processes may take the cores
     shown = tab(plan)
-    took = time.perf_counter() - began
-    assert took < 10  # about a second, half of it writing the page; slow machines are not at fault
+    took = [shown.seconds()]
+    for _ in range(2):
+        if min(took) >= 2:
+            took.append(tab(plan).seconds())
+    assert min(took) < 2
     assert shown.page.locator(".row.body").count() < 100
     shown.press("j", "End")
     assert shown.selected() == "lm_head"
@@ -290,3 +297,16 @@ def test_a_graph_of_five_thousand_calls_is_drawn_in_part(tab: Callable[..., Tab]
     shown = tab(plan)
     assert "of 5000 boxes" in shown.text("#block-note")
     assert shown.page.locator("#after .node").count() == 300
+
+
+@pytest.mark.parametrize(
+    ("environment", "does"),
+    [
+        ({}, "skip"),
+        ({"CI": "false"}, "skip"),
+        ({"CI": "true"}, "fail"),
+        ({"CI": "1", "FXOPT_BROWSER": "skip"}, "skip"),
+    ],
+)
+def test_ci_does_not_pass_over_a_missing_browser(environment: dict[str, str], does: str) -> None:
+    assert without_one(environment) == does

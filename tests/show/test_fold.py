@@ -64,6 +64,9 @@ def test_folded_names_stand_for_exactly_the_names_given(sites: list[tuple[int, i
         (["error 0.10", "error 0.2"], "error 0.10..0.2"),
         (["rank 9 of 64", "rank 10 of 64"], "rank 9..10 of 64"),
         (["-3 dB", "2 dB"], "-3..2 dB"),
+        (["saves 64 KiB here", "saves 192 KiB here"], "saves 64..192 KiB here"),
+        (["for 919 µs here", "for 1.2 ms here"], "for 919 µs..1.2 ms here"),
+        (["1 MiB of weights", "900 KiB of weights"], "900 KiB..1 MiB of weights"),
         (["1.10x speed (measured)", "1.05x speed (measured)"], "1.05..1.10x speed (measured)"),
     ],
 )

@@ -6,6 +6,9 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ from typing import Any
 import pytest
 
 from fxopt.ir.errors import RowResult
-from fxopt.ir.evidence import Looser
+from fxopt.ir.evidence import Block, Looser
 from fxopt.ir.plan import Plan
-from fxopt.show import html, summary
+from fxopt.show import html, kernels, summary
 from fxopt.show.entries import counted, ops_of
 from tests.show.synthetic import llama
 
+ROOT = Path(__file__).resolve().parents[2]
 VENDOR = Path(html.__file__).parent / "vendor"
 DAGRE = "54a503e346f93ca0bb10abe7999587e037262935687aca45eb4e4b0f64bbb578"
 VOID = {"meta", "link", "br", "img", "input"}
@@ -80,14 +84,14 @@ def test_page_says_rows_changes_and_refusals_without_a_script(plan: Plan) -> Non
 
 def test_data_holds_every_decision_and_alternative(plan: Plan) -> None:
     data = data_of(Page(html.render(plan)))
-    marks, _, keys, reasons, _, errors, _, lists, locked = data["sites"]
+    marks, _, keys, reasons, _, errors, _, lists, flags = data["sites"]
     texts = [data["texts"][key] for key in keys]
     assert texts[: len(plan.decisions)] == [decision.key for decision in plan.decisions]
     assert errors[: len(plan.decisions)] == pytest.approx([d.error for d in plan.decisions])
     for index, decision in enumerate(plan.decisions):
-        assert bool(locked[index]) == decision.locked
+        assert bool(flags[index] & 1) == decision.locked
         found = [] if lists[index] < 0 else data["alternatives"][lists[index]]
-        assert len(found) == 4 * len(decision.alternatives)
+        assert len(found) == 5 * len(decision.alternatives)
         if decision.reason:
             assert decision.reason in [data["texts"][reason] for reason in reasons[index]]
     assert marks.count("x") == 3
@@ -177,37 +181,6 @@ def test_vendored_dagre_is_what_was_published() -> None:
     assert "Permission is hereby granted, free of charge" in licence
 
 
-def looser(row: str, limit: float, latency: float) -> Looser:
-    rows = [RowResult("latency", None, latency, None, "s", before=1.0)]
-    return Looser(row=row, limit=limit, unit="bytes", rows=rows)
-
-
-@pytest.mark.parametrize(
-    ("outlooks", "binding", "sentence"),
-    [
-        ([], ["weights"], "weights binds, 99.5% of its limit used"),
-        ([looser("weights", 7e9, 0.8)], ["weights"], "latency would fall by up to 20%"),
-        ([looser("kl", 7e9, 0.8)], ["kl"], "kl binds, 55.0%"),
-        ([looser("weights", 7e9, 1.0)], [], "No row binds: more of any row buys nothing"),
-        ([looser("kl", 1, 0.9), looser("weights", 1, 0.7)], ["weights", "kl"], "; kl binds"),
-    ],
-)
-def test_what_binds_is_what_more_of_it_buys(
-    outlooks: list[Looser], binding: list[str], sentence: str
-) -> None:
-    plan = llama(1, 1)
-    plan.looser = outlooks
-    assert summary.binding(plan) == binding
-    assert sentence in summary.binding_sentence(plan)
-
-
-def test_rows_with_room_do_not_bind() -> None:
-    plan = llama(1, 1)
-    plan.looser, plan.totals = [], plan.totals[1:]
-    assert summary.binding(plan) == []
-    assert "every row has room left" in summary.binding_sentence(plan)
-
-
 def test_a_group_or_its_members_are_counted() -> None:
     plan = llama(1, 1)
     names = [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -222,3 +195,88 @@ def test_a_group_or_its_members_are_counted() -> None:
     assert ops_of("a.x+b.y") == ["a.x", "b.y"]
     assert ops_of("x+y") == ["x", "y"]
     assert ops_of("m.attn/kv=3") == ["m.attn"]
+
+
+def test_kernels_are_their_files_and_triton_stays_unloaded(plan: Plan) -> None:
+    code = """
+import sys
+from fxopt.show import kernels
+from tests.show.synthetic import llama
+block = llama(1, 1).blocks[0]
+assert set(sum(kernels.kernels_at(block).values(), [])) == {"low_rank_linear"}
+print(kernels.text_of("low_rank_linear"))
+assert "triton" not in sys.modules and "fxopt.kernels.low_rank_linear" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    file = ROOT / "kernels" / "low_rank_linear" / "triton.py"
+    assert done.stdout.rstrip() == file.read_text(encoding="utf-8").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("call", "folders"),
+    [
+        ("attend(%q, %k, %v, state=%past, layout='k4v4')", ["kv_attention", "kv_append"]),
+        ("attend(%q, %k, %v, window=(16,))", ["attention"]),
+        ("fxopt.quantized_linear(%x, w u8[8, 8])", ["quantized_linear"]),
+        ("fxopt.chunked(%x)", []),
+        ("aten.add(%x, 1)", []),
+    ],
+)
+def test_each_call_has_the_kernels_that_it_launches(call: str, folders: list[str]) -> None:
+    lines = ["-%y = aten.mul(%x, 1) -> f32[8] at m", f"+%y = {call} -> f32[8] at m", "no call"]
+    found = kernels.kernels_at(Block(modules=[""], lines=lines))
+    assert found == ({"m": folders} if folders else {})
+
+
+def test_a_kernel_is_on_the_page_once(plan: Plan) -> None:
+    once = (ROOT / "kernels" / "low_rank_linear" / "triton.py").read_text("utf-8").splitlines()[0]
+    assert html.render(llama(3, 2)).count(once.replace('"', '\\"')) == 1
+    assert once.replace('"', '\\"') not in html.render(plan)
+
+
+def test_cards_say_what_is_minimised_and_the_notes_of_their_rows(plan: Plan) -> None:
+    made = llama(1, 1)
+    made.notes = ["kl: 99% of 120 positions < 0.3 nats", "calibrated on little"]
+    cards = {card.row.name: card for card in summary.cards(made)}
+    assert list(cards) == ["latency", "weights", "kl"]
+    assert cards["latency"].minimised
+    assert "the whole model was not timed" in cards["latency"].notes[0]
+    assert cards["kl"].notes == ["99% of 120 positions < 0.3 nats"]
+    assert summary.general_notes(made) == ["calibrated on little"]
+    made.totals.append(RowResult("latency", None, 1.0, 1.1, "s", before=2.5))
+    cards = {card.row.name: card for card in summary.cards(made)}
+    assert cards["latency"].measured == "1.1 s"
+    assert cards["latency"].before == "2.5 s"
+    page = Page(html.render(made))
+    assert "minimised" in page.text
+
+
+def test_a_plan_that_holds_only_where_it_counts_says_both_values() -> None:
+    made = llama(1, 1)
+    taken = made.trials[1]
+    taken.holds = False
+    taken.rows = [replace(r, measured=0.025) if r.name == "kl" else r for r in taken.rows]
+    text = Page(html.render(made)).text
+    assert "kl is 0.025 nats on the part of the calibration data that the search chose by" in text
+    assert "0.011 nats on the part kept for verification" in text
+    assert "2, taken" in text
+    assert "✗ kl over the limit" in text
+    assert "chose by" not in Page(html.render(llama(1, 1))).text.partition("What was tried")[0]
+
+
+def test_rewrites_on_request_are_named_once(plan: Plan) -> None:
+    sentence = "Not tried: linear.low_rank_shared (name them in rewrites=)."
+    made = llama(1, 1)
+    assert Page(html.render(made)).text.count(sentence) == 1
+    assert str(made).count("Not tried: linear.low_rank_shared") == 1
+    assert "Not tried" not in str(plan)
+
+
+def test_a_looser_limit_that_was_not_solved_says_so() -> None:
+    made = llama(1, 1)
+    assert "not solved in time" in Page(html.render(made)).text
+    assert "not solved in time" in made.to_markdown()
+    made.looser = made.looser[1:]
+    assert "no looser budget was solved in time" in Page(html.render(made)).text

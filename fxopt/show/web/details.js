@@ -1,12 +1,13 @@
 // The panel of the selected site: why, what it costs, what else was possible, calls, source.
 const COSTS = [["seconds", "time", "s"], ["weights", "weights", "bytes"], ["state", "cache", "bytes"], ["temporary", "temporary", "bytes"]];
+const OBJECTIVES = { latency: (one) => one.option.seconds, memory: (one) => one.option.bytes };
 const errorText = (error) => (error === null ? "unknown" : format(error, data.unit));
 
 function showDetails(entry) {
   const parts = [
     siblings(entry),
     el("h3", {}, entry.key),
-    el("p", { class: "what" }, el("span", { class: `mark ${MARKS[entry.mark]}` }, entry.mark), entry.what === MARKS[entry.mark] ? ` ${entry.what}` : ` ${MARKS[entry.mark]}: ${entry.what}`),
+    el("p", { class: "what" }, markOf(entry.mark), entry.what === MARKS[entry.mark] ? ` ${entry.what}` : ` ${MARKS[entry.mark]}: ${entry.what}`),
     el("p", { class: "params" }, entry.family, entry.locked ? ", locked" : "", entry.option?.parameters ? `, ${entry.option.parameters}` : ""),
   ];
   if (entry.was) {
@@ -14,7 +15,7 @@ function showDetails(entry) {
   } else {
     parts.push(el("h4", {}, "Why"), ...reasonsOf(entry));
   }
-  parts.push(...costsOf(entry), ...alternativesTable(entry), ...callsOf(entry), ...sourceOf(entry));
+  parts.push(...costsOf(entry), ...alternativesTable(entry), ...callsOf(entry), ...sourceOf(entry), ...kernelsOf(entry));
   find("#details").replaceChildren(...parts.filter(Boolean));
   find("#details").scrollTop = 0;
 }
@@ -36,37 +37,49 @@ const siblingName = (key) => (key.includes("/kv=") ? key.slice(opOf(key).length)
 function costsOf(entry) {
   if (entry.option === null || entry.mark === "x") return [];
   const [before, after] = [entry.before, entry.option];
-  const lines = COSTS.filter(([name]) => before?.[name] || after[name]).map(([name, label, unit]) =>
-    el("tr", {}, el("th", { scope: "row" }, label), number(before ? format(before[name], unit) : "-"),
-      number(format(after[name], unit)), number(before ? change(before[name], after[name]) : "")));
-  const was = entry.was ? errorText(entry.was.error) : "0";
-  lines.push(el("tr", {}, el("th", { scope: "row" }, "error"), number(was), number(errorText(entry.error)), number("")));
-  return [el("h4", {}, "What it costs"), tableOf(["", "before", "after", "change"], lines),
-    el("p", { class: "note" }, "Time over the whole workload, by the plan's own costs.")];
+  const line = (label, old, now, unit, by, kind = "") => el("tr", { class: kind },
+    el("th", { scope: "row" }, label), number(old === undefined ? "-" : format(old, unit)), number(format(now, unit)),
+    number(old === undefined ? "" : change(old, now)), el("td", {}, by));
+  const lines = COSTS.filter(([name]) => before?.[name] || after[name]).flatMap(([name, label, unit]) => [
+    line(label, before?.[name], after[name], unit, ""),
+    ...(name === "seconds" ? after.calls.map((call, index) => line(
+      `${call.name}, ${call.repeats} ×`, before?.calls[index]?.seconds, call.seconds, "s", timedBy(call, before?.calls[index]), "call")) : []),
+  ]);
+  const [was, now] = [entry.was ? errorText(entry.was.error) : "0", errorText(entry.error)];
+  lines.push(el("tr", {}, el("th", { scope: "row" }, "error"), number(was), number(now), number(""), el("td", {}, entry.errorBy && (entry.mark === "=" ? "" : `${entry.errorBy}, alone`))));
+  const notes = [
+    after.calls.length ? "Time is that of the whole workload: its calls at this site, added up." : "Time is over the whole workload, by the plan's own costs.",
+    entry.family === "kv_cache" ? " Of a cache, what packing adds to its attention." : "",
+    data.unit === "squared" ? " Errors of sites are squared relative errors, which add up." : "",
+  ];
+  return [el("h4", {}, "What it costs"), tableOf(["", "before", "after", "change", "known by"], lines, 4), el("p", { class: "note" }, ...notes)];
 }
 
+const timedBy = (call, before) => (call.timed && (before === undefined || before.timed) ? "measured" : call.timed ? "measured, before: roofline" : before?.timed ? "roofline, before: measured" : "roofline");
+
+// The chosen option among the others, the best for what is minimised first.
 function alternativesTable(entry) {
   const others = alternativesOf(entry.site);
   if (!others.length) return [];
-  const shownCosts = COSTS.filter(([name]) => name !== "temporary" && [entry.option, ...others.map((other) => other.option)].some((option) => option?.[name]));
-  const rows = [];
-  const add = (option, error, reason, fits, chosen) => {
-    const cells = shownCosts.map(([name, , unit]) => number(format(option[name], unit)));
-    const mark = chosen ? "chosen" : fits ? "fits" : "✗ does not fit";
-    rows.push(el("tr", { class: `option${chosen ? " chosen" : fits ? "" : " no"}`, "data-option": nameOf(option) },
-      el("th", { scope: "row" }, option.rewrite === "keep" ? "keep it" : nameOf(option).replace(`${entry.family}.`, "")), number(error === null ? "-" : format(error, "")), ...cells));
-    rows.push(el("tr", { class: chosen ? "chosen" : fits ? "" : "no" }, el("td", { class: "reason", colspan: 2 + cells.length }, reason ? `${mark}: ${reason}` : mark)));
-  };
-  add(entry.option, entry.error, "", true, true);
-  for (const other of others) add(other.option, other.error, other.reason, other.feasible, false);
-  return [el("h4", {}, `What else was possible (${others.length})`),
-    tableOf(["choice", "error", ...shownCosts.map(([, label]) => label)], rows)];
+  const chosen = { option: entry.option, error: entry.error, errorBy: entry.errorBy, reason: "chosen", feasible: true, chosen: true };
+  const worth = OBJECTIVES[data.objective] ?? ((one) => one.error ?? 0);
+  const rows = [chosen, ...others].sort((a, b) => worth(a) - worth(b) || (a.error ?? 0) - (b.error ?? 0));
+  const costs = COSTS.filter(([name]) => name !== "temporary" && rows.some(({ option }) => option?.[name]));
+  const lines = rows.map((one) => el("tr", { class: `option${one.chosen ? " chosen" : one.feasible ? "" : " no"}`, "data-option": nameOf(one.option) },
+    el("th", { scope: "row" }, one.chosen ? el("span", { class: "sign", "aria-hidden": "true" }, "▸ ") : null, one.option.rewrite === "keep" ? "keep it" : nameOf(one.option).replace(`${entry.family}.`, "")),
+    ...costs.map(([name, , unit]) => number(format(one.option[name], unit))),
+    number(one.error === null ? "-" : `${format(one.error, "")}${one.errorBy === "predicted" ? " ?" : ""}`),
+    el("td", { class: "reason" }, one.chosen ? el("b", {}, "chosen") : one.feasible ? one.reason : `✗ never fits: ${one.reason || "beyond the budget"}`)));
+  const guessed = rows.some((one) => one.errorBy === "predicted");
+  return [el("h4", {}, `What else was possible (${others.length}), by ${data.objective ?? "error"}`),
+    tableOf(["choice", ...costs.map(([, label]) => label), data.unit ? `error, ${data.unit}` : "error", "why not"], lines, costs.length + 2, "alternatives"),
+    ...(guessed ? [el("p", { class: "note" }, "?: predicted; the other errors were measured with this site alone changed.")] : [])];
 }
 
 function callsOf(entry) {
   const lines = opsOf(entry.key).flatMap(linesAt);
   if (!lines.length) return [];
-  return [el("h4", {}, lines.length > 1 ? "Calls before and after" : "Call"), el("pre", { class: "calls" }, ...lines.map((line) =>
+  return [el("h4", {}, lines.length > 1 ? `Calls ${SIDES.join(" and ")}` : "Call"), el("pre", { class: "calls" }, ...lines.map((line) =>
     el("span", { class: line[0] === "+" ? "add" : line[0] === "-" ? "del" : "" }, `${line}\n`)))];
 }
 
@@ -76,12 +89,24 @@ function sourceOf(entry) {
   for (let end = parts.length; end >= 0; end--) {
     const at = data.sources[parts.slice(0, end).join(".")];
     if (at !== undefined) {
-      return [el("details", {}, el("summary", {}, "Generated source"), el("pre", {}, text(at)))];
+      return [el("details", { class: "source" }, el("summary", {}, "Generated module"), el("pre", {}, text(at)))];
     }
   }
   return [];
 }
 
+// The kernels that the rewritten call runs, with the sizes that the plan pins.
+function kernelsOf(entry) {
+  if (entry.mark === "=" || entry.mark === "x") return [];
+  const folders = [...new Set(opsOf(entry.key).flatMap(kernelsAt))];
+  if (!folders.length) return [];
+  const pinned = entry.option?.kernel ? `pinned: ${entry.option.kernel}` : "no configuration pinned: sizes of tiles are chosen at launch";
+  const where = data.cpu ? "; this plan's device is a CPU, which runs reference.py beside it" : "";
+  return folders.map((folder) => el("details", { class: "kernel" }, el("summary", {}, `Kernel: ${folder}`),
+    el("p", { class: "note" }, `kernels/${folder}/triton.py of this fxopt; ${pinned}${where}.`), el("pre", {}, text(data.kernels[folder]))));
+}
+
 const number = (value) => el("td", { class: "number" }, value);
-const tableOf = (heads, rows) => el("div", { class: "wide" }, el("table", {},
-  el("thead", {}, el("tr", {}, ...heads.map((head, index) => el("th", { scope: "col", class: index ? "number" : "" }, head)))), el("tbody", {}, ...rows)));
+// The first `numbers` columns after the first stand to the right.
+const tableOf = (heads, rows, numbers = heads.length, kind = "") => el("div", { class: `wide ${kind}` }, el("table", {},
+  el("thead", {}, el("tr", {}, ...heads.map((head, index) => el("th", { scope: "col", class: index && index < numbers ? "number" : "" }, head)))), el("tbody", {}, ...rows)));

@@ -1,7 +1,11 @@
 // Blocks as graphs: lines of calls parsed, plain calls of a module folded, both sides laid out as one.
 const LINE = /^(.)%(\w+) = ([\w.]+)\((.*)\) -> (.*) (at|in)(?: (.*))?$/s;
 const LARGEST = 300; // boxes that are drawn at once; of larger blocks those around the selected site
-const NODE = { width: 150, height: 40 };
+const NODE = { least: 72, most: 200, height: 38, port: 26, side: 9, sign: 15 };
+const FONTS = (() => {
+  const family = getComputedStyle(document.body).fontFamily;
+  return { title: `12px ${family}`, sub: `11px ${family}` };
+})();
 
 function parseBlock(block) {
   const nodes = new Map();
@@ -61,9 +65,9 @@ function layoutBlock(block, whole, focus) {
     for (const [key] of [...order.slice(0, first), ...order.slice(first + LARGEST)]) groups.delete(key);
   }
   const boxes = new Map();
-  for (const [key, members] of groups) boxes.set(key, { key, members, status: members[0].status, ...labels(members) });
+  for (const [key, members] of groups) boxes.set(key, { key, members, status: members[0].status, ...labels(members, whole) });
   const ports = streamsOf(nodes);
-  for (const name of ports) boxes.set(`>${name}`, { key: `>${name}`, members: [], status: "kept", port: name, title: name, sub: { before: "from outside", after: "from outside" } });
+  for (const name of ports) boxes.set(`>${name}`, { key: `>${name}`, members: [], status: "kept", port: name, title: name, sub: { before: "from outside", after: "from outside" }, told: "from outside" });
   const edges = new Map();
   for (const node of nodes.values()) {
     for (const side of ["before", "after"]) {
@@ -77,13 +81,20 @@ function layoutBlock(block, whole, focus) {
       }
     }
   }
-  const graph = new dagre.graphlib.Graph().setGraph({ rankdir: "TB", nodesep: 10, ranksep: 20, marginx: 6, marginy: 6 }).setDefaultEdgeLabel(() => ({}));
-  for (const box of boxes.values()) graph.setNode(box.key, { width: NODE.width, height: box.port ? 28 : NODE.height });
+  const graph = new dagre.graphlib.Graph().setGraph({ rankdir: "TB", nodesep: 10, ranksep: 19, marginx: 6, marginy: 6 }).setDefaultEdgeLabel(() => ({}));
+  for (const box of boxes.values()) graph.setNode(box.key, { width: widthFor(box), height: box.port ? NODE.port : NODE.height });
   for (const edge of edges.values()) graph.setEdge(edge.from, edge.to);
   dagre.layout(graph);
   for (const box of boxes.values()) Object.assign(box, graph.node(box.key));
   for (const edge of edges.values()) edge.points = graph.edge(edge.from, edge.to).points;
   return { boxes: [...boxes.values()], edges: [...edges.values()], total, ...boundsOf([...boxes.values()], [...edges.values()]) };
+}
+
+// A box as wide as what is written in it on either side, within bounds.
+function widthFor(box) {
+  const title = widthOf(box.title, FONTS.title) + (box.status === "kept" ? 0 : NODE.sign);
+  const subs = box.port ? [] : Object.values(box.sub).map((sub) => widthOf(sub, FONTS.sub));
+  return Math.min(NODE.most, Math.max(NODE.least, Math.ceil(Math.max(title, ...subs)) + 2 * NODE.side + 1));
 }
 
 // Long edges go round the boxes, and further than dagre counts.
@@ -105,17 +116,19 @@ function streamsOf(nodes) {
   return found;
 }
 
-function labels(members) {
+function labels(members, whole) {
   const [first] = members;
   if (members.length > 1) {
-    const ops = [...new Set(members.map((node) => node.sides.after.op))];
-    const listed = `${members.length} calls: ${ops.join(" ")}`;
-    return { title: leaf(first.module) || "between", sub: { before: listed, after: listed }, group: true };
+    const ops = [...new Set(members.map((node) => node.sides.after.op))].join(" ");
+    const count = `${members.length} calls`;
+    return { title: leaf(first.module) || "between", sub: { before: count, after: count }, told: `${count}: ${ops}`, group: true };
   }
   const linear = first.site && Object.values(first.sides).some(({ op }) => op.endsWith("linear"));
   const sub = {};
   for (const [side, call] of Object.entries(first.sides)) sub[side] = linear ? sized(call) : said(call, first);
-  return { title: linear ? leaf(first.module) || first.name : first.name, sub, group: false };
+  // where every call is drawn, its op says more than its number
+  const plain = !first.site && whole ? Object.values(first.sides)[0].op : first.name;
+  return { title: linear ? leaf(first.module) || first.name : plain, sub, group: false };
 }
 
 // A layer with the shapes of its parameters: low_rank 64×256 256×64.

@@ -53,17 +53,19 @@ listeners.select.push(showDetails, showInGraph, (entry) => {
 buildTheme();
 buildTable();
 buildTree();
-if (data.mode === "plan") {
-  buildScatter();
-  buildGraph();
+if (data.mode === "plan") buildScatter();
+buildGraph();
+for (const wide of document.querySelectorAll(".wide.hinted")) {
+  const hint = () => wide.classList.toggle("scrolls", wide.scrollWidth > wide.clientWidth + 1);
+  addEventListener("resize", hint);
+  hint();
 }
 const linked = fromAddress();
-const opening = linked ?? entries.find((entry) => entry.mark === "~" || entry.mark === "!") ?? entries[0];
+const opening = linked ?? shown[0];
 if (opening) {
   if (linked) select(opening.index);
   else openAt(opening);
 } else find("#details").replaceChildren(el("p", { class: "muted" }, "No site is decided here."));
 document.addEventListener("keydown", onKey);
-addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details.lines")) part.open = true; });
 addEventListener("hashchange", () => { const entry = fromAddress(); if (entry) select(entry.index); });
 document.documentElement.dataset.ready = "";

@@ -19,6 +19,7 @@ function format(value, unit) {
   if (value === null || value === undefined) return "-";
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "nan" : value > 0 ? "inf" : "-inf";
   if (!(unit in UNITS)) return `${general(value)} ${unit}`.trim();
+  if (unit === "s" && value === 0) return "0 s";
   const [name, factor] = UNITS[unit].find(([, least]) => Math.abs(value) >= least) ?? UNITS[unit].at(-1);
   const number = value / factor;
   return `${Math.abs(number) >= 100 || number === 0 ? Math.round(number) : Number(number.toPrecision(3))} ${name}`;

@@ -1,0 +1,143 @@
+"""Why this and not that: all that a plan knows of a site, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from fxopt.ir.cost import Cost
+from fxopt.ir.errors import PlanError
+from fxopt.ir.names import hint
+from fxopt.ir.plan import KEEP, Alternative, Decision, Plan
+from fxopt.ir.units import format_value
+from fxopt.ir.workload import scenarios
+
+from . import binding
+from .costs import SAVED
+from .entries import Entry, entries, ops_of
+from .fold import fold_keys, groups, merge_sentences, sentence_shape
+from .page import Page, has_colours, width
+
+Line = tuple[int, str]
+"""Its indentation and its text."""
+
+
+def render(
+    plan: Plan,
+    site: str,
+    family: str | None = None,
+    *,
+    colours: bool | None = None,
+    columns: int | None = None,
+) -> str:
+    """The decisions at a site, an op (all its heads) or below a module, each with its costs, what
+    it serves, and every alternative with its reason; decisions that read alike as one.
+
+    PlanError, with near names, where nothing is decided or refused.
+    """
+    page = Page(columns or width())
+    found = matching(plan, site, family)
+    texts = {id(entry): _lines(plan, entry) for entry in found}
+
+    def alike(entry: Entry) -> Hashable:
+        shapes = [(indent, sentence_shape(text)) for indent, text in texts[id(entry)]]
+        return (entry.mark, entry.family, entry.what, tuple(shapes))
+
+    for equal in groups(found, alike):
+        for name in fold_keys(entry.key for entry in equal):
+            page.marked(equal[0].mark, f"{name}  {equal[0].family}: {equal[0].what}")
+        for lines in zip(*(texts[id(entry)] for entry in equal), strict=True):
+            page.add(merge_sentences([text for _, text in lines]), indent=lines[0][0])
+        page.add()
+    page.add(binding.sentence(plan))
+    return page.render(has_colours() if colours is None else colours)
+
+
+def matching(plan: Plan, site: str, family: str | None = None) -> list[Entry]:
+    """The sites that a name means: itself, else the heads of the op, else what is below it."""
+    known = [entry for entry in entries(plan) if family in (None, entry.family)]
+    tests: tuple[Callable[[Entry], bool], ...] = (
+        lambda entry: entry.key == site,
+        lambda entry: site in ops_of(entry.key),
+        lambda entry: any(op.startswith(f"{site}.") for op in ops_of(entry.key)),
+    )
+    for test in tests:
+        if found := [entry for entry in known if test(entry)]:
+            return found
+    names = dict.fromkeys(name for entry in known for name in (entry.key, *ops_of(entry.key)))
+    raise PlanError(f"the plan has no site {site!r}.{hint(site, names)}")
+
+
+def _lines(plan: Plan, entry: Entry) -> list[Line]:
+    decision = entry.decision
+    lines = [(6, reason) for reason in entry.reasons if reason]
+    if decision is None or entry.mark == "x":
+        return lines
+    lines += [(6, text) for text in _costs(plan, decision)]
+    if not decision.alternatives:
+        return lines
+    order = [decision, *decision.alternatives]
+    order.sort(key=_worth(plan))
+    lines.append((6, f"What else was possible, by {binding.objective(plan)}:"))
+    lines += [(8, _option(one, decision)) for one in order]
+    return lines
+
+
+def _costs(plan: Plan, decision: Decision) -> list[str]:
+    """Each cost before and after, time with its calls, and the error."""
+    before, after = decision.kept, decision.cost
+    texts = [_cost(name, before, after) for name in SAVED if name != "seconds"]
+    calls = _calls(plan, decision)
+    time = _cost("seconds", before, after) + (f": {', '.join(calls)}" if calls else "")
+    known = {True: ", measured alone", False: ", predicted", None: ""}[decision.error_measured]
+    error = "" if decision.error is None else f"error {decision.error:.3g}{known}"
+    return [text for text in (time, *texts, error if decision.rewritten else "") if text]
+
+
+def _cost(name: str, before: Cost | None, after: Cost) -> str:
+    label, unit = SAVED[name]
+    new = getattr(after, name)
+    old = new if before is None else getattr(before, name)
+    if not old and not new:
+        return ""
+    texts = format_value(old, unit), format_value(new, unit)
+    return f"{label} {texts[1]}" if texts[0] == texts[1] else f"{label} {' -> '.join(texts)}"
+
+
+def _calls(plan: Plan, decision: Decision) -> list[str]:
+    calls = decision.calls or {}
+    return [
+        f"{call.repeats} x {call.name} {format_value(calls[call.name], 's')} "
+        f"({'measured' if call.name in decision.timed else 'roofline'})"
+        for call in scenarios(plan.workload)
+        if call.name in calls
+    ]
+
+
+def _worth(plan: Plan) -> Callable[[Decision | Alternative], float]:
+    """What decides the order: the share of what is minimised."""
+    match plan.budget.objective:
+        case "latency":
+            return lambda one: one.cost.seconds
+        case "memory":
+            return lambda one: one.cost.weight_bytes + one.cost.state_bytes
+        case "error":
+            return lambda one: one.error or 0.0
+
+
+def _option(one: Decision | Alternative, chosen: Decision) -> str:
+    name = "keep it" if one.rewrite == KEEP else f"{one.rewrite} {one.label}".strip()
+    amounts = _amounts(one, chosen)
+    if one is chosen:
+        return f"> {name} ({amounts}): chosen"
+    fits = "" if not isinstance(one, Alternative) or one.feasible else "never fits: "
+    reason = one.reason or ("not compared since the choice was changed by hand" if not fits else "")
+    return f"- {name} ({amounts}): {fits}{reason}".rstrip(": ")
+
+
+def _amounts(one: Decision | Alternative, chosen: Decision) -> str:
+    texts = [
+        format_value(getattr(one.cost, name), SAVED[name][1])
+        for name in ("seconds", "weight_bytes", "state_bytes")
+        if any(getattr(other.cost, name) for other in (chosen, *chosen.alternatives))
+    ]
+    return ", ".join([*texts, *([] if one.error is None else [f"error {one.error:.3g}"])])
