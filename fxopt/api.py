@@ -133,8 +133,9 @@ def apply(
     """Realise `plan` on `model` without searching.
 
     With the plan's prepared tensors the result is that of the first time, bit for bit; without
-    them, or with `refit=True` (a fine-tune of the model), they are fitted from `calibration`.
-    PlanError when the plan was made for another model, or (without refit) for other weights.
+    them, or with `refit=True` (a fine-tune of the model), they are fitted from `calibration`, and
+    the report says so. PlanError when the plan was made for another model, or (without refit) for
+    other weights.
     """
     step = training_step(model, plan.budget, example_inputs, plan.workload, calibration, plan.at)
     if step is not None:
@@ -142,7 +143,7 @@ def apply(
             return training.apply(model, plan, step[0])
     request = resolve(
         model, plan.budget, example_inputs, workload=plan.workload, calibration=calibration,
-        keep=(), rewrites=installed(plan), at=plan.at, seed=0, time_limit=None,
+        keep=(), rewrites=installed(plan), at=plan.at, seed=0, time_limit=None, fits=False,
     )  # fmt: skip
     with preserved(model), showing(progress) as shown:
         return replay(_compiler(request, shown), plan, refit=refit)

@@ -182,6 +182,11 @@ class Compiler:
             # and what is measured of the whole model scales that.
             run, output, quality = host.inner, 0, replace(quality, kind="relative_error")
         fit = self.request.calibration.fit
+        if not fit:
+            raise FxoptError(
+                "calibration: there are tensors to fit, and the example inputs hold no sequence to "
+                "fit them on; pass calibration"
+            )
         with self.request.progress.stage("recording", len(fit)) as advance:
             return collect(
                 self.captured.graph,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ from .ir.errors import PlanError
 from .ir.plan import Decision, Plan
 from .ir.rewrite import Refusal
 from .ir.site import Site
-from .show.report import Report
+
+logger = logging.getLogger("fxopt")
+
+NAMED = 4
+"""Sites that a note names; of more it says how many there are."""
 
 
 def installed(plan: Plan) -> list[str]:
@@ -56,17 +62,44 @@ def replay(compiler: Compiler, plan: Plan, *, refit: bool) -> Optimized:
     def tensors(proposal: Proposal) -> Mapping[str, Tensor]:
         if found := stored.get(_choice(proposal)):
             return {name: tensor.to(compiler.device) for name, tensor in found.items()}
-        made = compiler.preparer(proposal)
+        recorded: Any = _Recording(compiler, proposal.site)
+        made = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
         fitted.extend([proposal.site.key] if made else [])
         return made
 
     module = compiler.emit(compiler.realise(proposals, tensors))
-    notes = [*plan.notes, "replayed: not measured again"]
-    if plan.tensors and fitted and not refit:
-        notes.append(f"fitted again, as the plan holds other choices there: {', '.join(fitted)}")
     module.plan = plan
-    module.report = Report(list(plan.totals), notes)
+    notes = _fitting(fitted, "refit=True" if refit else _why_fitted(plan), compiler)
+    module.report = plan.report("replayed: not measured again", *notes)
     return module
+
+
+def _why_fitted(plan: Plan) -> str:
+    if not plan.tensors:
+        return "no prepared tensors came with the plan"
+    return "the plan holds other choices there"
+
+
+def _fitting(fitted: list[str], why: str, compiler: Compiler) -> list[str]:
+    """What the report says of tensors that were not the plan's."""
+    if not fitted:
+        return []
+    more = f" and {len(fitted) - NAMED} more" if len(fitted) > NAMED else ""
+    notes = [f"fitted again, as {why}: {', '.join(fitted[:NAMED])}{more}"]
+    if not compiler.request.calibration.given:
+        notes.append("calibration: none given, so these were fitted to the example inputs")
+        logger.warning("%s; %s", *notes)
+    return notes
+
+
+class _Recording:
+    """What calibration says of a site, recorded when a rewrite first asks: most ask nothing."""
+
+    def __init__(self, compiler: Compiler, site: Site) -> None:
+        self._at = lambda: compiler.statistics.at(site)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._at(), name)
 
 
 def check(compiler: Compiler, plan: Plan, *, refit: bool) -> None:

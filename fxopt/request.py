@@ -52,8 +52,10 @@ def resolve(
     at: str | None,
     seed: int,
     time_limit: float | None,
+    fits: bool = True,
 ) -> Request:
-    """Fill in what the caller left out; errors name the argument."""
+    """Fill in what the caller left out; errors name the argument. With `fits=False` calibration
+    may turn out not to be needed, so that example inputs without a sequence do as well."""
     check(model, budget, workload)
     names = forward_names(model)
     example = bind(default_inputs(model, example_inputs), names)
@@ -76,7 +78,7 @@ def resolve(
         budget=budget,
         workload=chosen,
         example=example,
-        calibration=_calibration(calibration, example, names),
+        calibration=_calibration(calibration, example, names, fits),
         keep=kept,
         rewrites=None if rewrites is None else listed(rewrites),
         at=at or None,
@@ -165,9 +167,11 @@ def _check_latency(budget: Budget, workload: Workload) -> None:
             )
 
 
-def _calibration(given: Any, example: Batch, names: Sequence[str]) -> Calibration:
+def _calibration(given: Any, example: Batch, names: Sequence[str], fits: bool) -> Calibration:
     """Calibration split in three; one tensor or dict is one batch of sequences."""
     if given is None:
+        if not fits and any(isinstance(v, Tensor) and not v.numel() for v in example.values()):
+            return Calibration((), (), (), given=False)
         return split([example], names, given=False)
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise FxoptError(

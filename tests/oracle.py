@@ -13,14 +13,20 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def bfloat16_below(x: Tensor) -> Tensor:
-    """The nearest bfloat16 at or below each float32, by its bits."""
-    bits = x.float().contiguous().view(torch.int32)
+    """The nearest bfloat16 at or below each number, by its bits, in the dtype of `wide(x)`."""
+    single = x.float().contiguous()
+    lower = torch.nextafter(single, torch.tensor(-torch.inf))
+    bits = torch.where(single.to(x.dtype) > x, lower, single).view(torch.int32)
     low = bits & 0xFFFF
     toward_zero = bits - low
     away = toward_zero + 0x10000
     exact = low == 0
-    return torch.where(exact | (bits >= 0), toward_zero, away).view(torch.float32)
+    return wide(torch.where(exact | (bits >= 0), toward_zero, away).view(torch.float32).to(x.dtype))
 
 
 def bfloat16_above(x: Tensor) -> Tensor:
@@ -29,15 +35,14 @@ def bfloat16_above(x: Tensor) -> Tensor:
 
 def fake_quantize(x: Tensor, valid: Tensor, bits: int, dim: int) -> Tensor:
     """`x` through `bits`-bit integers that share a range along `dim`; `valid` is broadcast."""
-    wide, levels = x.float(), 2**bits - 1
-    valid = valid.expand_as(wide)
-    inf = torch.tensor(torch.inf)
-    low = torch.where(valid, wide, inf).amin(dim, keepdim=True)
-    high = torch.where(valid, wide, -inf).amax(dim, keepdim=True)
+    exact, levels = wide(x), 2**bits - 1
+    valid = valid.expand_as(exact)
+    low = torch.where(valid, exact, torch.inf).amin(dim, keepdim=True)
+    high = torch.where(valid, exact, -torch.inf).amax(dim, keepdim=True)
     some = valid.any(dim, keepdim=True)
     zero = bfloat16_below(torch.where(some, low, 0.0))
     scale = bfloat16_above((torch.where(some, high, 0.0) - zero) / levels)
-    q = torch.where(scale > 0, ((wide - zero) / scale).round(), 0.0)
+    q = torch.where(scale > 0, ((exact - zero) / scale).round(), 0.0)
     return (q.clamp(0, levels) * scale + zero).to(x.dtype)
 
 
@@ -94,6 +99,23 @@ class FakeQuantizedLayer(DynamicLayer):
                     stored[side][:, head, span] = image
             done = end
         self.packed[head] = done
+
+    def on_a_tie(self, noise: float) -> tuple[Tensor, Tensor]:
+        """Which packed keys and values would be stored otherwise, had all moved by +-`noise`."""
+        sides = self.keys, self.values
+        found = [torch.zeros_like(x, dtype=torch.bool) for x in sides]
+        for head, fmt in enumerate(parse(self.layout, self.keys.shape[1])):
+            group, sink = (fmt[2], fmt[4]) if fmt else (1, 0)
+            for begin in range(sink, sink + self.packed.get(head, 0), group):
+                span = slice(begin, begin + group)
+                valid = self._valid(self.keys.shape[0], span)
+                for x, ties, bits, dim in zip(sides, found, fmt or (), (1, 2), strict=False):
+                    image, *moved = (
+                        fake_quantize(x[:, head, span] + shift, valid, bits, dim)
+                        for shift in (0.0, noise, -noise)
+                    )
+                    ties[:, head, span] = (moved[0] != image) | (moved[1] != image)
+        return found[0], found[1]
 
     def _valid(self, batch: int, span: slice) -> Tensor:
         """Which tokens are no padding, [B, tokens, 1]; beams share the rows of their prompt."""

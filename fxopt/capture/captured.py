@@ -61,7 +61,6 @@ class Captured:
     reason: str | None = None
     symbols: Mapping[str, Dimension] = field(default_factory=dict[str, Dimension])
     static_dims: tuple[str, ...] = ()
-    islands: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
     positions: Literal["index", "mask"] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -71,6 +70,17 @@ class Captured:
     def attentions(self) -> tuple[fx.Node, ...]:
         """The attention nodes in order: `past[i]` belongs to the i-th one that has a state."""
         return tuple(n for n in self.graph.graph.nodes if n.meta.get("op") == "attention")
+
+    @property
+    def notes(self) -> list[str]:
+        """What the graph serves no more of what the model does."""
+        notes: list[str] = []
+        if self.static_dims:
+            sizes = ", ".join(self.static_dims)
+            notes.append(f"capture: the graph takes these sizes of inputs and no others: {sizes}")
+        if self.reason is not None:
+            notes.append(f"capture: no generate and no KV cache, as {self.reason}")
+        return notes
 
     @property
     def encoder_decoder(self) -> bool:

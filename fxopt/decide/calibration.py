@@ -18,12 +18,14 @@ Batch = dict[str, Any]
 @dataclass(frozen=True)
 class Calibration:
     """`fit` feeds statistics, `choose` the measured errors; `verify` is what the contract is
-    measured on and is not looked at before. `notes` go to the report."""
+    measured on and is not looked at before. `given` is False where the example inputs stand in
+    for calibration data; `notes` go to the report."""
 
     fit: tuple[Batch, ...]
     choose: tuple[Batch, ...]
     verify: tuple[Batch, ...]
     notes: tuple[str, ...] = ()
+    given: bool = True
 
 
 def split(items: Iterable[Any], names: Sequence[str], *, given: bool) -> Calibration:
@@ -47,10 +49,10 @@ def split(items: Iterable[Any], names: Sequence[str], *, given: bool) -> Calibra
             "overlap, so what was measured says less about other data"
         )
         first, last = sequences[0], sequences[-1]
-        return Calibration((first,), (first,), (last,), tuple(notes))
+        return Calibration((first,), (first,), (last,), tuple(notes), given)
     third = max(1, len(sequences) // 3)
     fit, choose = sequences[: -2 * third], sequences[-2 * third : -third]
-    return Calibration(tuple(fit), tuple(choose), tuple(sequences[-third:]), tuple(notes))
+    return Calibration(tuple(fit), tuple(choose), tuple(sequences[-third:]), tuple(notes), given)
 
 
 def bind(item: Any, names: Sequence[str]) -> Batch:

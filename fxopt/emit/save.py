@@ -80,6 +80,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> OptimizedModul
     module.config = config
     module.generation_config = _generation_config(folder / GENERATION)
     module.plan = _plan(folder / PLAN)
+    if module.plan is not None:
+        module.report = module.plan.report("loaded: not measured again")
     _compare_source(module, folder / SOURCE)
     return module.eval()
 

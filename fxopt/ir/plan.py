@@ -207,6 +207,11 @@ class Plan(PlanModel):
         """`graph()` in the language of Graphviz; `dot -Tsvg plan.dot` draws it."""
         return _view("dot", self)
 
+    def report(self, *notes: str) -> Any:
+        """The rows as they were measured when the plan was made, for a module that was not."""
+        kind = import_module("..show.report", __package__).Report
+        return kind(list(self.totals), [*self.notes, *notes])
+
     def graph(self) -> DiGraph[str]:
         """The calls of the model before and after, as one networkx graph; see `show.network`.
 

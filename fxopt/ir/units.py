@@ -46,6 +46,8 @@ def parse_seconds(value: object) -> Limit:
         return Limit(number, True, "s", f"{number:g}x")
     if unit == "%":
         raise ValueError(f"a share of the original's latency is written '{number / 100:g}x'")
+    if not unit and isinstance(value, str):
+        raise ValueError(f"has no unit: write '{number:g}x', '{number:g}ms' or '{number:g}s'")
     if unit and unit not in SECONDS:
         raise ValueError(f"{unit!r} is not a unit of time (ns, us, ms, s)")
     return Limit(number * SECONDS[unit or "s"], False, "s", _text(value, f"{number:g} s"))
@@ -58,6 +60,9 @@ def parse_bytes(value: object) -> Limit:
         return Limit(number / 100, True, "bytes", f"{number:g}%")
     if unit == "x":
         raise ValueError(f"a share of the original's size is written '{number * 100:g}%'")
+    if not unit and isinstance(value, str):
+        share = number * 100 if 0 < number <= 1 else number
+        raise ValueError(f"has no unit: write '{share:g}%' or '{number:g}B'")
     if unit and unit.lower() not in BYTES:
         raise ValueError(f"{unit!r} is not a unit of size (KB, MB, GB, KiB, MiB, GiB)")
     size = number * BYTES[unit.lower() or "b"]

@@ -184,6 +184,20 @@ def test_sites(trial: Trial) -> None:
     assert len(set(keys)) == len(keys)
 
 
+def test_experts_are_counted_and_refused_with_a_reason() -> None:
+    captured = capture(CASES["mixtral"].build().eval())
+    refused = {s.info.weight: s.blocked for s in captured.sites if s.blocked}
+    assert refused == {
+        name: f"mixture experts: the weights of 4 experts are stacked in {name}, which is not "
+        "rewritten yet"
+        for layer in range(2)
+        for name in (
+            f"model.layers.{layer}.mlp.experts.gate_up_proj",
+            f"model.layers.{layer}.mlp.experts.down_proj",
+        )
+    }
+
+
 def test_parameters_keep_their_names_and_are_shared(trial: Trial) -> None:
     own = dict(trial.model.named_parameters(remove_duplicate=False))
     read = dict(trial.captured.graph.named_parameters(remove_duplicate=False))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import Captured, capture
 from fxopt.ir.ops import attend
+from fxopt.ir.site import LinearInfo
 
 HEADS, HEAD_DIM, VOCABULARY, LONGEST = 4, 16, 50, 64
 Core = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -220,6 +221,21 @@ def test_attention_is_one_call(trial: Trial) -> None:
     ]
 
 
+def test_linears_are_counted(trial: Trial) -> None:
+    """One product for queries, keys and values, however their heads are repeated afterwards."""
+    linears = [s for s in trial.captured.sites if isinstance(s.info, LinearInfo)]
+    names = ("qkv", "out", "mlp.0", "mlp.2")
+    assert [s.key for s in linears] == [
+        *(f"layers.{layer}.{name}" for layer in range(2) for name in names),
+        "head",
+    ]
+    width = HEADS * HEAD_DIM
+    first, *_, head = (s.info for s in linears)
+    assert first.out_features == width + 2 * trial.case.kv_heads * HEAD_DIM
+    assert (head.weight, head.in_features, head.out_features) == ("head.weight", width, VOCABULARY)
+    assert not any(s.blocked for s in linears)
+
+
 def test_no_transposes_are_left_behind(trial: Trial) -> None:
     node = trial.captured.attentions[0]
     assert not any(
@@ -241,4 +257,7 @@ def test_torch_encoder_layers(assert_same: Any) -> None:
     model = nn.TransformerEncoder(layer, 2).eval()
     captured = capture(model, torch.randn(2, 9, 64))
     assert len(captured.attentions) == 2
+    linears = [s.key for s in captured.sites if isinstance(s.info, LinearInfo)]
+    names = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
+    assert linears == [f"layers.{layer}.{name}" for layer in range(2) for name in names]
     assert_same(captured, model, {"src": torch.randn(3, 21, 64)})

@@ -46,3 +46,11 @@ def test_what_is_shown_reads_back_to_three_digits(value: float) -> None:
 )
 def test_sizes(text: str, value: float) -> None:
     assert parse_bytes(text).value == value
+
+
+def test_numbers_are_bytes_and_seconds_where_texts_need_a_unit() -> None:
+    assert parse_bytes(60).value == 60
+    assert parse_seconds(0.5).value == 0.5
+    for parse in (parse_bytes, parse_seconds):
+        with pytest.raises(ValueError, match="no unit"):
+            parse("60")

@@ -50,8 +50,10 @@ def test_error_is_at_most_half_a_step(values: list[float], bits: int) -> None:
     assert int(q.max()) < 2**bits
     assert torch.isfinite(scale).all()
     assert torch.isfinite(zero).all()
-    # The quotient is a float32: it may be off by 2 ** -24 of itself, at most 255.
-    assert ((image(q, scale, zero) - x.double()).abs() <= step * (0.5 + 2**-15)).all()
+    # The quotient is a float32: it may be off by 2 ** -24 of itself, at most 255. A range so small
+    # that a level of it is no float32 is lost.
+    lost = (2**bits - 1) * 2.0**-150
+    assert ((image(q, scale, zero) - x.double()).abs() <= step * (0.5 + 2**-15) + lost).all()
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=40), BITS)

@@ -24,8 +24,9 @@ from fxopt.kernels.quantized_linear import triton as quantized_triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # The interpreter truncates to bfloat16 where the device rounds: twice the error, and always
-# towards zero, so that the two roundings of a low-rank layer add up.
-SLACK = 3.0 if DEVICE == "cuda" else 6.0
+# towards zero, so that the two roundings of a low-rank layer add up. In float32 a device's kernel
+# keeps one running sum where cuBLAS keeps several, and dequantised weights are rounded once more.
+SLACK = 6.0
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str = DEVICE) -> Tensor:
