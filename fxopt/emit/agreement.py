@@ -42,6 +42,7 @@ class Run(Protocol):
     def __call__(self, plain: Sequence[Tensor]) -> list[Tensor]:
         """Outputs, and the cache after the call, which is not yet the `past` of the next."""
         ...
+
     def advance(self) -> None: ...
 
 
@@ -184,8 +185,6 @@ class Comparison:
             slots = [i for i, slot in enumerate(self.lowered.slots) if slot.layer == layer]
             own = [[every[i] for i in slots] for every in tensors]
             new = self.lowered.appended[layer]
-            gap = compare_cache(
-                f"present.{layer}", state, own, new, mask, self.tolerance, rounded
-            )
+            gap = compare_cache(f"present.{layer}", state, own, new, mask, self.tolerance, rounded)
             worst = max(worst, gap)
         return worst

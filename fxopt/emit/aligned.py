@@ -31,21 +31,21 @@ class Aligned(TorchDispatchMode):
         self.choices = list(choices)
         self.slack = tolerance * LARGEST
         self.rounded = rounded
-        # What these ops do inside is seen here where they run as their references.
-        self.open = {getattr(torch.ops.fxopt, name).default: name for name in ("chunked", "fp8_linear")}
-        self.references: Mapping[str, Any] = references()
+        # What these ops do inside is seen where they run as their references.
+        self.opened: Mapping[Any, Any] = {
+            getattr(torch.ops.fxopt, name).default: references()[name]
+            for name in ("chunked", "fp8_linear")
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self.open:
+        if func in self.opened:
             with self:
-                return self.references[self.open[func]](*args, **kwargs)
+                return self.opened[func](*args, **kwargs)
         result = func(*args, **kwargs)
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == DTYPE:
-            return self._choose(args[0], result)
-        return result
+        return self._choose(args[0], result) if _rounds(args, result) else result
 
     def _choose(self, x: Tensor, own: Tensor) -> Tensor:
         """Inputs are rows divided by their scales, so that the largest of each is 448."""
@@ -60,11 +60,18 @@ class Aligned(TorchDispatchMode):
         return own
 
 
+def _rounds(args: Sequence[Any], result: Any) -> bool:
+    """Whether a call casts to e4m3."""
+    if not isinstance(result, Tensor) or result.dtype != DTYPE:
+        return False
+    return isinstance(args[0], Tensor) and args[0].dtype.itemsize > 1
+
+
 def expose_roundings(model: Any) -> bool:
     """Make every cast to e4m3 of an ONNX model an output in float32; whether there are any."""
     import onnx_ir as ir
 
-    casts = [node for node in model.graph if _rounds(node, ir)]
+    casts = [node for node in model.graph if _casts(node, ir)]
     for index, node in enumerate(casts):
         wide = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
         wide.outputs[0].name = f"{OUTPUT}{index}"
@@ -75,6 +82,6 @@ def expose_roundings(model: Any) -> bool:
     return bool(casts)
 
 
-def _rounds(node: Any, ir: Any) -> bool:
+def _casts(node: Any, ir: Any) -> bool:
     to = node.attributes.get("to")
     return node.op_type == "Cast" and to.as_int() == ir.DataType.FLOAT8E4M3FN

@@ -28,14 +28,15 @@ def packed_products(
             continue
         _, packed, scale, zero, _, bits, group_size = node.args
         names = [str(weight.target) for weight in (packed, scale, zero)]
-        tensors: Any = [attribute(root, name) for name in names]
-        reason = nbits.refusal(bits, group_size, tensors[1].dtype)
+        weight: list[Any] = [attribute(root, name) for name in names]
+        reason = nbits.refusal(bits, group_size, weight[1].dtype)
         if reason is None and not decodes:
             reason = 'it is faster for one row, which kind="generate" decodes, and not for many'
         if reason is not None:
             reasons.append(f"MatMulNBits: {reason}")
             continue
-        for name, value in zip(names, nbits.blocks(*tensors, group_size), strict=True):
+        stored = nbits.blocks(weight[0], weight[1], weight[2], group_size)
+        for name, value in zip(names, stored, strict=True):
             owner, _, local = name.rpartition(".")
             root.get_submodule(owner).register_buffer(f"{local}_nbits", value)
         found[node] = [f"{name}_nbits" for name in names]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.fx.proxy import GraphAppendingTracer
 from torch.fx.traceback import annotate
 
 from ..ir.errors import ExportError
@@ -140,8 +141,8 @@ class Lowered(nn.Module):
     def _contrib(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         from ..kernels.quantized_linear.onnx import matmul_nbits
 
-        weight: Any = [attribute(self, name) for name in self.contrib[node]]
-        return matmul_nbits(args[0], *weight, args[4])
+        codes, scales, zeros = (attribute(self, name) for name in self.contrib[node])
+        return matmul_nbits(args[0], codes, scales, zeros, args[4])
 
     def _attend(
         self, node: fx.Node, args: Any, kwargs: Any, present: dict[int, Sequence[Tensor]]
@@ -181,12 +182,13 @@ def inlined(graph: fx.Graph) -> fx.Graph:
 
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
-    tracer = fx.proxy.GraphAppendingTracer(copied)
+    tracer = GraphAppendingTracer(copied)
     for node in list(copied.find_nodes(op="call_function", target=torch.ops.fxopt.chunked.default)):
         x, tensors, text, _ = node.args
         before = set(copied.nodes)
         with copied.inserting_before(node):
-            whole: Any = run(text, fx.Proxy(x, tracer), [fx.Proxy(t, tracer) for t in tensors])
+            values: Any = [fx.Proxy(value, tracer) for value in (x, *tensors)]
+            whole: Any = run(text, values[0], values[1:])
         node.replace_all_uses_with(whole.node)
         for new in set(copied.nodes) - before:
             new.meta = dict(node.meta)

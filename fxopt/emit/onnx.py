@@ -133,9 +133,9 @@ def export_onnx(
     rename_dimensions(written.model, lowered)
     write_provenance(written, exported)
     counts = Counter(f"{n.domain}::{n.op_type}" for n in written.model.graph if n.domain)
-    names = (tuple(v.name for v in values) for values in
-             (written.model.graph.inputs, written.model.graph.outputs))  # fmt: skip
-    nodes, ends = sum(1 for _ in written.model.graph), tuple(names)
+    graph = written.model.graph
+    inputs, outputs = (tuple(v.name for v in ends) for ends in (graph.inputs, graph.outputs))
+    nodes = sum(1 for _ in graph)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as folder:
         work = Path(folder) / final.name
         probe = _save(written, work)
@@ -143,9 +143,20 @@ def export_onnx(
             found = _verify(work, probe, samples, module, shown)
         size = _move(work, final)
     return OnnxReport(
-        final, kind, target, OPSET, nodes, dict(counts), size, found.aligned, found.free,
-        found.rounded.share, *ends, tuple(lowered.notes),
-    )  # fmt: skip
+        path=final,
+        kind=kind,
+        target=target,
+        opset=OPSET,
+        nodes=nodes,
+        contrib=dict(counts),
+        size=size,
+        difference=found.aligned,
+        free_difference=found.free,
+        rounded_differently=found.rounded.share,
+        inputs=inputs,
+        outputs=outputs,
+        notes=tuple(lowered.notes),
+    )
 
 
 def _check_request(module: OptimizedModule, path: Path, kind: str, target: str) -> None:

@@ -60,16 +60,19 @@ def compare_cache(
     worst = 0.0
     for (heads, fmt, past), (_, _, wanted), (_, _, found) in zip(*parts, strict=True):
         own = {side: take(x, heads, 1) for side, x in zip(SIDES, new, strict=True)}
-        exact = set(past) if fmt is None else _exact_names(past, fmt)
+        exact = _exact_names(past, fmt)
         worst = max(worst, *(difference(wanted[key], found[key]) for key in exact))
-        for side in SIDES if fmt is not None else ():
-            if side not in exact:
+        for side in SIDES:
+            if fmt is not None and side not in exact:
                 block = _Block.of(fmt, side, past, own[side], mask, tolerance)
                 block.compare(f"{name}.{side}", past, wanted, found, rounded)
     return worst
 
 
-def _exact_names(part: Part, fmt: Blocks) -> set[str]:
+def _exact_names(part: Part, fmt: Blocks | None) -> set[str]:
+    """Which tensors of a head class hold keys or values as they are."""
+    if fmt is None:
+        return set(part)
     bits = {"key": fmt.key_bits, "value": fmt.value_bits}
     return {
         name for name in part
@@ -111,9 +114,7 @@ class _Block:
         bits = fmt.key_bits if side == "key" else fmt.value_bits
         return cls(side, bits, low, high, valid)
 
-    def compare(
-        self, name: str, past: Part, wanted: Part, found: Part, rounded: Rounded
-    ) -> None:
+    def compare(self, name: str, past: Part, wanted: Part, found: Part, rounded: Rounded) -> None:
         """Count the integers that differ; ExportError where what was packed before changed, or
         what is packed now is no image of anything within the bounds."""
         old = past[self.side].shape[2]
@@ -140,9 +141,7 @@ class _Block:
             for x in (self.low, self.high)
         ]
         step = torch.where(scale > 0, scale, 1.0)
-        bounds = [
-            torch.round((x - zero) / step).clamp(0, levels) for x in (self.low, self.high)
-        ]
+        bounds = [torch.round((x - zero) / step).clamp(0, levels) for x in (self.low, self.high)]
         if self.valid is not None:
             bounds = [torch.where(self.valid, bound, 0.0) for bound in bounds]
         return all(

@@ -57,8 +57,7 @@ class Samples:
     def _calls(self, batch: int, lengths: Sequence[int]) -> list[list[Tensor]]:
         starts = itertools.accumulate(lengths, initial=0)
         return [
-            self._tokens(batch, length, past)
-            for length, past in zip(lengths, starts, strict=False)
+            self._tokens(batch, length, past) for length, past in zip(lengths, starts, strict=False)
         ]
 
     def _long(self) -> int:

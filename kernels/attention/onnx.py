@@ -44,9 +44,8 @@ def attention_onnx(
     added, some = _added(seen, bias, q)
     shape = (*q.shape[:3], v.shape[3])
     operands = (q, k, v) if added is None else (q, k, v, added)
-    attributes = {"scale": float(scale)}
     out: Tensor = torch.onnx.ops.symbolic(
-        "Attention", operands, attributes, dtype=q.dtype, shape=shape, version=OPSET
+        "Attention", operands, {"scale": float(scale)}, dtype=q.dtype, shape=shape, version=OPSET
     )
     # Runtimes disagree on queries that see nothing; here they get zeros.
     out = out if some is None else torch.where(some, out, 0.0)

@@ -6,6 +6,8 @@ the integers at each call: an eighth of the bytes, which is what one row waits f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,8 @@ def matmul_nbits(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
 ) -> Tensor:
     """x [..., in] through the weight that `blocks` made, as one node: for an exporter's eyes."""
-    out_features, count, width = codes.shape
-    attributes = {
+    out_features, width = codes.shape[0], codes.shape[2]
+    attributes: dict[str, Any] = {
         "K": x.shape[-1], "N": out_features, "bits": 4, "block_size": 2 * width,
         "accuracy_level": FLOAT32,
     }  # fmt: skip
