@@ -14,15 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.fx.proxy import GraphAppendingTracer
 from torch.fx.traceback import annotate
 
 from ..ir.errors import ExportError
 from ..ir.ops import attend
 from .attributes import attribute
+from .contrib import Target, packed_products
 from .frames import state_index
 from .program import Program, State
 from .registry import references
-from .targets import bare_name
+from .targets import bare_name, mutates, schema
 
 Kind = Literal["forward", "generate"]
 
@@ -47,19 +49,34 @@ class Lowered(nn.Module):
     """Runs a program node by node, positionally: `inputs` names the arguments in order.
 
     The result is the graph's outputs, and with "generate" the present state of every slot.
-    Nodes that a rewrite made are annotated with its name while they are traced.
+    While they are traced, nodes are annotated with their module and what rewrite made them;
+    for the target "ort" some are traced as operators of onnxruntime, and `notes` says why others
+    are not. After a call `appended` has k and v of each attention that keeps a cache, and `running`
+    is the node that failed, if one did.
     """
 
     def __init__(
-        self, program: Program, tensors: Mapping[str, Tensor], kind: Kind, dtype: torch.dtype
+        self,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        kind: Kind,
+        dtype: torch.dtype,
+        target: Target = "portable",
     ) -> None:
         super().__init__()
         self.program, self.kind, self.dtype = program, kind, dtype
+        self.graph = inlined(program.graph)
+        self.references = references()
+        check_lowers(self.graph, self.references)
         cast = {key: _cast(value, dtype) for key, value in tensors.items()}
         program.tree.with_tensors(cast).fill(self, lambda module, entry: nn.Module)
         self.halves = {t.dtype for t in tensors.values() if t.dtype in _HALVES} - {dtype}
-        self.references = references()
-        check_lowers(program.graph, self.references)
+        self.appended: dict[int, tuple[Tensor, Tensor]] = {}
+        self.running: fx.Node | None = None
+        self.contrib: dict[fx.Node, list[str]] = {}
+        self.notes: list[str] = []
+        if target == "ort":
+            self.contrib, self.notes = packed_products(self.graph, self, kind == "generate")
 
     @cached_property
     def inputs(self) -> list[str]:
@@ -86,10 +103,12 @@ class Lowered(nn.Module):
             given["logits_to_keep"] = torch.arange(ids.shape[1], device=ids.device)
         present: dict[int, Sequence[Tensor]] = {}
         values: dict[fx.Node, Any] = {}
-        for node in self.program.graph.nodes:
+        for node in self.graph.nodes:
             if node.op == "output":
+                self.running = None
                 flat = [state for layer in sorted(present) for state in present[layer]]
                 return (*fx.map_arg(node.args[0], values.__getitem__), *flat)
+            self.running = node
             with annotate(_provenance(node)):
                 values[node] = self._run(node, values, given, present)
         raise AssertionError("a graph ends with its output")
@@ -113,24 +132,36 @@ class Lowered(nn.Module):
         if node.target is attend:
             return self._attend(node, args, kwargs, present)
         target: Any = node.target
+        if node in self.contrib and torch.compiler.is_exporting():
+            return self._contrib(node, args)
         if isinstance(target, OpOverload) and target.namespace == "fxopt":
             target = self.references[bare_name(target)]
         return target(*args, **kwargs)
 
+    def _contrib(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
+        from ..kernels.quantized_linear.onnx import matmul_nbits
+
+        codes, scales, zeros = (attribute(self, name) for name in self.contrib[node])
+        return matmul_nbits(args[0], codes, scales, zeros, args[4])
+
     def _attend(
         self, node: fx.Node, args: Any, kwargs: Any, present: dict[int, Sequence[Tensor]]
     ) -> Tensor:
+        from ..kernels.attention.onnx import attention_onnx
+        from ..kernels.kv_attention import cached_attention_functional
+
         call = _attend_arguments(*args, **kwargs)
         state, layout = call.pop("state"), call.pop("layout")
         call.pop("start")
         if not state:
-            return self.references["attention"](**call)  # pyright: ignore
-        from ..kernels.kv_attention import cached_attention_functional
-
+            return attention_onnx(**call)
         q, k, v = (call.pop(name) for name in "qkv")
         source: Any = node.kwargs["state"]
-        out, grown = cached_attention_functional(q, k, v, state, **call, layout=layout)
-        present[source.args[1]] = grown
+        out, present[source.args[1]] = cached_attention_functional(
+            q, k, v, state, **call, layout=layout, attention=attention_onnx
+        )
+        if not torch.compiler.is_exporting():
+            self.appended[source.args[1]] = (k, v)
         return out
 
     def _convert(self, value: Any) -> Any:
@@ -139,20 +170,37 @@ class Lowered(nn.Module):
             return type(value)(self._convert(item) for item in value)
         if isinstance(value, dict):
             return {name: self._convert(item) for name, item in value.items()}
-        if isinstance(value, str):
-            # fxopt::chunked holds its casts in a program's text
-            for half in self.halves:
-                value = value.replace(str(half), str(self.dtype))
-            return value
         return self.dtype if isinstance(value, torch.dtype) and value in self.halves else value
 
 
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+def inlined(graph: fx.Graph) -> fx.Graph:
+    """A copy in which the programs of `fxopt::chunked` stand as nodes, for all rows at once."""
+    from ..kernels.chunked import run
+
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    tracer = GraphAppendingTracer(copied)
+    for node in list(copied.find_nodes(op="call_function", target=torch.ops.fxopt.chunked.default)):
+        x, tensors, text, _ = node.args
+        before = set(copied.nodes)
+        with copied.inserting_before(node):
+            values: Any = [fx.Proxy(value, tracer) for value in (x, *tensors)]
+            whole: Any = run(text, values[0], values[1:])
+        node.replace_all_uses_with(whole.node)
+        for new in set(copied.nodes) - before:
+            new.meta = dict(node.meta)
+        copied.erase_node(node)
+    return copied
+
+
 def check_lowers(graph: fx.Graph, known: Mapping[str, Any]) -> None:
-    """ExportError for the first fxopt op that has no traceable reference."""
+    """ExportError for the first node that cannot be traced: an fxopt op without a traceable
+    reference, or a call that changes a tensor of the module."""
     for node in graph.nodes:
+        _check_keeps_tensors(node)
         target = node.target
         if not isinstance(target, OpOverload) or target.namespace != "fxopt":
             continue
@@ -162,6 +210,30 @@ def check_lowers(graph: fx.Graph, known: Mapping[str, Any]) -> None:
                 f"that can be traced (rewrite: {node.meta.get('fxopt') or 'none'}); nothing was "
                 "written. Leave that rewrite out with rewrites=, or keep= the site"
             )
+
+
+def _check_keeps_tensors(node: fx.Node) -> None:
+    changed = _written(node) if mutates(node) else None
+    if changed is not None and changed.op == "get_attr":
+        raise ExportError(
+            f"the forward changes {changed.target} ({node.target}), and an ONNX file holds no "
+            "tensor that a call changes; nothing was written. Let the forward take it as an input "
+            "and return it"
+        )
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """What a mutating node writes to, found through views."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and _is_view(source):
+        source = source.args[0]
+    return source if isinstance(source, fx.Node) else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    returns = schema(target).returns if isinstance(target, OpOverload) else ()
+    return any(result.alias_info is not None for result in returns)
 
 
 def state_names(state: State) -> list[str]:
@@ -202,8 +274,9 @@ def _attend_arguments(
 
 
 def _provenance(node: fx.Node) -> dict[str, str]:
-    rewrite = node.meta.get("fxopt")
-    return {"fxopt": rewrite, "site": node.meta.get("site", "")} if rewrite else {}
+    """What `annotate` writes into the trace."""
+    meta = {name: str(node.meta.get(name) or "") for name in ("fqn", "fxopt", "site")}
+    return meta if node.op == "call_function" else {}
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

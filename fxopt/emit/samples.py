@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
 from .facts import tensor_facts
 from .lowering import Lowered, empty_states
+
+PADDING = 3
 
 
 class Samples:
@@ -32,21 +36,29 @@ class Samples:
         """Inputs with no dynamic dimension of size 0 or 1, which a tracer would take as fixed."""
         if self.lowered.kind == "forward":
             return self._forward(0)
-        states = self._present(2, self._long())
-        return self._generation(2, 3, self._long(), states)
+        length = self._long()
+        prompt = [*self._tokens(2, length, 0), *empty_states(self.lowered, 2)]
+        states = list(self.lowered(*prompt))[-len(self.lowered.slots) :]
+        return [*self._tokens(2, 3, length), *states]
 
-    def checks(self) -> Iterator[list[Tensor]]:
-        """Other sizes; for generation a prefill and the steps that follow it."""
+    @cached_property
+    def sequences(self) -> list[tuple[int, list[list[Tensor]]]]:
+        """(batch, calls): for a forward calls of several sizes, each on its own; for generation
+        prompts and what follows, ten single tokens in one case, without the past."""
         if self.lowered.kind == "forward":
-            yield from (self._forward(extra) for extra in (0, 1, 3))
-            return
-        batch, past, states = 3, 0, empty_states(self.lowered, 3)
-        for length in (7, 1, 1, 2, self._long(), 1):
-            inputs = self._generation(batch, length, past, states)
-            yield inputs
-            with torch.no_grad():
-                states = list(self.lowered(*inputs))[-len(self.lowered.slots) :]
-            past += length
+            return [(0, [inputs]) for inputs in self._forwards()]
+        long = self._long()
+        return [
+            (3, self._calls(3, (7, 1, 1, 2, long, 1))),
+            # The longest blocks are due in the middle of the single tokens.
+            (1, self._calls(1, (max(1, long - 8), *[1] * 10))),
+        ]
+
+    def _calls(self, batch: int, lengths: Sequence[int]) -> list[list[Tensor]]:
+        starts = itertools.accumulate(lengths, initial=0)
+        return [
+            self._tokens(batch, length, past) for length, past in zip(lengths, starts, strict=False)
+        ]
 
     def _long(self) -> int:
         """A past so long that every kind of state holds at least two entries."""
@@ -60,30 +72,39 @@ class Samples:
         ]
         return max((f.sink + f.residual + 2 * f.group for f in formats), default=2) + 3
 
-    def _present(self, batch: int, length: int) -> list[Tensor]:
-        inputs = self._generation(batch, length, 0, empty_states(self.lowered, batch))
-        return list(self.lowered(*inputs))[-len(self.lowered.slots) :]
-
-    def _generation(
-        self, batch: int, length: int, past: int, states: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _tokens(self, batch: int, length: int, past: int) -> list[Tensor]:
+        """The inputs of generation but for the cache; the first of several rows is padded."""
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        if batch > 1:
+            mask[0, :PADDING] = 0
         plain = {
             "input_ids": self._integers("input_ids", (batch, length)),
             "position_ids": torch.arange(past, past + length).expand(batch, length).contiguous(),
-            "attention_mask": torch.ones(batch, past + length, dtype=torch.int64),
+            "attention_mask": mask,
         }
-        if past:
-            # one row is padded on the left
-            plain["attention_mask"][0, 0] = 0
-        names = [name for name in self.lowered.inputs if not name.startswith("past.")]
-        return [*(plain[name] for name in names), *states]
+        return [plain[name] for name in self.lowered.inputs if not name.startswith("past.")]
 
-    def _forward(self, extra: int) -> list[Tensor]:
+    def _forwards(self) -> list[list[Tensor]]:
+        """Inputs as captured, larger ones of which some are padded, and where the graph takes
+        them batches and lengths of 1."""
+        single = self._forward(None)
+        found = [self._forward(0), self._forward(1, padded=True), self._forward(3, padded=True)]
+        return [*found, single] if self._takes(single) else found
+
+    def _takes(self, inputs: list[Tensor]) -> bool:
+        try:
+            with torch.no_grad():
+                self.lowered(*inputs)
+        except Exception:
+            return False
+        return True
+
+    def _forward(self, extra: int | None, padded: bool = False) -> list[Tensor]:
         sizes = self._sizes(extra)
-        return [self._tensor(name, sizes) for name in self.lowered.inputs]
+        return [self._tensor(name, sizes, padded) for name in self.lowered.inputs]
 
-    def _sizes(self, extra: int) -> dict[str, int]:
-        """Symbol -> size: as captured, batches and lengths larger by `extra`."""
+    def _sizes(self, extra: int | None) -> dict[str, int]:
+        """Symbol -> size: as captured, batches and lengths larger by `extra`, or 1 without it."""
         found: dict[str, int] = {}
         for name, sizes in self.lowered.program.sizes.items():
             known = tensor_facts(self.placeholders.get(name))
@@ -92,7 +113,8 @@ class Samples:
             for dim, (symbol, size) in enumerate(zip(known.shape, sizes, strict=True)):
                 grows = dim == 0 or (dim == 1 and not known.dtype.is_floating_point)
                 if isinstance(symbol, str):
-                    found.setdefault(symbol, size + extra if grows else size)
+                    larger = 1 if extra is None else size + extra
+                    found.setdefault(symbol, larger if grows else size)
         # A mask that may cover a past covers the tokens alone here.
         lengths = [found[symbol] for symbol in self._symbols("input_ids")[1:]]
         totals = self._symbols("attention_mask")[1:]
@@ -103,14 +125,15 @@ class Samples:
         known = tensor_facts(self.placeholders.get(name))
         return [] if known is None else [s for s in known.shape if isinstance(s, str)]
 
-    def _tensor(self, name: str, sizes: dict[str, int]) -> Tensor:
+    def _tensor(self, name: str, sizes: dict[str, int], padded: bool) -> Tensor:
         node = self.placeholders[name]
         known = tensor_facts(node)
         assert known is not None
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in known.shape)
         dtype = self.lowered.dtype if known.dtype in self.lowered.halves else known.dtype
         if "mask" in name or dtype == torch.bool:
-            return torch.ones(shape, dtype=dtype)
+            mask = torch.ones(shape, dtype=dtype)
+            return _pad(mask) if padded and "mask" in name else mask
         if name == "position_ids":
             return torch.arange(shape[-1]).expand(shape).contiguous()
         if dtype.is_floating_point:
@@ -120,6 +143,14 @@ class Samples:
     def _integers(self, name: str, shape: tuple[int, ...]) -> Tensor:
         bound = _rows(self.placeholders[name])
         return torch.randint(0, bound, shape, generator=self.generator)
+
+
+def _pad(mask: Tensor) -> Tensor:
+    """A mask [B, T] whose first row is padded on the left and whose last on the right."""
+    if mask.dim() == 2 and mask.shape[1] > PADDING + 1:
+        mask[0, :PADDING] = 0
+        mask[-1, -1] = 0
+    return mask
 
 
 def _rows(node: fx.Node) -> int:

@@ -39,18 +39,18 @@ def attention_traceable(
         shape = (bias.shape[0], *((1, 1) if bias.shape[1] == 1 else (kv, heads // kv)))
         scores = scores + bias.reshape(*shape, *bias.shape[2:])
     windows = per_head("window", window, kv)
-    visible = _visible(
+    seen = visible(
         queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
     )
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
     weights, _ = softmax(scores, logit)
     out = (weights @ v.to(dtype).unsqueeze(2)).reshape(batch, heads, queries, v.shape[3])
     return out.transpose(1, 2).contiguous().to(q.dtype)
 
 
-def _visible(
+def visible(
     queries: int,
     keys: int,
     mask: Tensor | None,
@@ -59,7 +59,7 @@ def _visible(
     sink_tokens: Sequence[int],
     device: torch.device,
 ) -> Tensor | None:
-    """[B or 1, KV or 1, 1, N or 1, T], or None where every key is seen."""
+    """Which keys are seen, [B or 1, KV or 1, 1, N or 1, T]; None where all are."""
     rows = (torch.arange(queries, device=device) + (keys - queries))[:, None]
     columns = torch.arange(keys, device=device)
     seen: Tensor | None = None

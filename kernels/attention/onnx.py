@@ -1,0 +1,70 @@
+"""Attention as the operator of ONNX, which a runtime computes without passes over the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .spec import per_head
+from .traceable import attention_traceable, visible
+
+OPSET = 23
+"""The first with an `Attention` operator."""
+DTYPES = (torch.float32, torch.float16)
+
+
+def attention_onnx(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: Sequence[int],
+    softcap: float,
+    sink_tokens: Sequence[int],
+) -> Tensor:
+    """`attention_traceable`, which an exporter sees as one `Attention`.
+
+    The operator knows neither the logits of sinks nor, in all runtimes alike, a cap before the
+    mask: such calls, and dtypes that onnxruntime's does not take, stay as they were.
+    """
+    exporting = torch.compiler.is_exporting()
+    if not exporting or sinks is not None or softcap > 0 or q.dtype not in DTYPES:
+        return attention_traceable(
+            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens
+        )
+    kv, queries = k.shape[1], q.shape[2]
+    windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
+    seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
+    added, some = _added(seen, bias, q)
+    shape = (*q.shape[:3], v.shape[3])
+    operands = (q, k, v) if added is None else (q, k, v, added)
+    out: Tensor = torch.onnx.ops.symbolic(
+        "Attention", operands, {"scale": float(scale)}, dtype=q.dtype, shape=shape, version=OPSET
+    )
+    # Runtimes disagree on queries that see nothing; here they get zeros.
+    out = out if some is None else torch.where(some, out, 0.0)
+    return out.transpose(1, 2).contiguous()
+
+
+def _added(
+    seen: Tensor | None, bias: Tensor | None, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the scores [B or 1, H or 1, N, T], finite, and which queries see a key."""
+    if seen is not None:
+        batch, kv, _, rows, keys = seen.shape
+        group = q.shape[1] // kv if kv > 1 else 1
+        seen = seen.expand(batch, kv, group, rows, keys).reshape(batch, kv * group, rows, keys)
+    if seen is None and bias is None:
+        return None, None
+    added = q.new_zeros(()) if bias is None else bias.to(q.dtype)
+    if seen is not None:
+        added = torch.where(seen, added, -torch.inf)
+    some = (added > -torch.inf).any(-1, keepdim=True)
+    added = added.clamp(min=torch.finfo(q.dtype).min)
+    return added.expand(*added.shape[:2], q.shape[2], added.shape[3]), some
