@@ -1,6 +1,6 @@
 """What a budget buys: every plan worth having, from one scoring, and two budgets answered from it.
 
-    python examples/compare_budgets.py [--out DIR]
+python examples/compare_budgets.py [--out DIR]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A plan is a file: read it, keep what you know better, solve the rest again, replay it.
 
-    python examples/edit_plan.py [--out DIR]
+python examples/edit_plan.py [--out DIR]
 """
 
 from __future__ import annotations

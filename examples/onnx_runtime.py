@@ -1,6 +1,6 @@
 """Out of PyTorch: one ONNX file that prefills and decodes, run by onnxruntime alone.
 
-    python examples/onnx_runtime.py [--out DIR]
+python examples/onnx_runtime.py [--out DIR]
 """
 
 from __future__ import annotations

@@ -16,8 +16,10 @@ import fxopt
 
 def main() -> None:
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=3,
-                       intermediate_size=768, image_size=64, patch_size=8, num_labels=10)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=4, num_attention_heads=3, intermediate_size=768,
+        image_size=64, patch_size=8, num_labels=10,
+    )  # fmt: skip
     model = ViTForImageClassification(config).eval()
     images = [torch.randn(4, 3, 64, 64) for _ in range(3)]
     held_out = torch.randn(64, 3, 64, 64)
