@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from ..ir.budget import Budget
 from ..ir.cost import Cost
-from ..ir.decision import KEEP, Alternative, Decision
+from ..ir.decision import BY_HAND, KEEP, Alternative, Decision
 from ..ir.errors import PlanError, RowResult
 from ..ir.plan import Plan
 from .quality import QUALITIES, Quality
 from .solve import Group, Option, Problem, Row, nearest, solve, total
 
-PEAKS = ("activations", "memory")
+COSTS = ("latency", "weights", "kv_cache", "memory")
 
 
 def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0) -> Plan:
@@ -61,14 +61,21 @@ def _columns(decision: Decision) -> list[Alternative]:
 
 
 def _amounts(option: Alternative, plan: Plan) -> dict[str, float]:
-    cost: Cost = option.cost
-    return {
-        "error": max(option.error or 0.0, 0.0) * _scale(plan),
-        "latency": cost.seconds,
-        "weights": float(cost.weight_bytes),
-        "kv_cache": float(cost.state_bytes),
-        "memory": float(cost.weight_bytes + cost.state_bytes),
-    }
+    error = max(option.error or 0.0, 0.0) * _scale(plan)
+    return {"error": error, **{name: _of(option.cost, name) for name in COSTS}}
+
+
+def _of(cost: Cost, row: str) -> float:
+    """What a cost adds to a row."""
+    match row:
+        case "latency":
+            return cost.seconds
+        case "weights":
+            return float(cost.weight_bytes)
+        case "kv_cache":
+            return float(cost.state_bytes)
+        case _:
+            return float(cost.weight_bytes + cost.state_bytes)
 
 
 def _quality(plan: Plan) -> Quality:
@@ -108,12 +115,23 @@ def _limits(plan: Plan, budget: Budget) -> dict[str, float]:
 
 
 def _constants(plan: Plan, rows: Mapping[str, float]) -> dict[str, float]:
-    """What the model takes in each row beyond its sites."""
+    """What the model takes in each row beyond its sites.
+
+    Totals are of the plan as it was solved: once a decision was chosen by hand they tell nothing
+    of the sites as they are now, and what the original measured stands in.
+    """
     totals = {row.name: row for row in plan.totals}
+    edited = any(decision.reason == BY_HAND for decision in plan.decisions)
+    kept = [decision.kept for decision in plan.decisions]
     found: dict[str, float] = {}
     for name in rows:
         if name == "error":
             found[name] = 0.0
+            continue
+        before = plan.baseline.get("kv_cache_now" if name == "kv_cache" else name)
+        if edited and before is not None and None not in kept:
+            sites = sum(_of(cost, name) for cost in kept if cost is not None)
+            found[name] = before - sites
             continue
         row = totals.get(name)
         value = None if row is None else row.predicted if row.measured is None else row.measured
