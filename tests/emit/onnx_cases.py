@@ -54,7 +54,7 @@ def llama(layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=layers,
+        vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
         initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
