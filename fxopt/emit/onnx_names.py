@@ -19,10 +19,10 @@ def rename_dimensions(model: Any, lowered: Lowered) -> None:
             text = str(getattr(dim, "value", dim))
             if text.isidentifier() and text not in names:
                 names[text] = _dimension(value.name, index, len(value.shape), set(names.values()))
-    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or "(?!)")
+    every = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or "(?!)")
     for value in _values(model.graph):
         if value.shape is not None:
-            value.shape = _renamed(value.shape, lambda text: pattern.sub(lambda m: names[m[0]], text))
+            value.shape = _renamed(value.shape, lambda s: every.sub(lambda m: names[m[0]], s))
 
 
 def _renamed(shape: Any, rename: Callable[[str], str]) -> Any:

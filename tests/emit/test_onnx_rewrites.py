@@ -14,9 +14,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 
 # A rewrite of training steps only leaves nothing in a forward.
-NAMES = [
-    name for name in passes.available() if set(passes.load([name])[0].workloads) != {"train"}
-]
+NAMES = [name for name in passes.available() if set(passes.load([name])[0].workloads) != {"train"}]
 
 
 def rewrites_in(path: Path) -> set[str]:
