@@ -157,6 +157,7 @@ def test_explain(fxopt: Invoke, saved: Path) -> None:
     assert f"no site {site + 'x'!r}. Did you mean" in error
 
 
+@pytest.mark.slow
 def test_export_says_what_it_wrote_as_json(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     out = tmp_path / "model.onnx"

@@ -37,6 +37,18 @@ def test_every_rewrite_is_exported(name: str, tmp_path: Path) -> None:
     assert rewrites_in(report.path) == ({name} if edits else set())
 
 
+@pytest.mark.slow
+def test_fp8_layers_agree_under_equal_roundings(tmp_path: Path) -> None:
+    opt, chosen = everywhere("linear.quantized", *mlp(), label="fp8")
+    assert len(chosen) == 6
+    report = opt.export_onnx(tmp_path / "model.onnx")
+    assert report.difference < 1e-4
+    assert report.difference <= report.free_difference
+    # the outputs that say how inputs were rounded are of the check alone
+    assert len(report.outputs) == 1
+    assert len(onnx.load(report.path).graph.output) == 1
+
+
 def test_the_names_are_those_of_inference() -> None:
     assert "activation.recompute" not in NAMES
     assert {"kv_cache.blocks", "linear.quantized", "attention.window"} <= set(NAMES)
