@@ -26,8 +26,12 @@ FAMILIES = {
     "activation": "activation.md",
 }
 # More than three seconds, and what the others need.
-SLOW = {"index.md", "budgets.md", "kv-cache.md", "activation.md", "refusals.md"}
-NEEDS = {"index.md": ["transformers"], "kv-cache.md": ["transformers"]}
+SLOW = {"index.md", "budgets.md", "kv-cache.md", "activation.md", "onnx.md", "refusals.md"}
+NEEDS = {
+    "index.md": ["transformers"],
+    "kv-cache.md": ["transformers"],
+    "onnx.md": ["transformers", "onnx", "onnxscript", "onnxruntime"],
+}
 # tests/test_huggingface.py makes the model that this page begins with.
 ELSEWHERE = {"huggingface.md"}
 
