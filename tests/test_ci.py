@@ -39,7 +39,8 @@ def run(tmp_path: Path, *tools: str, root: bool = True, apt_fails: bool = False)
     )
     assert done.returncode == 0, done.stderr
     lines = log.read_text("utf-8").splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("make")] == ["lint", "docs", "test"]
+    goals = [line.split()[1] for line in lines if line.startswith("make")]
+    assert goals == ["lint", "docs", "test"]
     assert ("tests of pages are skipped" in done.stderr) == ("browser=skip" in lines[-1])
     return lines
 

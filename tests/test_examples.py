@@ -76,3 +76,14 @@ def test_compare_budgets_trades_error_for_bytes(tmp_path: Path) -> None:
     # as it is: 3 MiB
     assert small < large < 3
     assert (tmp_path / "frontier.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_onnxruntime_writes_what_the_module_writes(tmp_path: Path) -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    text = printed("onnx_runtime", tmp_path, "--out", str(tmp_path))
+    assert "onnxruntime differs from the module by at most" in text
+    found = re.findall(r"^(?:onnxruntime|fxopt): +(b.*)$", text, re.MULTILINE)
+    assert len(found) == 2
+    assert found[0] == found[1]
