@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fxopt
 
-PROMPT, NEW_TOKENS = 300, 24
+BEGIN, PROMPT, NEW_TOKENS = 200_000, 300, 48
 TYPES = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(bfloat16)": 16}
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     )
     print(opt.export_onnx(out / "model.onnx", kind="generate"))
 
-    prompt = np.frombuffer(heldout_text()[:PROMPT], np.uint8).astype(np.int64)[None]
+    text = heldout_text()[BEGIN : BEGIN + PROMPT]
+    prompt = np.frombuffer(text, np.uint8).astype(np.int64)[None]
     found = decoded(out / "model.onnx", prompt, NEW_TOKENS)
     ids = torch.from_numpy(prompt)
     same = opt.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)

@@ -52,7 +52,7 @@ def vit() -> nn.Module:
 
 def t5() -> nn.Module:
     config = hf.T5Config(
-        vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
+        vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4,
         decoder_start_token_id=0, **{**SPECIAL, "bos_token_id": None},
     )  # fmt: skip
     return hf.T5ForConditionalGeneration(config)
