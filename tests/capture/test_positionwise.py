@@ -67,6 +67,23 @@ def test_key_shift_is_noticed() -> None:
     assert "tokens meet outside attention" in str(capture(model).reason)
 
 
+class Reordered(TokenShift):
+    """Rounds otherwise where there are other rows, as a matrix product in half precision may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
+        noise = torch.sin(12.9898 * rows * x.shape[1] + torch.arange(x.shape[2], device=x.device))
+        return self.inner(x * (1 + 0.05 * noise).to(x.dtype))
+
+
+def test_sums_in_another_order_are_no_reason_in_half_precision() -> None:
+    model = llama().to(torch.bfloat16)
+    model.model.layers[1].mlp = Reordered(model.model.layers[1].mlp)
+    assert capture(model).causal_lm
+    model.model.layers[1].mlp = OwnPositions(model.model.layers[1].mlp.inner)
+    assert "position_ids" in str(capture(model).reason)
+
+
 def test_attention_that_looks_ahead_has_no_cache() -> None:
     model = llama()
     model.config.is_causal = False
