@@ -8,6 +8,7 @@ from torch import Tensor
 from fxopt.kernels.kv_append.triton import append
 
 from .heads import Arguments, Attend
+from .int8 import decode_packed, serves
 from .layout import Blocks
 from .mutating import attend_exact, attend_image, tokens_before
 from .triton import decode
@@ -37,7 +38,10 @@ def attend_and_append(
     new = {side: x.contiguous() for side, x in new.items()}
     rank = None if mask is None else _seen(mask, arguments)
     if decoding:
-        out = decode(arguments, new, part, start, rank, fmt)
+        if fmt is not None and serves(arguments, new, part, fmt):
+            out = decode_packed(arguments, new, part, start, rank, fmt)
+        else:
+            out = decode(arguments, new, part, start, rank, fmt)
     else:
         assert fmt is not None
         begin = tokens_before(queries, start, mask, length)
