@@ -1,19 +1,19 @@
 """Decoding attention over a packed cache against the fastest exact attention, on one GPU.
 
-    python benchmarks/kv_decode.py [--quick] [--out FILE]
+    python benchmarks/kv_decode.py [--only check shapes rows] [--tune] [--out FILE]
 
 Checks first that the kernel's error against float64 over the dequantised cache is below the one of
-bfloat16 attention, then times CUDA graphs of one layer (32 query heads, 8 KV heads of 128) and
-prints JSON lines: microseconds, terabytes a second of what has to be read, and the ratio to the
-faster of cuDNN's and flash attention in the same run.
+bfloat16 attention, then times CUDA graphs of one layer (32 query heads, 8 KV heads of 128; "rows":
+more query heads) and prints JSON lines: microseconds, terabytes a second of what has to be read,
+and the ratio to the faster of cuDNN's and flash attention in the same run. --tune tries other
+launches beside what a call gets by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -138,14 +138,14 @@ def errors(heads: int, layout: str, length: int) -> bool:
     return relative["int8"] <= 4 * relative["bf16"]
 
 
-def exact_times(batch: int, length: int) -> dict[str, float]:
+def exact_times(batch: int, length: int, heads: int = HEADS) -> dict[str, float]:
     """Microseconds of the library's kernels over bfloat16 keys and values."""
-    q = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(batch, heads, 1, DIM, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, batch, KV, length, DIM, device="cuda", dtype=torch.bfloat16)
     found: dict[str, float] = {}
     for name, backend in BACKENDS.items():
         # With one query the heads of a KV head can be its queries, which is the fastest form.
-        for form, queries in (("", q), (" grouped", q.view(batch, KV, HEADS // KV, DIM))):
+        for form, queries in (("", q), (" grouped", q.view(batch, KV, heads // KV, DIM))):
             with sdpa_kernel(backend):
                 try:
                     found[name + form] = microseconds(
@@ -158,51 +158,53 @@ def exact_times(batch: int, length: int) -> dict[str, float]:
     return found
 
 
-def tune(batch: int, length: int, layout: str, quick: bool) -> dict[str, int]:
-    """The fastest of a few launches, each printed."""
-    case = Packed(layout, batch, length)
-    base = batch * KV
-    waves = (4, 8) if quick else (3, 4, 6, 8, 12)
-    best: tuple[float, dict[str, int]] | None = None
-    for warps, stages in itertools.product((1, 2), (2, 3, 4)):
-        for wave in waves if (warps, stages) == (1, 3) else (4, 8):
-            splits = max(1, min(128, wave * 132 // base))
-            options = {"splits": splits, "num_warps": warps, "num_stages": stages}
-            try:
-                time = microseconds(lambda options=options: case.step(**options))
-            except Exception as error:
-                report(failed=options, why=str(error).splitlines()[0][:120])
-                continue
-            report(tuned=layout, B=batch, T=length, us=round(time, 1), **options)
-            if best is None or time < best[0]:
-                best = time, options
-    assert best is not None
-    return best[1]
+def shapes(tuned: bool) -> None:
+    """All layouts at all shapes."""
+    for batch, length in SHAPES:
+        exact = exact_times(batch, length)
+        whole = batch * KV * length * DIM * 4
+        for name, time in exact.items():
+            speed = round(whole / time / 1e6, 2)
+            report(kernel=name, B=batch, T=length, us=round(time, 1), tbs=speed)
+        torch.cuda.empty_cache()
+        for layout in LAYOUTS:
+            case = Packed(layout, batch, length)
+            tried = other_splits(batch, length) if tuned else ()
+            timed(case, layout, min(exact.values()), tried, B=batch, T=length)
+            if batch == 1 and layout == LAYOUTS[0]:
+                general = round(microseconds(case.general), 1)
+                report(kernel="general " + layout, B=batch, T=length, us=general)
+            del case
+            torch.cuda.empty_cache()
 
 
-def compare(batch: int, length: int, options: dict[str, int]) -> None:
-    exact = exact_times(batch, length)
-    fastest = min(exact.values())
-    whole = batch * KV * length * DIM * 4
-    for name, time in exact.items():
-        report(kernel=name, B=batch, T=length, us=round(time, 1), tbs=round(whole / time / 1e6, 2))
-    torch.cuda.empty_cache()
-    for layout in LAYOUTS:
-        case = Packed(layout, batch, length)
-        heavy = {**options, "num_warps": 2}
-        for chosen in (options, heavy) if layout.startswith("k8") else (options,):
-            time = microseconds(lambda case=case, chosen=chosen: case.step(**chosen))
-            report(
-                kernel=layout, B=batch, T=length, us=round(time, 1),
-                tbs=round(case.bytes / time / 1e6, 2), ratio=round(fastest / time, 2), **chosen,
-            )  # fmt: skip
-        default = microseconds(lambda case=case: case.step())
-        report(kernel=layout, B=batch, T=length, default=True, us=round(default, 1),
-               ratio=round(fastest / default, 2))  # fmt: skip
-    if batch == 1:
-        case = Packed(LAYOUTS[0], batch, length)
-        report(kernel="general " + LAYOUTS[0], B=batch, T=length,
-               us=round(microseconds(case.general), 1))  # fmt: skip
+def rows(tuned: bool) -> None:
+    """8 and 16 query rows a KV head."""
+    batch, length = SHAPES[0]
+    for heads in (8 * KV, 16 * KV):
+        fastest = min(exact_times(batch, length, heads).values())
+        case = Packed(LAYOUTS[0], batch, length, heads)
+        tried = ({"num_warps": 2},) if tuned else ()
+        timed(case, LAYOUTS[0], fastest, tried, B=batch, T=length, heads=heads)
+        del case
+        torch.cuda.empty_cache()
+
+
+def other_splits(batch: int, length: int) -> Iterator[dict[str, int]]:
+    """Launches that compile no new kernel, by programs a multiprocessor."""
+    places = [wave * 132 // (batch * KV) for wave in (2, 3, 4, 6, 8, 12)]
+    for splits in sorted({max(1, min(127, length // 128, n)) for n in places}):
+        yield {"splits": splits}
+
+
+def timed(case: Packed, layout: str, fastest: float, tried: Any, **line: Any) -> None:
+    """What a call gets by itself, then the launches `tried`."""
+    for options in ({}, *tried):
+        time = microseconds(lambda options=options: case.step(**options))
+        report(
+            kernel=layout, **line, default=not options, us=round(time, 1),
+            tbs=round(case.bytes / time / 1e6, 2), ratio=round(fastest / time, 2), **options,
+        )  # fmt: skip
 
 
 def operator_is_captured() -> None:
@@ -229,19 +231,30 @@ def operator_is_captured() -> None:
     report(check="cuda graph", good=same)
 
 
+def check() -> None:
+    checks = [(HEADS, x, 5000) for x in LAYOUTS]
+    checks += [(KV, LAYOUTS[0], 333), (64, LAYOUTS[0], 2049), (56, "k4v4g64r8s0", 1500)]
+    good = all([errors(*each) for each in checks])
+    operator_is_captured()
+    if not good:
+        raise SystemExit("the kernel is wrong; nothing is timed")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer launches are tried")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=["check", "shapes", "rows"])
+    parser.add_argument("--tune", action="store_true", help="other launches are tried as well")
     parser.add_argument("--out", help="file for the lines")
     args = parser.parse_args()
     report(device=torch.cuda.get_device_name(), torch=torch.__version__)
-    checks = [(HEADS, x, 5000) for x in LAYOUTS]
-    checks += [(KV, LAYOUTS[0], 333), (64, LAYOUTS[0], 2049), (56, "k4v4g64r8s0", 1500)]
-    good = all([errors(*check) for check in checks])
-    operator_is_captured()
-    for batch, length in SHAPES if good else ():
-        compare(batch, length, tune(batch, length, LAYOUTS[0], args.quick))
-        torch.cuda.empty_cache()
+    if "check" in args.only:
+        check()
+    if "shapes" in args.only:
+        shapes(args.tune)
+    if "rows" in args.only:
+        rows(args.tune)
     if args.out:
         with open(args.out, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in LINES)

@@ -28,6 +28,11 @@ DIMS = (64, 128)
 MOST_ROWS = 16
 # An int8 instruction sums 32 products.
 LEAST_DEPTH = 32
+# What launches are sized by, of an H100: processors, bytes of shared memory, and warps of 255
+# registers on each.
+PROCESSORS, SHARED, WARPS = 132, 228 * 1024, 8
+STAGES = 3
+MOST_SPLITS = 127
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Adding 1.5 * 2 ** 23 rounds to the nearest integer, which the low bits then hold.
@@ -317,15 +322,17 @@ def decode_packed(
     rank: Tensor | None,
     fmt: Blocks,
     splits: int | None = None,
-    num_warps: int = 1,
-    num_stages: int = 3,
+    num_warps: int | None = None,
+    num_stages: int = STAGES,
 ) -> Tensor:
     """As `decode`, where `serves` says so. `splits` counts the shares of the packed blocks."""
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
     blocks, rows, none = part["key"].shape[2], group * queries, q
-    shares = 1 + (splits or _splits(batch * heads, blocks))
+    num_warps = num_warps or _warps(fmt)
+    at_once = _at_once(fmt, dim, value_dim, num_warps, num_stages)
+    shares = 1 + (splits or _splits(batch * heads, blocks, at_once))
     partial = q.new_empty((shares, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))
@@ -348,6 +355,32 @@ def decode_packed(
     return out
 
 
-def _splits(heads: int, blocks: int) -> int:
-    """Shares of the blocks of one KV head: about as many programs as run at a time."""
-    return max(1, min(128, blocks, 6 * 132 // heads))
+def _warps(fmt: Blocks) -> int:
+    """One, while registers suffice: planes of keys in two warps cost 3.6 times the time. Keys of
+    8 bits have one plane, and spill in one warp, which costs twice the time."""
+    return 2 if fmt.key_bits == 8 else 1
+
+
+def _at_once(fmt: Blocks, dim: int, value_dim: int, num_warps: int, num_stages: int) -> int:
+    """Programs that one multiprocessor runs at a time."""
+    stored = fmt.group * (dim * fmt.key_bits + value_dim * fmt.value_bits) // 8
+    # Scales, what tiles are exchanged through, and what the driver takes, as compiled.
+    held = (num_stages - 1) * stored + 4096
+    return max(1, min(WARPS // num_warps, SHARED // held))
+
+
+def _splits(heads: int, blocks: int, at_once: int) -> int:
+    """Shares of the blocks of one KV head; one more is of what is stored exactly.
+
+    All run at a time, but shares of under 16 blocks are no gain beyond four programs a
+    multiprocessor. Where that makes fewer than four, heads are so many that whole waves are
+    fuller: the least waves that leave the fewest places empty.
+    """
+    places = at_once * PROCESSORS
+    splits = places // heads - 1
+    if splits >= 4:
+        splits = min(splits, max(4 * PROCESSORS // heads, blocks // 16))
+    else:
+        waves = {wave: wave * places // heads for wave in range(1, 5)}
+        splits = waves[max(waves, key=lambda wave: waves[wave] / wave)]
+    return max(1, min(MOST_SPLITS, blocks, splits))

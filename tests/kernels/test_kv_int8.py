@@ -18,7 +18,7 @@ from fxopt.kernels.attention.reference import attention_reference
 from fxopt.kernels.kv_attention import allocate, parse
 from fxopt.kernels.kv_attention.device import ranks
 from fxopt.kernels.kv_attention.heads import Arguments
-from fxopt.kernels.kv_attention.int8 import decode_packed, serves
+from fxopt.kernels.kv_attention.int8 import _splits, decode_packed, serves  # pyright: ignore[reportPrivateUsage]
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
 
@@ -117,6 +117,22 @@ def test_what_it_serves() -> None:
     assert not answer(layout="k16v4g64r0s0")
     assert not answer(layout="k2v4g64r0s0")
     assert not answer(layout="k4v2g64r0s0")
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks", "at_once", "splits"),
+    [
+        (128, 258, 6, 5),  # all at a time
+        (8, 1026, 6, 66),  # four programs a processor
+        (8, 34, 6, 34),  # a block each
+        (512, 66, 6, 3),  # two waves
+        (128, 258, 3, 3),  # one, but for the exact share
+        (8000, 258, 3, 1),
+        (1, 5000, 8, 127),
+    ],
+)
+def test_shares_fill_an_h100(heads: int, blocks: int, at_once: int, splits: int) -> None:
+    assert _splits(heads, blocks, at_once) == splits
 
 
 COMPILE = """
