@@ -111,7 +111,7 @@ def check(report: Report) -> None:
         for key_tile in (64, 128):
             call = small_call(dim, 900, 1001, {})
             lists = random_lists(900, 1001, 4, 0.4, key_tile)
-            worst(call, lists, report, dim=dim, lists=key_tile)
+            worst(call, lists, report, dim=dim, key_tile=key_tile)
 
 
 def small_call(dim: int, queries: int, keys: int, options: dict[str, Any]) -> Attention:
