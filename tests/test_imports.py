@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
 TOP = {"__init__", "__main__", "api", "cli"}
 TOP |= {"compiler", "evidence", "fingerprint", "host", "hosted", "inputs", "measure", "progress"}
 TOP |= {"backend", "hf", "replay"}
+TOP |= {"coverage", "frontier", "request", "scores", "session", "state"}
 PARTS = {*ALLOWED, *TOP}
 
 
