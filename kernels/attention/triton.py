@@ -196,7 +196,7 @@ def _attention_forward(
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LIST_M: tl.constexpr, LIST_N: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -259,28 +259,24 @@ def _attention_forward(
     rank_at = rank_ptr + batch.to(tl.int64) * keys
     bias_at = bias_ptr + batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
 
-    for part in tl.static_range(2 if SPLIT else 1):
-        # Apart, the loop over full tiles holds no code for masks, but starts a pipeline of its own.
-        start = partial * part
-        stop = partial + (steps - partial) * part if SPLIT else steps
-        for step in range(start, stop):
-            if LIST_N:
-                following = _listed_tile(
-                    step + 1, partial, steps, partial_at, full_at, LIST_N // BLOCK_N
-                )
-            else:
-                following = _range_tile(
-                    step + 1, sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end
-                )
-            acc, highest, total = _visit(
-                index, part == 0 if SPLIT else step < partial, acc, highest, total,
-                q, rows, lower, upper, batch, kv_head, k_ptr, v_ptr, rank_at, bias_at,
-                k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, bias_n, bias_t,
-                queries, keys, scale, softcap, sink_tokens,
-                HAS_MASK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, TMA, EVEN,
-                DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, UPCAST,
-            )  # fmt: skip
-            index = following
+    for step in range(steps):
+        if LIST_N:
+            following = _listed_tile(
+                step + 1, partial, steps, partial_at, full_at, LIST_N // BLOCK_N
+            )
+        else:
+            following = _range_tile(
+                step + 1, sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end
+            )
+        acc, highest, total = _visit(
+            index, step < partial, acc, highest, total,
+            q, rows, lower, upper, batch, kv_head, k_ptr, v_ptr, rank_at, bias_at,
+            k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, bias_n, bias_t,
+            queries, keys, scale, softcap, sink_tokens,
+            HAS_MASK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, TMA, EVEN,
+            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, UPCAST,
+        )  # fmt: skip
+        index = following
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (highest + tl.log2(total)) * 0.6931471805599453
@@ -312,12 +308,15 @@ def attention_forward(
     rank = None if call.mask is None else _rank(call.mask)
     bias = None if call.bias is None else call.bias.expand(batch, heads, queries, keys)
     has_window = not call.dense
-    chosen: dict[str, Any] = tiles_for(dim, value_dim, queries, q.element_size(), _hopper(q.device))
+    described = _has_rows(k) and _has_rows(v)
+    # With a bias, 128 channels in 4 warps spill thousands of bytes (compiled, not timed).
+    hopper = described and _hopper(q.device) and (bias is None or max(dim, value_dim) <= 64)
+    chosen: dict[str, Any] = tiles_for(dim, value_dim, queries, q.element_size(), hopper)
     chosen |= sizes
     if lists is not None:
         chosen["BLOCK_M"] = min(chosen["BLOCK_M"], lists.query_tile)
         chosen["BLOCK_N"] = min(chosen["BLOCK_N"], lists.key_tile)
-    tma = bool(chosen.pop("TMA")) and _has_rows(k) and _has_rows(v)
+    tma = bool(chosen.pop("TMA")) and described
     rows_k = _descriptor(k, chosen["BLOCK_N"], chosen["BLOCK_D"]) if tma else k
     rows_v = _descriptor(v, chosen["BLOCK_N"], chosen["BLOCK_V"]) if tma else v
     grid = (triton.cdiv(queries, chosen["BLOCK_M"]) * batch * heads,)
@@ -346,12 +345,13 @@ def attention_forward(
 
 
 # Measured on Hopper, bfloat16, by benchmarks/attention.py --sweep: the larger head size to
-# BLOCK_M, BLOCK_N, num_warps, num_stages.
+# BLOCK_M, BLOCK_N, num_warps, num_stages; 16 and 32 are taken from 64. Only with tensor
+# descriptors: without them, 4 warps of 128 rows take 2.8 times as long.
 HOPPER_TILES = {
-    16: (128, 64, 4, 3),
-    32: (128, 64, 4, 3),
-    64: (128, 64, 4, 3),
-    128: (128, 128, 8, 2),
+    16: (64, 128, 4, 2),
+    32: (64, 128, 4, 2),
+    64: (64, 128, 4, 2),
+    128: (128, 64, 4, 2),
     256: (128, 64, 8, 2),
 }
 
@@ -359,10 +359,13 @@ HOPPER_TILES = {
 def tiles_for(
     dim: int, value_dim: int, queries: int, element_size: int, hopper: bool
 ) -> dict[str, int]:
-    """Tile sizes, warps, stages, and whether keys come through tensor descriptors (TMA)."""
+    """Tile sizes, warps, stages, and whether keys come through tensor descriptors (TMA).
+
+    `hopper`: the device has them, and the call is one that HOPPER_TILES is for.
+    """
     block_d, block_v = tile(dim, most=1024), tile(value_dim, most=1024)
     widest = max(block_d, block_v)
-    blocks = {"BLOCK_D": block_d, "BLOCK_V": block_v, "SPLIT": 0}
+    blocks = {"BLOCK_D": block_d, "BLOCK_V": block_v}
     if hopper and element_size == 2 and queries > 64 and widest in HOPPER_TILES:
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         return blocks | dict(zip(names, HOPPER_TILES[widest], strict=True)) | {"TMA": 1}

@@ -105,12 +105,11 @@ def kernel(call: Attention, lists: TileLists | None, **sizes: int) -> tuple[Tens
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs triton")
-@pytest.mark.parametrize("split", [0, 1])
-def test_kernel_through_tensor_descriptors(split: int) -> None:
+def test_kernel_through_tensor_descriptors() -> None:
     call = make(65, 70, 80, kv=1)
     lists, seen = draw(call, 2, 64, 64)
     # Tiles of the lists may hold several of the kernel's.
-    out = kernel(call, lists, TMA=1, SPLIT=split, BLOCK_M=32, BLOCK_N=32)
+    out = kernel(call, lists, TMA=1, BLOCK_M=32, BLOCK_N=32)
     check(out, formula(call, seen), 2e-6)
 
 
