@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fxopt.kernels.attention.reference import attention_reference
 from fxopt.kernels.kv_attention import allocate, cached_attention, parse, state_bytes
 from fxopt.kernels.kv_attention.heads import Arguments
-from fxopt.kernels.kv_attention.int8 import decode_packed
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image
 from fxopt.kernels.kv_attention.triton import decode
+from fxopt.kernels.kv_int8.triton import decode_packed
 
 HEADS, KV, DIM = 32, 8, 128
 SHAPES = ((16, 32768), (64, 8192), (1, 131072))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.kv_append.triton import append
+from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
 from .heads import Arguments, Attend
-from .int8 import decode_packed, serves
 from .layout import Blocks
 from .mutating import attend_exact, attend_image, tokens_before
 from .triton import decode

@@ -18,9 +18,9 @@ from fxopt.kernels.attention.reference import attention_reference
 from fxopt.kernels.kv_attention import allocate, parse
 from fxopt.kernels.kv_attention.device import ranks
 from fxopt.kernels.kv_attention.heads import Arguments
-from fxopt.kernels.kv_attention.int8 import _splits, decode_packed, serves  # pyright: ignore[reportPrivateUsage]
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
+from fxopt.kernels.kv_int8.triton import _splits, decode_packed, serves  # pyright: ignore[reportPrivateUsage]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORIGIN = torch.zeros((), dtype=torch.int64)
@@ -139,7 +139,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fxopt.kernels.kv_attention.int8 import _decode_packed_kernel as kernel
+from fxopt.kernels.kv_int8.triton import _decode_packed_kernel as kernel
 
 p, long, byte, wide = "*bf16", "*i64", "*u8", "*fp32"
 kinds = dict(

@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, tile
-
-from .heads import Arguments
-from .layout import Blocks
-from .triton import combine, exact_tokens, window_table
+from fxopt.kernels.kv_attention.heads import Arguments
+from fxopt.kernels.kv_attention.layout import Blocks
+from fxopt.kernels.kv_attention.triton import combine, exact_tokens, window_table
 
 BITS = (8, 4, 2)
 DIMS = (64, 128)
@@ -356,8 +355,8 @@ def decode_packed(
 
 
 def _warps(fmt: Blocks) -> int:
-    """One, while registers suffice: planes of keys in two warps cost 3.6 times the time. Keys of
-    8 bits have one plane, and spill in one warp, which costs twice the time."""
+    """One: two that exchange planes of 4-bit keys took 3.6 times as long. Keys of 8 bits have one
+    plane, and spill in one warp, which took twice as long."""
     return 2 if fmt.key_bits == 8 else 1
 
 
