@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up all they need: Python 3.11 or newer and the package index suffice.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format docs clean
 
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Test processes. Each keeps to one thread then (tests/conftest.py).
@@ -44,6 +45,14 @@ format: $(STAMP) ## sort imports, format, apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Only the site needs these, so `make test` does without them.
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

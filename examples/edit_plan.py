@@ -20,9 +20,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("plan-out"))
     out = parser.parse_args().out
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-    windows = heldout_windows(512)[:6]
+    windows = heldout_windows(256)[:6]
     data = [{"input_ids": row[None]} for row in windows]
-    plan = fxopt.plan(model, fxopt.Budget(weights="45%"), data[0], calibration=data)
+    plan = fxopt.plan(
+        model,
+        fxopt.Budget(weights="45%"),
+        data[0],
+        calibration=data,
+        rewrites=["linear.quantized"],  # leave it out to try all: that takes a few times as long
+    )
     plan.save(out / "plan.json")
 
     edited = fxopt.Plan.load(out / "plan.json")

@@ -14,12 +14,12 @@ from transformers import BertConfig, BertModel
 
 import fxopt
 
-SHAPE = (4, 256)
+SHAPE = (2, 256)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8,
+    config = BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=8,
                         intermediate_size=1024, attn_implementation="eager")  # fmt: skip
     model = BertModel(config).eval()
     batches = [{"input_ids": torch.randint(config.vocab_size, SHAPE)} for _ in range(3)]

@@ -12,7 +12,7 @@ from torch import nn
 from . import training
 from .compiler import Compiler
 from .decide.again import solve_again
-from .frontier import Frontier
+from .frontiers import Frontier
 from .hosted import Optimized, load_into
 from .ir.budget import Budget
 from .ir.errors import FxoptError, PlanError

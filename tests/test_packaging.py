@@ -71,6 +71,12 @@ def test_public_name_resolves(name: str) -> None:
     assert name in dir(fxopt)
 
 
+def test_no_submodule_takes_the_place_of_a_public_name() -> None:
+    # Importing a module `fxopt.plan` would set the package's attribute `plan`, a function before.
+    modules = {path.stem for path in Path(fxopt.__file__).parent.iterdir()}
+    assert modules.isdisjoint(fxopt.__all__)
+
+
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'optimise'"):
         _ = fxopt.optimise

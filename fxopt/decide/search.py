@@ -109,7 +109,8 @@ class Search:
     def _forbidden(self) -> frozenset[tuple[int, int]]:
         """Options that are neither faster nor smaller in a byte row that counts, or whose error
         is no number."""
-        counting = {*self.limits.rows, *(n for n, w in self.limits.objective.items() if w > 1e-3)}
+        # the first of the objective is what is minimised, the others break ties
+        counting = {*self.limits.rows, *[*self.limits.objective][:1]}
         rows = [
             expanded
             for name in sorted(counting & set(BYTE_ROWS))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.fp8_linear.reference import DTYPE, LARGEST
 from .packed import Rounded
-from .registry import references
+from .registry import references, register_ops
 
 OUTPUT = "rounded."
 """How the outputs are called that `expose_roundings` adds."""
@@ -31,6 +31,7 @@ class Aligned(TorchDispatchMode):
         self.choices = list(choices)
         self.slack = tolerance * LARGEST
         self.rounded = rounded
+        register_ops()
         # What these ops do inside is seen where they run as their references.
         self.opened: Mapping[Any, Any] = {
             getattr(torch.ops.fxopt, name).default: references()[name]

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,10 @@ class OnnxReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON takes them."""
+        return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
         made = ", ".join(f"{count} {name}" for name, count in self.contrib.items()) or "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -19,14 +19,18 @@ def rename_dimensions(model: Any, lowered: Lowered) -> None:
             text = str(getattr(dim, "value", dim))
             if text.isidentifier() and text not in names:
                 names[text] = _dimension(value.name, index, len(value.shape), set(names.values()))
-    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or "(?!)")
+    every = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or "(?!)")
     for value in _values(model.graph):
-        if value.shape is None:
-            continue
-        for index, dim in enumerate(value.shape):
-            text = getattr(dim, "value", None)
-            if isinstance(text, str):
-                value.shape[index] = pattern.sub(lambda match: names[match[0]], text)
+        if value.shape is not None:
+            value.shape = _renamed(value.shape, lambda s: every.sub(lambda m: names[m[0]], s))
+
+
+def _renamed(shape: Any, rename: Callable[[str], str]) -> Any:
+    """A copy of a shape: values share theirs with each other and with constants."""
+    import onnx_ir as ir
+
+    sizes = [dim if isinstance(dim, int) else dim.value for dim in shape]
+    return ir.Shape([rename(size) if isinstance(size, str) else size for size in sizes])
 
 
 def _dimension(name: str, index: int, rank: int, taken: set[str]) -> str:

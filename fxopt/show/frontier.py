@@ -17,7 +17,7 @@ RADII = (4.0, 13.0)
 
 
 class Point(Protocol):
-    """What is drawn of a plan; see `fxopt.frontier.Point`."""
+    """What is drawn of a plan; see `fxopt.frontiers.Point`."""
 
     @property
     def latency(self) -> float: ...

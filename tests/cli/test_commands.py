@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,14 +157,27 @@ def test_explain(fxopt: Invoke, saved: Path) -> None:
     assert f"no site {site + 'x'!r}. Did you mean" in error
 
 
-@pytest.mark.parametrize("kind", ["forward", "generate"])
-def test_export(fxopt: Invoke, saved: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.slow
+def test_export_says_what_it_wrote_as_json(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     out = tmp_path / "model.onnx"
-    code, shown, _ = fxopt("export", saved, out, "--kind", kind, "--json")
+    code, shown, _ = fxopt("export", saved, out, "--kind", "generate", "--target", "ort", "--json")
     assert code == 0
-    assert json.loads(shown)["max_difference"] < 1e-4
-    assert out.exists()
+    document = json.loads(shown)
+    assert (document["kind"], document["target"]) == ("generate", "ort")
+    assert document["difference"] < 1e-4
+    assert document["size"] == out.stat().st_size
+    assert "past.0.key" in document["inputs"]
+    assert document["contrib"] or document["notes"]
+
+
+def test_export_says_what_it_wrote(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    code, shown, _ = fxopt("export", saved, tmp_path / "model.onnx")
+    assert code == 0
+    for text in ("forward, target portable, opset 23", "MiB", "contrib operators: none"):
+        assert text in shown
+    assert re.search(r"onnxruntime differs from the module by at most \d\.\de-\d+", shown)
 
 
 def test_a_budget_that_cannot_be_kept_is_code_3(

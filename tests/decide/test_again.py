@@ -64,13 +64,13 @@ def test_another_budget_holds_as_predicted_and_as_realised(
     assert rows["weights"].excess <= 0
 
 
-def test_an_edited_plan_is_predicted_as_it_is_realised(
-    plan: fxopt.Plan, model: Gated, data: list[torch.Tensor]
+@pytest.mark.parametrize("pattern", ["down", "re:gate|up", "re:.*"])
+def test_what_was_locked_by_hand_counts_in_what_is_predicted(
+    plan: fxopt.Plan, model: Gated, data: list[torch.Tensor], pattern: str
 ) -> None:
     edited = plan.model_copy(deep=True)
-    changed = next(d for d in edited.decisions if d.rewritten)
-    edited.lock(changed.key, "keep", family="linear")
-    again = fxopt.solve(edited, fxopt.Budget(weights="90%"))
+    edited.lock(pattern, "keep", family="linear")
+    again = fxopt.solve(edited, fxopt.Budget(weights="100%"))
     opt = fxopt.apply(model, again, example_inputs=data[0], calibration=data)
     rows = {row.name: row for row in fxopt.verify(opt, model, data).rows}
     assert rows["weights"].measured == pytest.approx(predicted(again)["weights"], rel=1e-6)

@@ -51,6 +51,9 @@ def test_what_serves_no_row_is_never_taken() -> None:
     assert forbidden(options, {"error": 1.0, "weights": 90.0}, latency) == {2, 4}
     assert forbidden(options, {"error": 1.0, "kv_cache": 90.0}, latency) == {1, 2}
     assert forbidden(options, {"error": 1.0}, {"memory": 1.0}) == {2}
+    # as the compiler weighs them: one over what the original takes, ties in thousandths
+    assert forbidden(options, {"error": 1.0}, {"memory": 1e-8, "latency": 1e-3}) == {2}
+    assert forbidden(options, {"error": 1.0}, {"latency": 1.0, "memory": 1e-11}) == {1, 2, 4}
 
 
 @pytest.mark.parametrize("prior", [math.nan, math.inf])

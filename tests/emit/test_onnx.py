@@ -32,6 +32,7 @@ def generation(rewritten, tmp_path_factory) -> OnnxReport:
     return rewritten().export_onnx(tmp_path_factory.mktemp("onnx") / "g.onnx", kind="generate")
 
 
+@pytest.mark.slow
 def test_forward_of_a_vit(case, tmp_path):
     opt = case("vit").emit()
     report = opt.export_onnx(tmp_path / "vit.onnx")
@@ -48,6 +49,7 @@ def test_forward_of_a_vit(case, tmp_path):
         torch.testing.assert_close(found, opt(images).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_forward_of_a_rewritten_llama(rewritten, tmp_path):
     opt = rewritten()
     report = opt.export_onnx(tmp_path / "llama.onnx")
@@ -73,6 +75,7 @@ def test_forward_of_a_rewritten_llama(rewritten, tmp_path):
         torch.testing.assert_close(found, opt(ids).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_generation_is_one_file_with_named_state(generation, rewritten):
     model = onnx.load(generation.path)
     inputs, outputs = shapes(model.graph.input), shapes(model.graph.output)
@@ -93,6 +96,7 @@ def test_generation_is_one_file_with_named_state(generation, rewritten):
     assert dtypes["past.0.key"] == onnx.TensorProto.UINT8
 
 
+@pytest.mark.slow
 def test_prefill_and_ten_steps_with_the_modules_packed_bytes(generation, rewritten):
     opt, run = rewritten(), Session(generation.path)
     lowered = Lowered(opt.program, opt.program.tree.collect(opt), "generate", torch.float32)
@@ -188,6 +192,55 @@ def test_an_op_without_a_reference_is_named_with_its_site(tmp_path):
     with pytest.raises(ExportError, match=r"1: fxopt::untraceable_for_test .*linear\.odd"):
         opt.export_onnx(tmp_path / "odd.onnx")
     assert os.listdir(tmp_path) == []
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(3))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return x * self.calls
+
+
+def test_a_buffer_that_the_forward_changes_is_named(tmp_path):
+    x = torch.randn(4, 3)
+    captured = capture(Counting(), x)
+    opt = emit(captured, GraphEditor(captured), Counting())
+    with pytest.raises(ExportError, match=r"the forward changes calls .*nothing was written"):
+        opt.export_onnx(tmp_path / "counting.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def small():
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), torch.randn(4, 6)
+    captured = capture(model, x)
+    return emit(captured, GraphEditor(captured), model)
+
+
+def test_large_weights_lie_beside_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("fxopt.emit.onnx.EXTERNAL_BYTES", 64)
+    opt = small()
+    report = opt.export_onnx(tmp_path / "model.onnx")
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["model.onnx", "model.onnx.data"]
+    assert report.size == sum(file.stat().st_size for file in files)
+    x = torch.randn(7, 6)
+    (found,) = Session(report.path).run({report.inputs[0]: x}).values()
+    with torch.no_grad():
+        torch.testing.assert_close(found, opt(x))
+
+
+@pytest.mark.parametrize("threshold", [64, 2**30])
+def test_a_file_that_differs_is_not_left_behind(tmp_path, monkeypatch, threshold):
+    monkeypatch.setattr("fxopt.emit.onnx.EXTERNAL_BYTES", threshold)
+    monkeypatch.setattr("fxopt.emit.onnx.TOLERANCE", -1.0)
+    (tmp_path / "model.onnx").write_bytes(b"of another day")
+    with pytest.raises(ExportError, match=r"onnxruntime differs .*nothing was written"):
+        small().export_onnx(tmp_path / "model.onnx")
+    assert os.listdir(tmp_path) == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"of another day"
 
 
 def test_wrong_requests(case, tmp_path):

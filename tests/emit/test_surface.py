@@ -99,6 +99,26 @@ def test_the_interface_of_lm_eval(case, tokenizer):
     assert got.generate_until(PROMPTS, "x") == want.generate_until(PROMPTS, "x")
 
 
+def test_lm_eval_scores_an_optimised_module(rewritten, tokenizer):
+    """The real thing, where lm_eval is installed: no extra brings it."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    module = rewritten()
+    asked = [("the quick", " brown fox"), ("dog", " jumps over")]
+    judge = HFLM(pretrained=module, tokenizer=tokenizer, backend="causal", batch_size=1)
+    found = judge.loglikelihood([Instance("loglikelihood", {}, a, 0) for a in asked])
+    for (context, continuation), (score, greedy) in zip(asked, found, strict=True):
+        ids, whole = (tokenizer(t)["input_ids"] for t in (context, context + continuation))
+        with torch.no_grad():
+            logits = module(torch.tensor([whole[:-1]])).logits[0, len(ids) - 1 :]
+        added = torch.tensor(whole[len(ids) :])
+        want = logits.log_softmax(-1).gather(1, added[:, None]).sum().item()
+        assert score == pytest.approx(want, abs=1e-4)
+        assert greedy == torch.equal(logits.argmax(-1), added)
+
+
 def trainer(model, data, tmp_path, **options):
     arguments = hf.TrainingArguments(
         str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
