@@ -217,7 +217,10 @@ assert "triton" not in sys.modules and "fxopt.kernels.low_rank_linear" not in sy
 @pytest.mark.parametrize(
     ("call", "folders"),
     [
-        ("attend(%q, %k, %v, state=%past, layout='k4v4')", ["kv_attention", "kv_append", "kv_int8"]),
+        (
+            "attend(%q, %k, %v, state=%past, layout='k4v4')",
+            ["kv_attention", "kv_append", "kv_int8"],
+        ),
         ("attend(%q, %k, %v, window=(16,))", ["attention"]),
         ("fxopt.quantized_linear(%x, w u8[8, 8])", ["quantized_linear"]),
         ("fxopt.chunked(%x)", []),
