@@ -91,6 +91,7 @@ class Session:
                 module, rows = self._verified(trial)
                 excess = max((row.excess for row in rows if row.limit is not None), default=0.0)
                 if excess <= 0:
+                    self._warn()
                     return module
                 if nearest is None or excess < nearest[0]:
                     nearest = (excess, module, rows)
@@ -99,6 +100,12 @@ class Session:
             self._correct(found, rows)
         assert nearest is not None
         raise _budget_error(nearest[1], nearest[2])
+
+    def _warn(self) -> None:
+        """Say once what the taken plan's measurement leaves open."""
+        for note in self.measurer.notes:
+            if note.startswith("calibration:"):
+                logger.warning(note)
 
     def _nearest(self) -> list[Trial]:
         """Where nothing holds: the trials to verify, the model as it is among them."""
@@ -110,9 +117,6 @@ class Session:
         editor = self.compiler.realise(proposals)
         module = self.compiler.emit(editor)
         measured = self.measurer.contract(editor, module)
-        for note in self.measurer.notes:
-            if note.startswith("calibration:"):
-                logger.warning(note)
         rows = self.measurer.rows(trial.predicted, measured)
         module.plan = self.plan_of(trial, rows, editor, module)
         module.report = Report(rows, self._notes())

@@ -109,6 +109,22 @@ def test_improve_gives_the_nearest_where_nothing_holds() -> None:
     assert best.excess == min(trial.excess for trial in search.trials)
 
 
+def test_improve_tries_what_errs_least_where_the_best_always_miss_by_a_little() -> None:
+    groups = [[KEEP, column(f"fast{i}", 0.1 + 0.01 * i, 50, 100, 0.02)] for i in range(30)]
+    limits = Limits({"weights": 2800.0, "error": 0.5}, {}, {"latency": 1.0})
+    search = Search(table(*groups), limits)
+
+    def measure(choice: Choice) -> dict[str, float]:
+        rewritten = sum(choice)
+        weights = float(sum(c.cost.weight_bytes for c in search.columns(choice)))
+        return {"weights": weights, "error": 0.501 if rewritten > 4 else 0.02 * rewritten}
+
+    best = improve(search, measure, deadline=math.inf)
+    assert best is not None
+    assert best.excess <= 0
+    assert sum(best.choice) == 4
+
+
 def test_improve_stops_at_the_deadline_with_one_measured_choice() -> None:
     search, measure = search_of(60.0)
     improve(search, measure, deadline=time.monotonic() - 1)
