@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._triton import few_rows
 from fxopt.kernels._triton.common import DOT_UPCAST, dot, tile
+from fxopt.kernels._triton.few_rows import Chain, Layout
 
 
 @triton.jit
@@ -48,24 +50,40 @@ def monarch_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) 
     count = len(rows)
     hidden = x.new_empty((blocks, count, inner))
     right, left = right.contiguous(), left.contiguous()
-    block_m = tile(count)
-
-    def launch(n: int, k: int, *arguments: object) -> None:
-        block_n = tile(n)
-        grid = (triton.cdiv(count, block_m), triton.cdiv(n, block_n), blocks)
-        _blocks_kernel[grid](
-            *arguments, HAS_BIAS=arguments[2] is not None, UPCAST=DOT_UPCAST,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=tile(k),
-        )  # fmt: skip
-
-    launch(
-        inner, in_width,
-        rows, right, None, hidden, count, inner, in_width,
-        in_width, blocks * in_width, rank, inner, count * inner, rank,
-    )  # fmt: skip
-    launch(
-        out_width, inner,
-        hidden, left, bias, y, count, out_width, inner,
-        count * inner, inner, out_width, blocks * out_width, 0, out_width,
-    )  # fmt: skip
+    read = Layout(in_width, blocks * in_width)
+    swapped = Layout(rank, inner, count * inner, rank)
+    whole, written = Layout(count * inner, inner), Layout(out_width, blocks * out_width)
+    if count <= few_rows.ROWS:
+        first, second = (
+            few_rows.configuration(w.shape[0] * w.shape[1], w.shape[2], w.itemsize, x.device)
+            for w in (right, left)
+        )
+        starts, waits = Chain(starts=True), Chain(waits=True)
+        one, other = first._replace(splits=1), second._replace(splits=1)
+        few_rows.launch(rows, read, right, None, hidden, swapped, count, one, starts)
+        few_rows.launch(hidden, whole, left, bias, y, written, count, other, waits)
+        return y
+    _launch(rows, read, right, None, hidden, swapped, count)
+    _launch(hidden, whole, left, bias, y, written, count)
     return y
+
+
+def _launch(
+    x: Tensor,
+    x_layout: Layout,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    y_layout: Layout,
+    rows: int,
+) -> None:
+    batch, columns, depth = w.shape
+    block_m, block_n, block_k = tile(rows, most=128), tile(columns, most=128), tile(depth)
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n), batch)
+    _blocks_kernel[grid](
+        x, w, bias, y, rows, columns, depth, x_layout.batch, x_layout.row,
+        y_layout.batch, y_layout.row, y_layout.part, min(y_layout.width, columns),
+        HAS_BIAS=bias is not None, UPCAST=DOT_UPCAST, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_K=block_k, num_warps=warps, num_stages=4 if w.itemsize < 4 else 2,
+    )  # fmt: skip

@@ -137,6 +137,20 @@ def test_kernel_rounds_rows_as_the_reference_does(dtype: torch.dtype) -> None:
     assert same.all() if DEVICE == "cuda" else same.float().mean() > 0.9
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_kernel_of_few_rows(rows: int) -> None:
+    pytest.importorskip("triton")
+    from fxopt.kernels.fp8_linear import triton
+
+    x = torch.randn(rows, 96, device=DEVICE).to(torch.bfloat16)
+    bias = torch.randn(50, device=DEVICE).to(torch.bfloat16)
+    weight, scale = stored(torch.randn(50, 96, device=DEVICE))
+    y, expected = triton.fp8_linear(x, weight, scale, bias), REFERENCE(x, weight, scale, bias)
+    # the interpreter's casts to e4m3 are not exact
+    limit = 0.01 if DEVICE == "cuda" else 0.05
+    assert (y - expected).float().norm() <= limit * expected.float().norm()
+
+
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
@@ -144,7 +158,7 @@ from triton.compiler import ASTSource
 from fxopt.kernels.fp8_linear.triton import LARGEST, LEAST
 from fxopt.kernels.fp8_linear.triton import _quantize_rows_kernel as kernel
 
-constants = dict(LARGEST=LARGEST, LEAST=LEAST, BLOCK_K=256)
+constants = dict(LARGEST=LARGEST, LEAST=LEAST, STARTS=True, BLOCK_K=256)
 signature = dict(x="*bf16", y="*fp8e4nv", scale="*fp32", K="i32")
 signature |= dict.fromkeys(constants, "constexpr")
 values = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
