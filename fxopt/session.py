@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from . import evidence
 from .compiler import Compiler
+from .decide.again import note_totals
 from .decide.decisions import refusals
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
@@ -164,6 +165,7 @@ class Session:
             notes=[*self._notes(), *evidence.notes(shown["decisions"])],
             **shown,
         )
+        note_totals(made)
         made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
         return made
 

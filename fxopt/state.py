@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class State:
@@ -18,23 +18,18 @@ class State:
         self._held = [(module, dict(module._buffers)) for module in model.modules()]
         tensors = {id(t): t for _, held in self._held for t in held.values() if t is not None}
         self._kept = [(t, t.detach().clone()) for t in tensors.values()]
-        self._versions = [_version(t) for t, _ in self._kept]
 
     def rewind(self) -> None:
-        """Put back what was written since; costs nothing where nothing was."""
+        """Put back what was written since."""
         for module, held in self._held:
             if any(module._buffers.get(name) is not tensor for name, tensor in held.items()):
                 module._buffers.update(held)
+        # Values are compared, as batch norm writes its statistics without counting a version; what
+        # did not change is not written, as it may be saved for a backward of the caller's.
         with torch.no_grad():
-            for i, (tensor, kept) in enumerate(self._kept):
-                if _version(tensor) != self._versions[i]:
+            for tensor, kept in self._kept:
+                if not torch.equal(tensor, kept):
                     tensor.copy_(kept)
-                    self._versions[i] = _version(tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    # Nothing writes to an inference tensor outside of inference mode, and it counts no versions.
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

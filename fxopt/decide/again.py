@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..ir.budget import Budget
 from ..ir.cost import Cost
@@ -13,7 +13,7 @@ from ..ir.plan import Plan
 from .quality import QUALITIES, Quality
 from .solve import Group, Option, Problem, Row, nearest, solve, total
 
-PEAKS = ("activations", "memory")
+RESOURCES = ("latency", "weights", "kv_cache", "memory")
 
 
 def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0) -> Plan:
@@ -50,20 +50,24 @@ def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float =
 
 def _columns(decision: Decision) -> list[Alternative]:
     """What can stand at a site: first what keeps it, where it may be kept; locked: one."""
-    mine = Alternative(
-        rewrite=decision.rewrite, label=decision.label, parameters=decision.parameters,
-        version=decision.version, cost=decision.cost, error=decision.error,
-    )  # fmt: skip
+    mine = _now(decision)
     if decision.locked:
         return [mine]
     others = [a for a in decision.alternatives if a.error is not None and math.isfinite(a.error)]
     return sorted([mine, *others], key=lambda a: a.rewrite != KEEP)
 
 
+def _now(decision: Decision) -> Alternative:
+    return Alternative(
+        rewrite=decision.rewrite, label=decision.label, parameters=decision.parameters,
+        version=decision.version, cost=decision.cost, error=decision.error,
+    )  # fmt: skip
+
+
 def _amounts(option: Alternative, plan: Plan) -> dict[str, float]:
     cost: Cost = option.cost
     return {
-        "error": max(option.error or 0.0, 0.0) * _scale(plan),
+        "error": max(option.error or 0.0, 0.0) * plan.error_scale,
         "latency": cost.seconds,
         "weights": float(cost.weight_bytes),
         "kv_cache": float(cost.state_bytes),
@@ -76,14 +80,24 @@ def _quality(plan: Plan) -> Quality:
     return Quality(QUALITIES[row], per_position=False)
 
 
-def _scale(plan: Plan) -> float:
-    """By how much the whole plan errs more than its sites added up."""
-    alone = sum(max(d.error or 0.0, 0.0) for d in plan.decisions if d.rewritten)
-    row = next((r for r in plan.totals if r.name in QUALITIES), None)
-    value = None if row is None else row.predicted if row.measured is None else row.measured
-    if value is None or alone <= 0:
-        return 1.0
-    return _quality(plan).additive(value) / alone
+def note_totals(plan: Plan) -> None:
+    """Keep what the totals say beyond the sites' own costs and errors, as long as the two belong
+    together: an edited decision changes the latter alone."""
+    known = {row.name: _value(row) for row in plan.totals}
+    taken = [_amounts(_now(decision), plan) for decision in plan.decisions]
+    alone = sum(amounts["error"] for amounts in taken)
+    plan.outside = {
+        name: value - sum(amounts[name] for amounts in taken)
+        for name, value in known.items()
+        if value is not None and name in RESOURCES
+    }
+    whole = next((known[name] for name in known if name in QUALITIES), None)
+    if whole is not None and alone > 0:
+        plan.error_scale = _quality(plan).additive(whole) / alone
+
+
+def _value(row: RowResult) -> float | None:
+    return row.predicted if row.measured is None else row.measured
 
 
 def _limits(plan: Plan, budget: Budget) -> dict[str, float]:
@@ -107,29 +121,14 @@ def _limits(plan: Plan, budget: Budget) -> dict[str, float]:
     return rows
 
 
-def _constants(plan: Plan, rows: Mapping[str, float]) -> dict[str, float]:
+def _constants(plan: Plan, rows: Iterable[str]) -> dict[str, float]:
     """What the model takes in each row beyond its sites."""
-    totals = {row.name: row for row in plan.totals}
-    found: dict[str, float] = {}
-    for name in rows:
-        if name == "error":
-            found[name] = 0.0
-            continue
-        row = totals.get(name)
-        value = None if row is None else row.predicted if row.measured is None else row.measured
-        if value is None:
-            raise PlanError(
-                f"Budget.{name}: this plan was made without that row; make a plan with fxopt.plan"
-            )
-        taken = [_amounts(_columns(d)[_now(d)], plan)[name] for d in plan.decisions]
-        found[name] = value - sum(taken)
-    return found
-
-
-def _now(decision: Decision) -> int:
-    """Which of a decision's columns it is."""
-    mine = (decision.rewrite, decision.label)
-    return [(c.rewrite, c.label) for c in _columns(decision)].index(mine)
+    missing = [name for name in rows if name != "error" and name not in plan.outside]
+    if missing:
+        raise PlanError(
+            f"Budget.{missing[0]}: this plan was made without that row; make a plan with fxopt.plan"
+        )
+    return {name: plan.outside.get(name, 0.0) for name in rows}
 
 
 def _objective(plan: Plan, budget: Budget) -> dict[str, float]:

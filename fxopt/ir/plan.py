@@ -38,7 +38,9 @@ class Plan(PlanModel):
     `at` names the submodule that alone is rewritten, if any: keys and fingerprints are of that
     one. `fingerprint_structure` names the graph (always checked by `apply`), `fingerprint_weights`
     the values (checked where prepared `tensors` exist). `totals` are the rows of the budget, in
-    the units that `RowResult` names, `baseline` what shares refer to. `tensors` is what calibrated
+    the units that `RowResult` names, `baseline` what shares refer to; `outside` is what the model
+    takes in a row beyond its sites, and the whole erred `error_scale` times as much as its sites
+    added up: with these `fxopt.solve` decides again. `tensors` is what calibrated
     choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
     SHA-256 of that file.
     `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
@@ -57,6 +59,8 @@ class Plan(PlanModel):
     refusals: list[Refused] = Field(default_factory=list[Refused])
     totals: list[RowResult] = Field(default_factory=list[RowResult])
     baseline: dict[str, float] = Field(default_factory=dict[str, float])
+    outside: dict[str, float] = Field(default_factory=dict[str, float])
+    error_scale: float = 1.0
     notes: list[str] = Field(default_factory=list[str])
     prepared: str | None = None
     trials: list[Trial] = Field(default_factory=list[Trial])

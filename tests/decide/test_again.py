@@ -64,6 +64,18 @@ def test_another_budget_holds_as_predicted_and_as_realised(
     assert rows["weights"].excess <= 0
 
 
+def test_an_edited_plan_is_predicted_as_it_is_realised(
+    plan: fxopt.Plan, model: Gated, data: list[torch.Tensor]
+) -> None:
+    edited = plan.model_copy(deep=True)
+    changed = next(d for d in edited.decisions if d.rewritten)
+    edited.lock(changed.key, "keep", family="linear")
+    again = fxopt.solve(edited, fxopt.Budget(weights="90%"))
+    opt = fxopt.apply(model, again, example_inputs=data[0], calibration=data)
+    rows = {row.name: row for row in fxopt.verify(opt, model, data).rows}
+    assert rows["weights"].measured == pytest.approx(predicted(again)["weights"], rel=1e-6)
+
+
 def test_looser_limits_never_err_more(plan: fxopt.Plan) -> None:
     shares = [25, 35, 50, 65, 80, 100]
     errors: list[float] = []

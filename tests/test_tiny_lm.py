@@ -1,0 +1,183 @@
+"""The trained model from end to end: what is priced is measured, what is measured is so."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import fxopt
+from fxopt.compiler import Compiler
+from fxopt.decide.table import Column
+from fxopt.request import resolve
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LENGTH, PROMPT = 640, 600
+SINK, WINDOW = 16, 256
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    path = EXAMPLES / "tiny_lm"
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def data() -> list[dict[str, Tensor]]:
+    sys.path.insert(0, str(EXAMPLES))
+    from tiny_lm_data import heldout_windows
+
+    return [{"input_ids": row[None]} for row in heldout_windows(LENGTH)[20:26]]
+
+
+def options(data: list[dict[str, Tensor]], *rewrites: str) -> dict[str, Any]:
+    return {
+        "example_inputs": data[0],
+        "workload": fxopt.Generate(batch=1, prompt=PROMPT, new_tokens=LENGTH - PROMPT),
+        "calibration": data,
+        "rewrites": list(rewrites),
+    }
+
+
+@pytest.fixture(scope="module")
+def windowed(model: Any, data: list[dict[str, Tensor]]) -> Any:
+    budget = fxopt.Budget(kl=0.05)
+    return fxopt.optimize(model, budget, **options(data, "attention.window"))
+
+
+@pytest.fixture(scope="module")
+def packed(model: Any, data: list[dict[str, Tensor]]) -> Any:
+    budget = fxopt.Budget(kl=0.05, kv_cache="60%", weights="60%")
+    rewrites = ("attention.window", "kv_cache.blocks", "linear.quantized")
+    return fxopt.optimize(model, budget, **options(data, *rewrites))
+
+
+def test_priors_rank_what_is_measured(model: Any, data: list[dict[str, Tensor]]) -> None:
+    """Fisher-Taylor estimates from one backward pass, against swapping that site alone."""
+    wanted = options(
+        data, "attention.window", "kv_cache.blocks", "linear.low_rank", "linear.quantized"
+    )
+    more = {"keep": (), "at": None, "seed": 0, "time_limit": None}
+    compiler = Compiler(
+        resolve(model, fxopt.Budget(kl=0.05), wanted.pop("example_inputs"), **wanted, **more)
+    )
+    inexact = [c for columns in compiler.table().columns for c in columns if c.prior > 0]
+    picked: list[Column] = sorted(inexact, key=lambda c: c.prior)[:: max(1, len(inexact) // 48)]
+    measured = [compiler.measure_column(column) for column in picked]
+    assert len(picked) >= 48
+    assert spearmanr([c.prior for c in picked], measured).statistic >= 0.8
+
+
+def test_the_reported_kl_is_that_of_decoding_token_by_token(
+    model: Any, packed: Any, data: list[dict[str, Tensor]]
+) -> None:
+    """The contract measures a packed cache in one pass; here it is filled and read as it grows."""
+    assert any(d.family == "kv_cache" for d in packed.plan.rewritten)
+    verified = data[-2:]  # the third part of the split
+    found = [kl(model, packed, batch["input_ids"]) for batch in verified]
+    (row,) = [row for row in packed.report.rows if row.name == "kl"]
+    assert row.measured == pytest.approx(torch.cat(found).mean().item(), rel=1e-3)
+
+
+@torch.no_grad()
+def kl(model: Any, opt: Any, ids: Tensor) -> Tensor:
+    """KL(original || rewritten) at each decoded token, [tokens]."""
+    expected = model(ids).logits[0, PROMPT:].double().log_softmax(-1)
+    step = opt(input_ids=ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+    logits: list[Tensor] = []
+    for i in range(PROMPT, LENGTH):
+        cache = step.past_key_values
+        step = opt(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        logits.append(step.logits[0])
+    found = torch.cat(logits).double().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1)
+
+
+@pytest.fixture
+def reference(model: Any, windowed: Any) -> Iterator[Any]:
+    """The original model with Hugging Face's own attention under masks made by hand."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    chosen = {d.key for d in windowed.plan.rewritten}
+    ALL_ATTENTION_FUNCTIONS["windowed_reference"] = _masked(chosen)
+    masked = copy.deepcopy(model)
+    masked.config._attn_implementation = "windowed_reference"
+    yield masked
+    del ALL_ATTENTION_FUNCTIONS["windowed_reference"]
+
+
+def _masked(chosen: set[str]) -> Callable[..., tuple[Tensor, None]]:
+    def attention(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any
+    ) -> tuple[Tensor, None]:
+        heads, keys = k.shape[1], k.shape[2]
+        distance = torch.arange(keys - q.shape[2], keys)[:, None] - torch.arange(keys)
+        name = f"model.layers.{module.layer_idx}.self_attn/kv="
+        near = (distance < WINDOW) | (torch.arange(keys) < SINK)
+        seen = torch.stack([near if name + str(h) in chosen else near | True for h in range(heads)])
+        seen = (seen & (distance >= 0)).repeat_interleave(module.num_key_value_groups, 0)
+        k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
+        scores = (q @ k.mT * module.scaling).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def test_windows_are_chosen_by_head_and_are_what_they_say(
+    windowed: Any, reference: Any, data: list[dict[str, Tensor]]
+) -> None:
+    heads = [d for d in windowed.plan.decisions if d.family == "attention"]
+    chosen = [d for d in heads if d.rewritten]
+    assert 0 < len(chosen) < len(heads)
+    assert {d.label for d in chosen} == {f"w{WINDOW}+s{SINK}"}
+    assert all(row.excess <= 0 for row in windowed.report.rows)
+    ids = data[3]["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(windowed(ids).logits, reference(ids).logits, rtol=0, atol=2e-4)
+    arguments = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    expected = reference.generate(ids[:, :500], **arguments)
+    assert torch.equal(windowed.generate(ids[:, :500], **arguments), expected)
+
+
+def test_windows_are_saved_loaded_and_exported(
+    windowed: Any, data: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    windowed.save(tmp_path / "saved")
+    loaded = fxopt.load(tmp_path / "saved")
+    ids = data[1]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, windowed(ids).logits)
+    assert [row.name for row in loaded.report.rows] == [row.name for row in windowed.report.rows]
+    assert windowed.export_onnx(tmp_path / "forward.onnx").difference < 1e-4
+
+
+def test_a_packed_model_is_saved_loaded_generates_and_is_exported(
+    packed: Any, data: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    packed.save(tmp_path / "saved")
+    loaded = fxopt.load(tmp_path / "saved")
+    ids = data[2]["input_ids"][:, :400]
+    arguments = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    expected = packed.generate(ids, **arguments)
+    assert torch.equal(loaded.generate(ids, **arguments), expected)
+    report = packed.export_onnx(tmp_path / "generate.onnx", kind="generate")
+    assert report.difference < 1e-4
+
+
+def test_compiled_in_one_graph_it_is_the_same(packed: Any, data: list[dict[str, Tensor]]) -> None:
+    ids = data[0]["input_ids"]
+    compiled = torch.compile(packed, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=1e-4, atol=1e-3
+        )
