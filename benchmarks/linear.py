@@ -1,7 +1,7 @@
 """Linear kernels against cuBLAS bf16 on a GPU: correctness, then time by shape and rows.
 
     python benchmarks/linear.py [--only int4] [--out linear.jsonl]
-    python benchmarks/linear.py --sweep decode|small|few      # configurations of a kernel
+    python benchmarks/linear.py --sweep decode|decode8|small|few|fp8   # a kernel's configurations
 
 Each time is that of one call among many in a CUDA graph, where every call has a weight of its
 own: together they are several times the second-level cache, so weights come from memory, as in a
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.kernels._triton import few_rows
+from fxopt.kernels._triton import few_rows, vector
 from fxopt.kernels.fp8_linear import dequantize as dequantize_fp8
 from fxopt.kernels.fp8_linear import fp8_linear, row_scale
 from fxopt.kernels.fp8_linear import quantize as quantize_fp8
@@ -38,6 +38,7 @@ from fxopt.kernels.low_rank_linear import low_rank_linear
 from fxopt.kernels.low_rank_linear import triton as low_rank_triton
 from fxopt.kernels.monarch_linear import REFERENCE as monarch_reference
 from fxopt.kernels.monarch_linear import dense, monarch_linear
+from fxopt.kernels.monarch_linear import triton as monarch_triton
 from fxopt.kernels.quantized_linear import dequantize, quantize, quantized_linear
 from fxopt.kernels.quantized_linear import triton as quantized_triton
 
@@ -103,7 +104,11 @@ def float8() -> Kernel:
     def restored(weight: Tensor, scale: Tensor) -> Tensor:
         return dequantize_fp8(weight, scale).double()
 
-    return Kernel(make, op, restored, {"quantise + _scaled_mm": (1, 16, library)})
+    parts = {
+        "quantise + few rows": (1, 16, lambda x, *w: fp8_triton.fp8_linear(x, *w, None)),
+        "quantise + _scaled_mm": (1, 16, library),
+    }
+    return Kernel(make, op, restored, parts)
 
 
 def low_rank() -> Kernel:
@@ -131,7 +136,15 @@ def monarch() -> Kernel:
         make,
         lambda x, *weight: monarch_linear(x, *weight, None),
         lambda right, left: dense(right.double(), left.double()),
-        {"bmm": (1, 4096, lambda x, *w: monarch_reference(x, *w, None))},
+        {
+            "bmm": (1, 4096, lambda x, *w: monarch_reference(x, *w, None)),
+            "kernel": (17, 4096, lambda x, *w: monarch_triton.monarch_linear(x, *w, None)),
+            "kernel, 256 wide": (
+                17,
+                4096,
+                lambda x, *w: monarch_triton.monarch_linear(x, *w, None, 256),
+            ),
+        },
     )
 
 
@@ -245,24 +258,48 @@ Sweep = tuple[tuple[tuple[int, int], ...], tuple[int, ...], list[Any]]
 def sweeps(name: str) -> Sweep:
     """Shapes, rows and configurations."""
     product, make = itertools.product, quantized_triton.Configuration
-    if name == "decode":
+    if name.startswith("decode"):
         found = [
-            *(make(16, 32, 64, *c) for c in product((1, 2, 4), (2, 4), (6, 10), (1,))),
-            *(make(16, 64, 64, *c) for c in product((1, 2, 4, 8), (4,), (4, 7), (1, 2))),
-            *(make(16, 128, 64, *c) for c in product((2, 4, 8), (4, 8), (4, 6), (1,))),
-            *(make(16, 64, 64, s, 4, 5, 1, True) for s in (1, 2, 4)),
-            *(make(16, 64, 32, s, 4, 7, 2) for s in (2, 4)),
+            *(vector.Vector(n, k, 4) for n, k in product((2, 4, 8, 16), (1024, 2048))),
+            *(vector.Vector(n, 512, 2) for n in (4, 8)),
+            *(vector.Vector(n, 2048, 8) for n in (4, 8)),
+            *(vector.Vector(n, 1024, 4, 3) for n in (4, 8)),
+            *(vector.Vector(n, 8192, 8) for n in (2, 4)),
+            *(make(16, 64, 64, splits, 4, 4) for splits in (1, 2, 4, 8)),
+            *(make(16, 128, 64, splits, 4, 4) for splits in (2, 4)),
+            make(16, 32, 64, 4, 2, 6),
+            *(make(16, 64, 64, s, 4, n, 1, False, True) for s, n in product((1, 2, 4, 8), (4, 6))),
+            *(make(16, 64, 64, s, 4, 4, 1, True, True) for s in (2, 4)),
+            *(make(16, 128, 64, s, w, 4, 1, False, True) for s, w in product((2, 4), (4, 8))),
         ]
-        return SHAPES, (1, 16), found
+        if name == "decode8":
+            found += [make(16, n, 128, s, 4, 3) for n, s in product((64, 128), (2, 4))]
+            found += [make(16, 64, 128, s, 4, 3, 1, False, True) for s in (2, 4)]
+        return SHAPES, (1, 2, 4, 16), found
     if name == "small":
         found = [
-            *(make(m, n, 64, s, 4, 4, 1, True) for m, n, s in product((32, 64), (64, 128), (1, 2))),
-            *(make(128, n, 64, s, w, 3, 1, True) for n, s, w in product((64, 128), (1, 2), (4, 8))),
-            *(make(256, n, 64, s, 8, 3, 1, True) for n, s in product((64, 128), (1, 2, 4))),
-            make(128, 128, 64, 1, 8, 4, 1, True),
-            make(128, 256, 64, 1, 8, 3, 1, True),
+            *(make(m, 64, 64, s, 4, 4, 1, True) for m, s in product((32, 64), (1, 2))),
+            make(128, 64, 64, 1, 4, 3, 1, True),
+            make(128, 64, 64, 2, 4, 3, 1, True),
+            *(
+                make(m, 64, 64, s, 4, 4, 1, first, True)
+                for m, s, first in product((32, 64), (1, 2, 4), (True, False))
+            ),
+            *(make(m, 128, 64, s, 8, 4, 1, True, True) for m, s in product((32, 64), (2, 4))),
+            *(make(128, 64, 64, s, 4, 4, 1, True, True) for s in (1, 2, 4)),
+            *(make(128, 128, 64, s, 8, 4, 1, True, True) for s in (1, 2, 4)),
+            *(
+                make(256, n, 64, s, n // 16, 3, 1, True, True)
+                for n, s in product((64, 128), (1, 2, 4))
+            ),
         ]
         return SHAPES, (32, 64, 256), found
+    if name == "fp8":
+        found = [
+            *(fp8_triton.Vector(n, k, 4) for n, k in product((2, 4, 8), (1024, 2048))),
+            *(fp8_triton.Vector(n, k, 8) for n, k in product((2, 4, 8), (2048, 4096))),
+        ]
+        return SHAPES, (1,), found
     shapes = ((4096, 1024), (1024, 4096), (4096, 1536), (1536, 14336), (14336, 1536))
     found = [
         few_rows.Configuration(n, k, splits, 4, stages)
@@ -272,15 +309,29 @@ def sweeps(name: str) -> Sweep:
     return shapes, (1, 16), found
 
 
-def configured(name: str, chosen: Any) -> tuple[Callable[[int, int], Weight], Call]:
-    """How a weight of the swept kernel is made, and the kernel with one configuration."""
+def configured(name: str, chosen: Any) -> Call:
+    """The swept kernel with one configuration."""
     if name == "few":
-        return lambda k, n: (random(n, k),), lambda x, w: few_rows.linear(
+        return lambda x, w: few_rows.linear(
             x, w, None, x.new_empty((len(x), len(w))), chosen=chosen
         )
-    return KERNELS["int4"]().make, lambda x, *w: quantized_triton.quantized_linear(
-        x, *w, None, 4, 128, chosen
-    )
+    if name == "fp8":
+        return lambda x, *w: fp8_triton.one_row(x, *w, None, chosen)
+    bits = 8 if name == "decode8" else 4
+    return lambda x, *w: quantized_triton.quantized_linear(x, *w, None, bits, 128, chosen)
+
+
+SWEPT = {
+    "decode": KERNELS["int4"],
+    "decode8": KERNELS["int8"],
+    "small": KERNELS["int4"],
+    "few": lambda: Kernel(lambda k, n: (random(n, k),), F.linear, lambda w: w.double(), {}),
+    "fp8": KERNELS["fp8"],
+}
+
+
+def serves(chosen: Any, rows: int) -> bool:
+    return rows <= vector.ROWS or not isinstance(chosen, vector.Vector)
 
 
 def compile_one(name: str, chosen: Any) -> tuple[Any, str]:
@@ -289,11 +340,15 @@ def compile_one(name: str, chosen: Any) -> tuple[Any, str]:
     shapes, rows, _ = sweeps(name)
     k, n = min(shapes)
     try:
-        make, call = configured(name, chosen)
-        weight, x = make(k, n), random(max(rows), k)
-        restored = weight[0].double() if name == "few" else KERNELS["int4"]().restored(*weight)
-        seen = error(call(x, *weight), x, restored)
-        return chosen, "" if seen <= 6 else f"error {seen:.3g}"
+        kernel, call = SWEPT[name](), configured(name, chosen)
+        weight = kernel.make(k, n)
+        for count in rows:
+            if serves(chosen, count):
+                x = random(count, k)
+                seen = error(call(x, *weight), x, kernel.restored(*weight))
+                if not seen <= (40 if name == "fp8" else 6):
+                    return chosen, f"error {seen:.3g} at {count} rows"
+        return chosen, ""
     except Exception as problem:
         return chosen, f"{type(problem).__name__}: {str(problem)[:100]}"
 
@@ -310,22 +365,27 @@ def sweep(name: str) -> None:
     print(f"{len(good)} of {len(found)} built in {time.perf_counter() - begin:.0f} s", flush=True)
     baseline = bf16(shapes, rows)
     for k, n in shapes:
-        weights = copies(configured(name, None)[0](k, n))
+        weights = copies(SWEPT[name]().make(k, n))
         for count in rows:
             x = random(count, k)
             times = sorted(
-                (milliseconds(configured(name, chosen)[1], x, weights), chosen) for chosen in good
+                (
+                    (milliseconds(configured(name, c), x, weights), c)
+                    for c in good
+                    if serves(c, count)
+                ),
+                key=lambda timed: timed[0],
             )
             dense_ms = baseline[k, n, count]
-            print(f"\n{k} x {n}, {count} rows, bf16 {1000 * dense_ms:.2f} us; {good[0]._fields}")
+            print(f"\n{k} x {n}, {count} rows, bf16 {1000 * dense_ms:.2f} us")
             for ms, chosen in times[:12]:
-                print(f"  {1000 * ms:7.2f} us {dense_ms / ms:5.2f}x  {tuple(chosen)}", flush=True)
+                print(f"  {1000 * ms:7.2f} us {dense_ms / ms:5.2f}x  {chosen}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
-    parser.add_argument("--sweep", choices=("decode", "small", "few"))
+    parser.add_argument("--sweep", choices=tuple(SWEPT))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begin = time.perf_counter()

@@ -71,6 +71,34 @@ def centred(
     return (code.to(tl.float32) - zero.to(tl.float32)).to(dtype)
 
 
+def _offset(shift: int, bits: int) -> tl.constexpr:
+    """Four bytes in $4 to four float32 in $0 to $3, each an offset and the code."""
+    select = f"shr.u32 t, $4, {shift}; and.b32 t, t, 0x0f0f0f0f;" if bits == 4 else "mov.b32 t, $4;"
+    places = ("7044", "7144", "7244", "7344") if bits == 4 else ("7404", "7414", "7424", "7434")
+    words = " ".join(f"prmt.b32 ${i}, t, e, 0x{p};" for i, p in enumerate(places))
+    exponent = 0x43000000 if bits == 4 else 0x47000000
+    return tl.constexpr(f"{{ .reg .b32 t, e; {select} mov.b32 e, {exponent:#010x}; {words} }}")
+
+
+OFFSET_LOW, OFFSET_HIGH, OFFSET_BYTE = _offset(0, 4), _offset(4, 4), _offset(0, 8)
+BIAS = tl.constexpr({4: 128, 8: 32768})
+"""What `biased` adds: float32 whose mantissa has the code in a byte of its own."""
+
+
+@triton.jit
+def biased(byte, BITS: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr):
+    """The codes in plane PLANE of unsigned bytes in float32, with ASM plus BIAS[BITS]; exact."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            OFFSET_BYTE if BITS == 8 else (OFFSET_HIGH if PLANE else OFFSET_LOW),
+            "=r,=r,=r,=r,r", [byte], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    code = byte
+    if BITS == 4:
+        code = nibble(byte, PLANE)
+    return code.to(tl.float32)
+
+
 # With -0 as the addend: older devices only multiply pairs of bfloat16 while they add.
 BF16_PRODUCT = tl.constexpr("{ .reg .b32 n; mov.b32 n, 0x80008000; fma.rn.bf16x2 $0, $1, $2, n; }")
 

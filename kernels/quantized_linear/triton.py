@@ -10,9 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels._triton import splits as partial_sums
+from fxopt.kernels._triton import vector
 from fxopt.kernels._triton.codes import centred, nibble, scaled
 from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, overlaps, processors, tile
 from fxopt.kernels._triton.splits import start_dependents
+from fxopt.kernels._triton.vector import Vector
+
+
+@triton.jit
+def _along(column, FIRST: tl.constexpr):
+    """A number a weight row as a tensor of two dimensions, of which they are the FIRST."""
+    return column[:, None] if FIRST else column[None, :]
 
 
 @triton.jit(do_not_specialize=["M", "STEPS"])
@@ -20,13 +28,14 @@ def _product_kernel(
     x, packed, scale, zero, bias, out, M, N, K, WIDTH, GROUPS, STEPS,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr,
     ASM: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[split] = x @ weight.T over the split's STEPS steps of BLOCK_K bytes of each row.
 
     x [M, K]; packed [N, WIDTH]; scale and zero [N, GROUPS]; out [splits, M, N]. A step lies in one
     group. The scale joins the sum of a step, or, SCALE_FIRST, the weight, which is then rounded
-    to the dtype as the reference does.
+    to the dtype as the reference does. SWAPPED computes the transpose: Hopper's products take
+    their first operand from registers, where the codes are unpacked, the second only from memory.
     """
     PLANES: tl.constexpr = 8 // BITS
     PLANE: tl.constexpr = GROUP // PLANES
@@ -41,37 +50,47 @@ def _product_kernel(
     r_n = tl.minimum(o_n, N - 1).to(tl.int64)
     first = i_s * STEPS
     last = tl.minimum(first + STEPS, GROUPS * GROUP_STEPS)
-    p_x = x + o_m.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-    p_packed = packed + r_n[None, :] * WIDTH + tl.arange(0, BLOCK_K)[:, None]
+    o_k = tl.arange(0, BLOCK_K)
+    if SWAPPED:
+        p_x = x + o_m.to(tl.int64)[None, :] * K + o_k[:, None]
+        p_packed = packed + r_n[:, None] * WIDTH + o_k[None, :]
+        b_y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        p_x = x + o_m.to(tl.int64)[:, None] * K + o_k[None, :]
+        p_packed = packed + r_n[None, :] * WIDTH + o_k[:, None]
+        b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     p_scale, p_zero = scale + r_n * GROUPS, zero + r_n * GROUPS
-    b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(first, last, loop_unroll_factor=UNROLL):
         i_g = i // GROUP_STEPS
         # Carried from step to step, these would keep the compiler from loading the bytes as the
         # product's operand, and each step would pass through shared memory twice more.
         b_zero, b_scale = tl.load(p_zero + i_g), tl.load(p_scale + i_g)
+        b_zero, b_scale = _along(b_zero, SWAPPED), _along(b_scale, SWAPPED)
         i_k = (i % GROUP_STEPS) * BLOCK_K
-        m_k = i_k + tl.arange(0, BLOCK_K) < PLANE
+        m_k = i_k + o_k < PLANE
         if RAGGED:
-            b_byte = tl.load(p_packed + i_g * PLANE + i_k, mask=m_k[:, None], other=0)
+            m_byte = m_k[None, :] if SWAPPED else m_k[:, None]
+            b_byte = tl.load(p_packed + i_g * PLANE + i_k, mask=m_byte, other=0)
         else:
             b_byte = tl.load(p_packed + i_g * PLANE + i_k)
-        b_step = b_y if SCALE_FIRST else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        b_step = b_y if SCALE_FIRST else tl.zeros_like(b_y)
         for i_p in tl.static_range(PLANES):
-            m_x = m_m[:, None]
+            m_x = m_m[None, :] if SWAPPED else m_m[:, None]
             if RAGGED:
-                m_x = m_x & m_k[None, :]
+                m_x = m_x & (m_k[:, None] if SWAPPED else m_k[None, :])
             b_x = tl.load(p_x + i_g * GROUP + i_p * PLANE + i_k, mask=m_x, other=0.0)
-            b_w = centred(b_byte, b_zero[None, :], b_x.dtype, BITS, i_p, ASM)
+            b_w = centred(b_byte, b_zero, b_x.dtype, BITS, i_p, ASM)
             if SCALE_FIRST:
-                b_w = scaled(b_w, b_scale[None, :], ASM)
-            b_step = dot(b_x, b_w, b_step, UPCAST)
+                b_w = scaled(b_w, b_scale, ASM)
+            b_step = dot(b_w, b_x, b_step, UPCAST) if SWAPPED else dot(b_x, b_w, b_step, UPCAST)
         if SCALE_FIRST:
             b_y = b_step
         else:
-            b_y += b_step * b_scale.to(tl.float32)[None, :]
+            b_y += b_step * b_scale.to(tl.float32)
     if HAS_BIAS:
-        b_y += tl.load(bias + r_n).to(tl.float32)[None, :]
+        b_y += _along(tl.load(bias + r_n).to(tl.float32), SWAPPED)
+    if SWAPPED:
+        b_y = tl.trans(b_y)
     p_out = out + (i_s * M + o_m).to(tl.int64)[:, None] * N + o_n[None, :]
     tl.store(p_out, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & (o_n < N)[None, :])
 
@@ -114,24 +133,38 @@ class Configuration(NamedTuple):
     stages: int
     unroll: int = 1
     scale_first: bool = False
+    swapped: bool = False
 
 
 def configuration(
     rows: int, out_features: int, in_features: int, bits: int, group_size: int, device: torch.device
 ) -> Configuration:
-    """The fastest that was found on Hopper; `benchmarks/linear.py --sweep` compares them."""
+    """The fastest that were found on an H100; `benchmarks/linear.py --sweep` compares them.
+
+    Up to 16 rows: two programs a multiprocessor took 1.72, 2.13 and 2.07 times cuBLAS's speed at
+    4096 x 4096, 4096 x 14336 and 14336 x 4096; four stages are 15 to 25 % faster than five. 17 to
+    64 rows: one program (1.23 to 1.57 times at 32 rows).
+    """
     block_k = tile(group_size * bits // 8, most=64)
-    if rows > 16:
-        block_m = tile(rows, least=32, most=128)
-        warps = 8 if block_m == 128 else 4
-        return Configuration(block_m, 64, block_k, 1, warps, 4, scale_first=True)
-    block_n = 64
+    few, wide = rows <= 16, out_features >= 8192
+    block_m, block_n = (
+        (16 if few else tile(rows, least=32, most=128)),
+        (128 if few and wide else 64),
+    )
     steps = in_features // group_size * triton.cdiv(group_size * bits // 8, block_k)
-    wanted = 2 * processors(device) / triton.cdiv(out_features, block_n)
+    tiles = triton.cdiv(out_features, block_n) * triton.cdiv(rows, block_m)
+    wanted = (1 if 16 < rows <= 64 else 2) * processors(device) / tiles
     splits = 1
     while splits * 1.5 < wanted and steps >= splits * 8:
         splits *= 2
-    return Configuration(16, block_n, block_k, splits, 4, 5)
+    stages = 3 if block_m == 128 else 4
+    return Configuration(block_m, block_n, block_k, splits, 4, stages, scale_first=not few)
+
+
+def one_row(width: int, plane: int) -> Vector:
+    """For one row of x and `width` bytes of each row of the weight."""
+    block_k = max(plane, 1024 if width % 2048 else 2048)
+    return Vector(8, min(block_k, triton.next_power_of_2(width)), 4)
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
@@ -156,7 +189,7 @@ def quantized_linear(
     bias: Tensor | None,
     bits: int,
     group_size: int,
-    chosen: Configuration | None = None,
+    chosen: Configuration | Vector | None = None,
 ) -> Tensor:
     """As the reference, without the dequantised weight; float32 accumulation.
 
@@ -169,6 +202,10 @@ def quantized_linear(
     if y.numel() == 0:
         return y
     count, groups = len(rows), in_features // group_size
+    if chosen is None and count == 1 and vector.fits(count, bits, group_size):
+        chosen = one_row(packed.shape[1], group_size * bits // 8)
+    if isinstance(chosen, Vector):
+        return vector.quantized_linear(rows, packed, scale, zero, bias, y, bits, group_size, chosen)
     c = chosen or configuration(count, out_features, in_features, bits, group_size, x.device)
     steps = triton.cdiv(groups * triton.cdiv(group_size * bits // 8, c.block_k), c.splits)
     alone = c.splits == 1
@@ -180,7 +217,7 @@ def quantized_linear(
         BITS=bits, GROUP=group_size, HAS_BIAS=alone and bias is not None,
         SCALE_FIRST=c.scale_first, ASM=ASM, UPCAST=DOT_UPCAST,
         OVERLAP=not alone and overlaps(x.device), UNROLL=c.unroll,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+        SWAPPED=c.swapped, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return y if alone else partial_sums.add(out, bias, y)
