@@ -338,13 +338,11 @@ def compile_one(name: str, chosen: Any) -> tuple[Any, str]:
     """Fill the compiler's cache in a process of its own; the configuration, and what is wrong."""
     torch.manual_seed(0)
     shapes, rows, _ = sweeps(name)
-    k, n = min(shapes)
     try:
         kernel, call = SWEPT[name](), configured(name, chosen)
-        weight = kernel.make(k, n)
-        for count in rows:
+        for k, count in itertools.product(sorted({k for k, _ in shapes}), rows):
             if serves(chosen, count):
-                x = random(count, k)
+                weight, x = kernel.make(k, 512), random(count, k)
                 seen = error(call(x, *weight), x, kernel.restored(*weight))
                 if not seen <= (40 if name == "fp8" else 6):
                     return chosen, f"error {seen:.3g} at {count} rows"
