@@ -265,6 +265,7 @@ def sweeps(name: str) -> Sweep:
             *(vector.Vector(n, 2048, 8) for n in (4, 8)),
             *(vector.Vector(n, 1024, 4, 3) for n in (4, 8)),
             *(vector.Vector(n, 8192, 8) for n in (2, 4)),
+            *(vector.Vector(n, k, 4, 1, True) for n, k in product((4, 8), (1024, 2048))),
             *(make(16, 64, 64, splits, 4, 4) for splits in (1, 2, 4, 8)),
             *(make(16, 128, 64, splits, 4, 4) for splits in (2, 4)),
             make(16, 32, 64, 4, 2, 6),

@@ -11,23 +11,10 @@ from torch import Tensor
 
 from . import splits as partial_sums
 from .common import DOT_UPCAST, dot, overlaps, processors, tile
-from .splits import start_dependents, wait
+from .splits import prefetch, start_dependents, wait
 
 ROWS = 16
 """Up to these rows the kernel is meant for."""
-PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
-
-
-@triton.jit
-def _prefetch(pointers, K, BYTES: tl.constexpr, LINES: tl.constexpr):
-    """Send rows of K elements at `pointers` [n] to the second-level cache, line by line."""
-    LINE: tl.constexpr = 128 // BYTES
-    o_line = tl.arange(0, LINES) * LINE
-    for i_k in range(0, K, LINES * LINE):
-        address = (pointers[:, None] + tl.minimum(i_k + o_line, K - 1)[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            PREFETCH, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit(do_not_specialize=["M", "STEPS"])
@@ -57,7 +44,7 @@ def _few_rows_kernel(
     p_w = w + (i_b * N + r_n) * K
     if WAITS:
         # The weight is nobody's output: it can be on its way while the kernel before this ends.
-        _prefetch(p_w + first, last - first, w.dtype.element_ty.primitive_bitwidth // 8, 8)
+        prefetch(p_w + first, last - first, w.dtype.element_ty.primitive_bitwidth // 8, 8)
         wait(True)
     p_x = x + i_b * x_batch + o_m.to(tl.int64)[:, None] * x_row + o_k[None, :]
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

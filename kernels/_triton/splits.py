@@ -10,6 +10,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .common import overlaps
 
+PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
+
 
 @triton.jit
 def start_dependents(OVERLAP: tl.constexpr):
@@ -22,6 +24,18 @@ def start_dependents(OVERLAP: tl.constexpr):
 def wait(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers, K, BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Send rows of K elements at `pointers` [n] to the second-level cache, line by line."""
+    LINE: tl.constexpr = 128 // BYTES
+    o_line = tl.arange(0, LINES) * LINE
+    for i_k in range(0, K, LINES * LINE):
+        address = (pointers[:, None] + tl.minimum(i_k + o_line, K - 1)[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            PREFETCH, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import BIAS, biased
-from .common import ASM
+from .common import ASM, overlaps
+from .splits import prefetch, start_dependents, wait
 
 ROWS = 4
 """Up to these rows the kernel works."""
@@ -29,6 +30,9 @@ class Vector(NamedTuple):
     block_k: int
     warps: int = 4
     stages: int = 1
+    chained: bool = False
+    """Let the next kernel be loaded while this one runs, and fetch the weight while the previous
+    one ends: for calls that follow each other."""
 
 
 def fits(rows: int, bits: int, group_size: int) -> bool:
@@ -41,7 +45,7 @@ def fits(rows: int, bits: int, group_size: int) -> bool:
 def _vector_kernel(
     x, packed, scale, zero, bias, out, M, N, K, WIDTH, GROUPS,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
-    RAGGED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    CHAINED: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x @ weight.T for x [M, K], M up to ROWS; steps of BLOCK_K bytes of BLOCK_N rows.
@@ -65,6 +69,10 @@ def _vector_kernel(
     p_scale = scale + r_n[:, None] * GROUPS + o_g[None, :]
     p_zero = zero + r_n[:, None] * GROUPS + o_g[None, :]
     b_y = tl.zeros((ROWS, BLOCK_N, SPAN, CHUNKS), tl.float32)
+    if CHAINED:
+        start_dependents(True)
+        prefetch(packed + r_n * WIDTH, WIDTH, 1, 16)
+        wait(True)
     for i_k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
         i_g = i_k // PLANE
         if RAGGED:
@@ -112,9 +120,11 @@ def quantized_linear(
     _vector_kernel[(triton.cdiv(out_features, chosen.block_n),)](
         x, packed, scale, zero, bias, y, len(x), out_features, x.shape[1], width, scale.shape[1],
         BITS=bits, GROUP=group_size, HAS_BIAS=bias is not None,
-        ASM=ASM and x.dtype != torch.float32, RAGGED=width % chosen.block_k != 0, 
+        ASM=ASM and x.dtype != torch.float32,
+        CHAINED=chosen.chained and overlaps(x.device), RAGGED=width % chosen.block_k != 0,
         ROWS=triton.next_power_of_2(len(x)),
         STAGES=chosen.stages, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k,
         num_warps=chosen.warps, num_stages=1,
+        launch_pdl=chosen.chained and overlaps(x.device),
     )  # fmt: skip
     return y

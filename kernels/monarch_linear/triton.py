@@ -99,6 +99,6 @@ def _launch(
         x, w, bias, y, rows, columns, depth, x_layout.batch, x_layout.row,
         y_layout.batch, y_layout.row, y_layout.part, min(y_layout.width, columns),
         HAS_BIAS=bias is not None, UPCAST=DOT_UPCAST, EVEN=depth % block_k == 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, 
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
         num_stages=2 if w.itemsize == 4 else (3 if block_n > 128 else 4),
     )  # fmt: skip

@@ -171,7 +171,7 @@ for bits in (4, 8):
           SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
           **tile | dict(BLOCK_N=64))
     build(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
-          RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048)
+          CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048)
 pointers = dict(packed="*u8", scale=p, zero=p, w=p)
 build(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
 for x, y, scales in ((p, f, False), (q, p, True)):
