@@ -14,9 +14,15 @@ from . import reference
 
 SCHEMA = "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor"
 
+FEW_ROWS = 16
+
 
 def _cuda(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
-    if not _triton.AVAILABLE or x.dtype == torch.float64:
+    # Two batched products of cuBLAS and a copy are 2 to 8 % faster at 14336 x 4096 with 256 and
+    # 4,096 rows on an H100, and 9 to 21 % slower at the other shapes.
+    long = x.shape[-1] > 2 * left.shape[0] * left.shape[1]
+    many = x.numel() > FEW_ROWS * x.shape[-1]
+    if (long and many) or not _triton.AVAILABLE or x.dtype == torch.float64:
         return reference.monarch_linear(x, right, left, bias)
     from . import triton
 
