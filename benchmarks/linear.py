@@ -33,9 +33,7 @@ from fxopt.kernels.fp8_linear import dequantize as dequantize_fp8
 from fxopt.kernels.fp8_linear import fp8_linear, row_scale
 from fxopt.kernels.fp8_linear import quantize as quantize_fp8
 from fxopt.kernels.fp8_linear import triton as fp8_triton
-from fxopt.kernels.low_rank_linear import REFERENCE as low_rank_reference
 from fxopt.kernels.low_rank_linear import low_rank_linear
-from fxopt.kernels.low_rank_linear import triton as low_rank_triton
 from fxopt.kernels.monarch_linear import REFERENCE as monarch_reference
 from fxopt.kernels.monarch_linear import dense, monarch_linear
 from fxopt.kernels.monarch_linear import triton as monarch_triton
@@ -120,10 +118,7 @@ def low_rank() -> Kernel:
         make,
         lambda x, *weight: low_rank_linear(x, *weight, None),
         lambda down, up: up.double() @ down.double(),
-        {
-            "fused": (17, 64, lambda x, *w: low_rank_triton.low_rank_linear(x, *w, None)),
-            "2 x cuBLAS": (1, 16, lambda x, *w: low_rank_reference(x, *w, None)),
-        },
+        {},
     )
 
 
@@ -139,11 +134,6 @@ def monarch() -> Kernel:
         {
             "bmm": (1, 4096, lambda x, *w: monarch_reference(x, *w, None)),
             "kernel": (17, 4096, lambda x, *w: monarch_triton.monarch_linear(x, *w, None)),
-            "kernel, 256 wide": (
-                17,
-                4096,
-                lambda x, *w: monarch_triton.monarch_linear(x, *w, None, 256),
-            ),
         },
     )
 
@@ -303,8 +293,8 @@ def sweeps(name: str) -> Sweep:
         return SHAPES, (1,), found
     shapes = ((4096, 1024), (1024, 4096), (4096, 1536), (1536, 14336), (14336, 1536))
     found = [
-        few_rows.Configuration(n, k, splits, 4, stages)
-        for n, k, splits, stages in product((16, 32, 64), (64, 128, 256), (1, 2, 4), (4, 7))
+        few_rows.Configuration(n, k, 4, stages)
+        for n, k, stages in product((16, 32, 64), (64, 128, 256), (4, 7))
         if n * k * stages < 64 * 128 * 7 and (n, k) not in {(16, 64), (64, 256)}
     ]
     return shapes, (1, 16), found

@@ -20,6 +20,12 @@ def overlaps(device: torch.device) -> bool:
 
 
 @cache
+def hopper(device: torch.device) -> bool:
+    """Whether tensor cores take their first operand from registers (capability 9.0)."""
+    return ASM and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; as many as Hopper has where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if ASM else 132

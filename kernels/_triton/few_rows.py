@@ -9,22 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import splits as partial_sums
-from .common import DOT_UPCAST, dot, overlaps, processors, tile
+from .common import DOT_UPCAST, dot, overlaps, tile
 from .splits import prefetch, start_dependents, wait
 
 ROWS = 16
 """Up to these rows the kernel is meant for."""
 
 
-@triton.jit(do_not_specialize=["M", "STEPS"])
+@triton.jit(do_not_specialize=["M"])
 def _few_rows_kernel(
-    x, w, scale_m, scale_n, bias, y, M, N, K, STEPS, x_batch, x_row, y_batch, y_row, y_part, PART,
+    x, w, scale_m, scale_n, bias, y, M, N, K, x_batch, x_row, y_batch, y_row, y_part, PART,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
     STARTS: tl.constexpr, WAITS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[split, batch][m][n] = x[batch][m] . w[batch][n] over STEPS steps of BLOCK_K columns.
+    """y[batch][m][n] = x[batch][m] . w[batch][n].
 
     Column n is stored in part n // PART of y. With scales, float8 x and w: the sum times
     scale_m[m] * scale_n[n]. STARTS and WAITS: what the kernel is to the next and the previous one.
@@ -33,23 +32,20 @@ def _few_rows_kernel(
     if STARTS:
         start_dependents(True)
     i_b = tl.program_id(1).to(tl.int64)
-    i_s = tl.program_id(2)
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_m = o_m < M
     r_n = tl.minimum(o_n, N - 1).to(tl.int64)
-    first = i_s * STEPS * BLOCK_K
-    last = tl.minimum(first + STEPS * BLOCK_K, K)
     p_w = w + (i_b * N + r_n) * K
     if WAITS:
         # The weight is nobody's output: it can be on its way while the kernel before this ends.
-        prefetch(p_w + first, last - first, w.dtype.element_ty.primitive_bitwidth // 8, 8)
+        prefetch(p_w, K, w.dtype.element_ty.primitive_bitwidth // 8, 8)
         wait(True)
     p_x = x + i_b * x_batch + o_m.to(tl.int64)[:, None] * x_row + o_k[None, :]
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_k in range(first, last, BLOCK_K):
-        m_k = i_k + o_k < last
+    for i_k in range(0, K, BLOCK_K):
+        m_k = i_k + o_k < K
         if EVEN:
             b_w = tl.load(p_w[None, :] + i_k + o_k[:, None])
             b_x = tl.load(p_x + i_k, mask=m_m[:, None], other=0.0)
@@ -66,7 +62,7 @@ def _few_rows_kernel(
         b_y *= tl.load(scale_n + r_n)[None, :]
     if HAS_BIAS:
         b_y += tl.load(bias + i_b * N + r_n).to(tl.float32)[None, :]
-    p_y = y + (i_s * tl.num_programs(1) + i_b) * y_batch + o_m.to(tl.int64)[:, None] * y_row
+    p_y = y + i_b * y_batch + o_m.to(tl.int64)[:, None] * y_row
     p_y += ((o_n // PART).to(tl.int64) * y_part + o_n % PART)[None, :]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & (o_n < N)[None, :])
 
@@ -74,18 +70,12 @@ def _few_rows_kernel(
 class Configuration(NamedTuple):
     block_n: int = 32
     block_k: int = 128
-    splits: int = 1
     warps: int = 4
     stages: int = 5
 
 
-def configuration(columns: int, depth: int, bytes_each: int, device: torch.device) -> Configuration:
-    """The fastest that were found on an H100; `benchmarks/linear.py --sweep few` compares them.
-
-    bf16: 1.16 times cuBLAS's speed at 4096 x 1024, 1.17 at 4096 x 1536, 1.04 at 14336 x 1536, where
-    four programs share a sum, and 1.00 at 1024 x 4096 and 1536 x 14336. A split has at least four
-    steps.
-    """
+def configuration(columns: int, depth: int, bytes_each: int) -> Configuration:
+    """The fastest that were found on an H100; `benchmarks/linear.py --sweep few` compares them."""
     if bytes_each < 2:
         block_n, block_k, stages = 32, 256, 5
     elif columns < 2048:
@@ -96,11 +86,7 @@ def configuration(columns: int, depth: int, bytes_each: int, device: torch.devic
         block_n, block_k, stages = 64, 128, 4
     if bytes_each > 2:
         block_k, stages = block_k // 2, 4
-    block_k, splits = tile(depth, most=block_k), 1
-    wanted = 1.5 * processors(device) / triton.cdiv(columns, block_n)
-    while splits < 4 and splits * 1.5 < wanted and depth >= splits * 2 * 4 * block_k:
-        splits *= 2
-    return Configuration(block_n, block_k, splits, stages=stages)
+    return Configuration(block_n, tile(depth, most=block_k), stages=stages)
 
 
 class Chain(NamedTuple):
@@ -134,14 +120,13 @@ def launch(
     chain: Chain = ALONE,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """y = x @ w.T + bias for w [batch, columns, depth], all of it or by splits."""
+    """y = x @ w.T + bias for w [batch, columns, depth]."""
     batch, columns, depth = w.shape
-    steps = triton.cdiv(triton.cdiv(depth, chosen.block_k), chosen.splits)
-    grid = (triton.cdiv(columns, chosen.block_n), batch, chosen.splits)
+    grid = (triton.cdiv(columns, chosen.block_n), batch)
     overlap = overlaps(x.device)
     scale_m, scale_n = scales or (x, x)
     _few_rows_kernel[grid](
-        x, w, scale_m, scale_n, bias, y, rows, columns, depth, steps, x_layout.batch, x_layout.row,
+        x, w, scale_m, scale_n, bias, y, rows, columns, depth, x_layout.batch, x_layout.row,
         y_layout.batch, y_layout.row, y_layout.part, min(y_layout.width, columns),
         HAS_SCALE=scales is not None, HAS_BIAS=bias is not None, UPCAST=DOT_UPCAST,
         STARTS=overlap and chain.starts, WAITS=overlap and chain.waits,
@@ -160,19 +145,9 @@ def linear(
     scales: tuple[Tensor, Tensor] | None = None,
     chosen: Configuration | None = None,
 ) -> Tensor:
-    """Fill y [..., columns] with x [rows, depth] @ w[columns, depth].T + bias.
-
-    Parts of a sum are added in a fixed order. Scales, of rows and of columns, forbid parts.
-    """
+    """Fill y [..., columns] with x [rows, depth] @ w[columns, depth].T + bias; or with scales."""
     (rows, depth), columns = x.shape, len(w)
-    c = chosen or configuration(columns, depth, w.itemsize, x.device)
-    if scales is not None:
-        c = c._replace(splits=1)
+    c = chosen or configuration(columns, depth, w.itemsize)
     plain = Layout(rows * columns, columns)
-    if c.splits == 1:
-        launch(x, Layout(0, depth), w[None], bias, y, plain, rows, c, chain, scales)
-        return y
-    parts = partial_sums.workspace(c.splits, rows, columns, y)
-    first = Chain(starts=True, waits=chain.waits)
-    launch(x, Layout(0, depth), w[None], None, parts, plain, rows, c, first)
-    return partial_sums.add(parts, bias, y, starts=chain.starts)
+    launch(x, Layout(0, depth), w[None], bias, y, plain, rows, c, chain, scales)
+    return y

@@ -41,10 +41,9 @@ def prefetch(pointers, K, BYTES: tl.constexpr, LINES: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "SPLITS"])
 def _sum_kernel(
     partial, bias, y, M, N, SPLITS,
-    HAS_BIAS: tl.constexpr, STARTS: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = partial [SPLITS, M, N] added in order, and the bias."""
-    start_dependents(STARTS)
     o_y = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_y = o_y < M * N
     b_y = tl.zeros((BLOCK,), tl.float32)
@@ -56,17 +55,14 @@ def _sum_kernel(
     tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_y)
 
 
-def add(partial: Tensor, bias: Tensor | None, y: Tensor, starts: bool = False) -> Tensor:
-    """Fill y [..., N] with the sum of partial [splits, rows, N], always in the same order.
-
-    `starts`: the next kernel waits for this one by itself, and so may start early.
-    """
+def add(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Fill y [..., N] with the sum of partial [splits, rows, N], always in the same order."""
     splits, rows, columns = partial.shape
     block = 256 if partial[0].numel() <= 1 << 16 else 1024
     overlap = overlaps(y.device)
     _sum_kernel[(triton.cdiv(rows * columns, block),)](
         partial, bias, y, rows, columns, splits, HAS_BIAS=bias is not None,
-        STARTS=overlap and starts, WAITS=overlap, BLOCK=block, num_warps=block // 128,
+        WAITS=overlap, BLOCK=block, num_warps=block // 128,
         launch_pdl=overlap,
     )  # fmt: skip
     return y

@@ -16,9 +16,9 @@ SCHEMA = "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor"
 # What `torch._scaled_mm` with a scale a row asks for: sides, and the first capability with e4m3.
 MULTIPLE, CAPABILITY = 16, (8, 9)
 # Up to these rows the time is that of reading the weight, which `_scaled_mm` does well only where
-# it has many output tiles: on an H100 1.55 times cuBLAS's speed in bf16 at 4096 x 14336 (the kernel
-# of few rows 1.27 to 1.35), but 1.07 at 4096 x 4096 (1.11 to 1.26) and 0.87 to 1.09 at
-# 14336 x 4096 (1.13 to 1.23).
+# it has many output tiles: with 16 rows on an H100 1.54 times cuBLAS's speed in bf16 at
+# 4096 x 14336 (the kernel of few rows 1.27), but 1.07 at 4096 x 4096 (1.11) and 1.11 at
+# 14336 x 4096 (1.24).
 FEW_ROWS, WIDE = 16, 8192
 
 

@@ -47,13 +47,8 @@ def _blocks_kernel(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def monarch_linear(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, widest: int = 128
-) -> Tensor:
-    """As the reference, in two launches without a copy between them; float32 accumulation.
-
-    `widest`: most columns of a tile where there are many rows.
-    """
+def monarch_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+    """As the reference, in two launches without a copy between them; float32 accumulation."""
     blocks, inner, in_width = right.shape
     out_width, rank = left.shape[1], inner // blocks
     rows = x.reshape(-1, blocks * in_width).contiguous()
@@ -68,16 +63,15 @@ def monarch_linear(
     whole, written = Layout(count * inner, inner), Layout(out_width, blocks * out_width)
     if count <= few_rows.ROWS:
         first, second = (
-            few_rows.configuration(w.shape[0] * w.shape[1], w.shape[2], w.itemsize, x.device)
+            few_rows.configuration(w.shape[0] * w.shape[1], w.shape[2], w.itemsize)
             for w in (right, left)
         )
         starts, waits = Chain(starts=True), Chain(waits=True)
-        one, other = first._replace(splits=1), second._replace(splits=1)
-        few_rows.launch(rows, read, right, None, hidden, swapped, count, one, starts)
-        few_rows.launch(hidden, whole, left, bias, y, written, count, other, waits)
+        few_rows.launch(rows, read, right, None, hidden, swapped, count, first, starts)
+        few_rows.launch(hidden, whole, left, bias, y, written, count, second, waits)
         return y
-    _launch(rows, read, right, None, hidden, swapped, count, widest)
-    _launch(hidden, whole, left, bias, y, written, count, widest)
+    _launch(rows, read, right, None, hidden, swapped, count)
+    _launch(hidden, whole, left, bias, y, written, count)
     return y
 
 
@@ -89,10 +83,9 @@ def _launch(
     y: Tensor,
     y_layout: Layout,
     rows: int,
-    widest: int,
 ) -> None:
     batch, columns, depth = w.shape
-    block_m, block_n, block_k = tile(rows, most=128), tile(columns, most=widest), tile(depth)
+    block_m, block_n, block_k = tile(rows, most=128), tile(columns, most=128), tile(depth)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n), batch)
     _blocks_kernel[grid](
@@ -100,5 +93,5 @@ def _launch(
         y_layout.batch, y_layout.row, y_layout.part, min(y_layout.width, columns),
         HAS_BIAS=bias is not None, UPCAST=DOT_UPCAST, EVEN=depth % block_k == 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
-        num_stages=2 if w.itemsize == 4 else (3 if block_n > 128 else 4),
+        num_stages=2 if w.itemsize == 4 else 4,
     )  # fmt: skip

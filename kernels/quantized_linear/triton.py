@@ -12,9 +12,11 @@ from torch import Tensor
 from fxopt.kernels._triton import splits as partial_sums
 from fxopt.kernels._triton import vector
 from fxopt.kernels._triton.codes import centred, nibble, scaled
-from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, overlaps, processors, tile
+from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, hopper, overlaps, processors, tile
 from fxopt.kernels._triton.splits import start_dependents
 from fxopt.kernels._triton.vector import Vector
+
+from .op import VECTOR_ROWS
 
 
 @triton.jit
@@ -137,34 +139,62 @@ class Configuration(NamedTuple):
 
 
 def configuration(
-    rows: int, out_features: int, in_features: int, bits: int, group_size: int, device: torch.device
+    rows: int,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Configuration:
     """The fastest that were found on an H100; `benchmarks/linear.py --sweep` compares them.
 
-    Up to 16 rows: two programs a multiprocessor took 1.72, 2.13 and 2.07 times cuBLAS's speed at
-    4096 x 4096, 4096 x 14336 and 14336 x 4096; four stages are 15 to 25 % faster than five. 17 to
-    64 rows: one program (1.23 to 1.57 times at 32 rows).
+    Times cuBLAS's speed at 4096 x 4096, 4096 x 14336 and 14336 x 4096. Up to 16 rows: 1.70, 2.07
+    and 2.06 for 4 bits, 1.46, 1.52 and 1.51 for 8, with whole groups of bytes at once. 4 bits with
+    32 rows: 1.22, 1.57 and 1.42; 64: 1.12, 1.34 and 1.22; 256: 0.69, 0.71 and 0.75. The transpose
+    gains 14 to 28 % for 33 to 64 rows of weights of fewer than 8,192 rows, and 19 to 27 % for more
+    than 128 rows of all but the smallest weight, where it loses 7 %.
     """
-    block_k = tile(group_size * bits // 8, most=64)
+    plane = group_size * bits // 8
+    block_k = tile(plane, most=64)
     few, wide = rows <= 16, out_features >= 8192
-    block_m, block_n = (
-        (16 if few else tile(rows, least=32, most=128)),
-        (128 if few and wide else 64),
-    )
-    steps = in_features // group_size * triton.cdiv(group_size * bits // 8, block_k)
-    tiles = triton.cdiv(out_features, block_n) * triton.cdiv(rows, block_m)
-    wanted = (1 if 16 < rows <= 64 else 2) * processors(device) / tiles
+    transposes = hopper(device) and dtype.itemsize == 2
+    if rows > 128 and transposes and max(out_features, in_features) >= 8192:
+        c = Configuration(256, 128, block_k, 1, 8, 3, scale_first=True, swapped=True)
+        programs = 1.0
+    elif 32 < rows <= 64 and transposes and not wide:
+        c = Configuration(64, 64, block_k, 1, 4, 4, swapped=True)
+        programs = 2.0
+    elif few and bits == 8 and plane >= 128:
+        c = Configuration(16, 64, 128, 1, 4, 3)
+        programs = 2.7
+    else:
+        block_m = 16 if few else tile(rows, least=32, most=128)
+        block_n, stages = 128 if few and wide else 64, 3 if block_m == 128 else 4
+        c = Configuration(block_m, block_n, block_k, 1, 4, stages, scale_first=not few)
+        programs = 1.0 if 16 < rows <= 64 else 2.0
+    steps = in_features // group_size * triton.cdiv(plane, c.block_k)
+    tiles = triton.cdiv(out_features, c.block_n) * triton.cdiv(rows, c.block_m)
+    wanted = programs * processors(device) / tiles
     splits = 1
     while splits * 1.5 < wanted and steps >= splits * 8:
         splits *= 2
-    stages = 3 if block_m == 128 else 4
-    return Configuration(block_m, block_n, block_k, splits, 4, stages, scale_first=not few)
+    return c._replace(splits=splits)
 
 
-def one_row(width: int, plane: int) -> Vector:
-    """For one row of x and `width` bytes of each row of the weight."""
-    block_k = max(plane, 1024 if width % 2048 else 2048)
-    return Vector(8, min(block_k, triton.next_power_of_2(width)), 4)
+def by_vector(rows: int, width: int, plane: int) -> Vector:
+    """For one or two rows of x and `width` bytes of each row of the weight.
+
+    Times cuBLAS's speed at the three shapes of `configuration`: 4 bits 2.24, 2.71 and 2.74 for one
+    row, 2.22, 2.16 and 2.40 for two; 8 bits 1.77, 1.72 and 1.76, and 1.54, 1.65 and 1.67.
+    """
+    if width > 4096:
+        v = Vector(8, 1024, 4, 3)
+    elif width > 2048:
+        v = Vector(4, 1024, 4) if rows == 1 else Vector(4, 512, 2)
+    else:
+        v = Vector(4, 512, 2) if rows == 1 else Vector(8, 1024, 4)
+    return v._replace(block_k=max(plane, min(v.block_k, triton.next_power_of_2(width))))
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
@@ -202,11 +232,13 @@ def quantized_linear(
     if y.numel() == 0:
         return y
     count, groups = len(rows), in_features // group_size
-    if chosen is None and count == 1 and vector.fits(count, bits, group_size):
-        chosen = one_row(packed.shape[1], group_size * bits // 8)
+    if chosen is None and count <= VECTOR_ROWS and vector.fits(count, bits, group_size):
+        chosen = by_vector(count, packed.shape[1], group_size * bits // 8)
     if isinstance(chosen, Vector):
         return vector.quantized_linear(rows, packed, scale, zero, bias, y, bits, group_size, chosen)
-    c = chosen or configuration(count, out_features, in_features, bits, group_size, x.device)
+    c = chosen or configuration(
+        count, out_features, in_features, bits, group_size, x.device, x.dtype
+    )
     steps = triton.cdiv(groups * triton.cdiv(group_size * bits // 8, c.block_k), c.splits)
     alone = c.splits == 1
     out = y if alone else partial_sums.workspace(c.splits, count, out_features, y)

@@ -15,7 +15,7 @@ from fxopt.ir.site import LinearInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels import fp8_linear as fp8
 from fxopt.kernels import quantized_linear as integer
-from fxopt.kernels.quantized_linear.op import FUSED_ROWS
+from fxopt.kernels.quantized_linear.op import FUSED_ROWS, VECTOR_ROWS
 from fxopt.passes.linear import dense, rounding
 
 Tensors = Mapping[str, Tensor]
@@ -112,7 +112,7 @@ class Integer:
             # What the reference holds at once of the steps from bytes to weight.
             temporary_bytes=elements * size * (5 if bits == 4 else 4) // 2,
             # More rows: sums in parts and their addition, or the weight restored and cuBLAS.
-            launches=1 if rows == 1 else 2,
+            launches=1 if rows <= VECTOR_ROWS else 2,
             make=make,
         )
 
