@@ -92,6 +92,42 @@ def test_quantized_vector(dtype: torch.dtype, rows: int, bits: int, group: int, 
     assert_close(out, x, exact, bias)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 128)])
+def test_quantized_by_what_is_launched(rows: int, bits: int, group: int) -> None:
+    x = draw(rows, 640, dtype=torch.bfloat16)
+    packed, scale, zero = quantize(draw(51, 640, dtype=torch.bfloat16), bits, group)
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, None, bits, group)
+    exact = dequantize(packed, scale.double(), zero.double(), bits, group)
+    assert_close(out, x, exact, None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "cuts"),
+    [  # as measured: tile, splits, warps, stages, transposed
+        (16, 4, [(16, 64, 64, 4, 4, 4), (16, 128, 64, 2, 4, 4), (16, 64, 64, 4, 4, 4)]),
+        (16, 8, [(16, 64, 128, 4, 4, 3), (16, 64, 128, 2, 4, 3), (16, 64, 128, 4, 4, 3)]),
+        (32, 4, [(32, 64, 64, 2, 4, 4), (32, 64, 64, 1, 4, 4), (32, 64, 64, 2, 4, 4)]),
+        (64, 4, [(-64, 64, 64, 4, 4, 4), (64, 64, 64, 1, 4, 4), (-64, 64, 64, 4, 4, 4)]),
+        (256, 4, [(128, 64, 64, 2, 4, 3), (-256, 128, 64, 1, 8, 3), (-256, 128, 64, 4, 8, 3)]),
+    ],
+)
+def test_an_h100_gets_what_was_fastest(
+    monkeypatch: pytest.MonkeyPatch, rows: int, bits: int, cuts: list[tuple[int, ...]]
+) -> None:
+    """Tiles of negative height are those of the transpose."""
+    monkeypatch.setattr(quantized_triton, "hopper", lambda _: True)
+    monkeypatch.setattr(quantized_triton, "processors", lambda _: 132)
+    for (k, n), cut in zip(((4096, 4096), (4096, 14336), (14336, 4096)), cuts, strict=True):
+        c = quantized_triton.configuration(rows, n, k, bits, 128, torch.device("cuda"))
+        assert (-c.block_m if c.swapped else c.block_m, *c[1:6]) == cut
+        assert c.scale_first == (rows > 16 and (rows != 64 or not c.swapped))
+        wide = quantized_triton.configuration(
+            rows, n, k, bits, 128, torch.device("cuda"), torch.float32
+        )
+        assert not wide.swapped  # its tiles would not fit into shared memory
+
+
 @DTYPES
 @pytest.mark.parametrize("depth", [320, 321])
 def test_few_rows(dtype: torch.dtype, depth: int) -> None:
