@@ -175,7 +175,8 @@ def verify(
         editor = replayed.editor
         assert editor is not None
         measurer = Measurer(compiler)
-        rows = measurer.rows({}, measurer.contract(editor, opt))
+        measured = measurer.contract(editor, opt) | measurer.minimised(opt)
+        rows = measurer.rows({}, measured)
     return Report(rows, list(opt.plan.notes))
 
 

@@ -118,6 +118,9 @@ class Session:
         module = self.compiler.emit(editor)
         measured = self.measurer.contract(editor, module)
         rows = self.measurer.rows(trial.predicted, measured)
+        if all(row.excess <= 0 for row in rows if row.limit is not None):
+            measured |= self.measurer.minimised(module)
+            rows = self.measurer.rows(trial.predicted, measured)
         module.plan = self.plan_of(trial, rows, editor, module)
         module.report = Report(rows, self._notes())
         return module, rows

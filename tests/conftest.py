@@ -22,6 +22,7 @@ import torch
 
 from fxopt.cost_models import hardware
 from fxopt.cost_models.measured import Measured
+from fxopt.decide import runs
 
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true"}
 
@@ -79,10 +80,11 @@ _TIMED, _PROBED = Measured.__call__, hardware._measure
 @pytest.fixture(autouse=True, scope="session")
 def costs_by_roofline() -> Iterator[None]:
     """Price op calls by the roofline of one machine, so that no choice depends on what else runs
-    on this one while it is made."""
+    on this one while it is made, and time whole models for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "_measure", lambda *_: FACTS)
         patch.setattr(Measured, "__call__", lambda self, call: self.prior(call))
+        patch.setattr(runs, "SECONDS", 0.1)
         yield
 
 
@@ -91,6 +93,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time op calls and probe the device after all."""
     monkeypatch.setattr(Measured, "__call__", _TIMED)
     monkeypatch.setattr(hardware, "_measure", _PROBED)
+    monkeypatch.setattr(runs, "SECONDS", 2.0)
 
 
 @pytest.fixture(autouse=True)

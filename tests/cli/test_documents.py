@@ -15,8 +15,8 @@ from fxopt.cli import app, run
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 SMALL = {
-    "optimize": ["--length", "64", "--time-limit", "2"],
-    "plan": ["--length", "64", "--time-limit", "2"],
+    "optimize": ["--length", "64", "--time-limit", "60"],
+    "plan": ["--length", "64", "--time-limit", "60"],
     "apply": ["--length", "64"],
     "verify": ["--length", "64"],
     "bench": ["--seconds", "0.1"],
