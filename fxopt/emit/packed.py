@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ir.errors import ExportError
 from ..kernels.kv_attention.heads import block_mask, take
 from ..kernels.kv_attention.layout import Blocks, parse, split_state
-from ..kernels.kv_attention.packing import round_down, round_up, unpack
+from ..kernels.kv_attention.packing import round_down, round_up, unpack_codes
 from .difference import difference
 from .program import State
 
@@ -124,13 +124,14 @@ class _Block:
             if not same or not torch.equal(found[key][:, :, :old], past[key]):
                 raise ExportError(f"{name}: onnxruntime changed blocks that were packed before")
         integers, scale, zero = (found[key][:, :, old:] for key in names)
-        codes = unpack(integers, self.bits)
+        codes = unpack_codes(integers, self.side, self.bits)
         if not self.allows(codes, scale.float(), zero.float()):
             raise ExportError(
                 f"{name}: onnxruntime packs other integers than any {self.side}s within the "
                 "tolerance of the module's give"
             )
-        rounded.count(unpack(wanted[self.side][:, :, old:], self.bits), codes)
+        known = unpack_codes(wanted[self.side][:, :, old:], self.side, self.bits)
+        rounded.count(known, codes)
 
     def allows(self, codes: Tensor, scale: Tensor, zero: Tensor) -> bool:
         """Each step of packing is monotonic, so bounds of what goes in bound what comes out."""

@@ -60,7 +60,20 @@ def visible(
     device: torch.device,
 ) -> Tensor | None:
     """Which keys are seen, [B or 1, KV or 1, 1, N or 1, T]; None where all are."""
-    rows = (torch.arange(queries, device=device) + (keys - queries))[:, None]
+    rows = torch.arange(queries, device=device) + (keys - queries)
+    return visible_from(rows, keys, mask, causal, window, sink_tokens)
+
+
+def visible_from(
+    positions: Tensor,
+    keys: int,
+    mask: Tensor | None,
+    causal: bool,
+    window: Sequence[int],
+    sink_tokens: Sequence[int],
+) -> Tensor | None:
+    """`visible` for queries at some positions [N]."""
+    device, rows = positions.device, positions[:, None]
     columns = torch.arange(keys, device=device)
     seen: Tensor | None = None
     if any(window):

@@ -47,56 +47,93 @@ def _load_tokens(ring, new, i_bh, p, m_t, channels, m_channels, fresh, RING, N, 
 
 
 @triton.jit
-def _pack_side(
-    packed, scale, zero, ring, new, i_bh, i_block, p, m_t, m_valid, fresh, RING, N,
-    D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+def _due(o_t, low, end, rank, HAS_RANK: tl.constexpr):
+    """(position, whether there is a token, whether it counts) of a block's slots `o_t`."""
+    p = low + o_t
+    m_t = p < end
+    m_valid = m_t
+    if HAS_RANK:
+        m_valid = m_t & (tl.load(rank + p, mask=m_t, other=0) != 0)
+    return p, m_t, m_valid
+
+
+@triton.jit
+def _code(b_x, b_scale, b_zero, LEVELS: tl.constexpr):
+    """The integers nearest to (x - zero) / scale."""
+    b_y = tl.div_rn(b_x - b_zero, tl.where(b_scale > 0, b_scale, 1.0))
+    b_y = tl.minimum(tl.maximum(b_y, 0.0), LEVELS)
+    # Adding 1.5 * 2 ** 23 rounds to the nearest integer, halves to even.
+    return ((b_y + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def _copy_block(
+    out, ring, new, i_bh, i_block, low, end, fresh, RING, N,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A block of a side that has 16 bits."""
+    o_t, o_d = tl.arange(0, GROUP), tl.arange(0, BLOCK_D)
+    b_x = _load_tokens(ring, new, i_bh, low + o_t, low + o_t < end, o_d, o_d < D, fresh, RING, N, D)
+    p_out = out + (i_block * GROUP + o_t)[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_x, mask=(o_d < D)[None, :] & (o_t < GROUP)[:, None])
+
+
+@triton.jit
+def _pack_keys(
+    packed, scale, zero, ring, new, i_bh, i_block, low, end, rank, fresh, RING, N,
+    D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    """A scale per channel over the tokens; bytes along the channels."""
+    PLANES: tl.constexpr = 8 // BITS
     W: tl.constexpr = D // PLANES
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    o_t = tl.arange(0, GROUP)
-    o_w = tl.arange(0, BLOCK_W)
+    o_t, o_w = tl.arange(0, GROUP), tl.arange(0, BLOCK_W)
     m_w = o_w < W
-    if BITS == 16:
-        b_x = _load_tokens(ring, new, i_bh, p, m_t, o_w, m_w, fresh, RING, N, D)
-        p_out = packed + (i_block * GROUP + o_t)[:, None] * D + o_w[None, :]
-        tl.store(p_out, b_x, mask=m_w[None, :] & (o_t < GROUP)[:, None])
-    else:
-        b_low = tl.full((GROUP,), float("inf"), tl.float32)
-        b_high = tl.full((GROUP,), -float("inf"), tl.float32)
-        if not PER_CHANNEL:
-            for i_p in tl.static_range(PLANES):
-                b_x = _load_tokens(ring, new, i_bh, p, m_t, i_p * W + o_w, m_w, fresh, RING, N, D)
-                m_x = m_valid[:, None] & m_w[None, :]
-                b_x = b_x.to(tl.float32)
-                b_low = tl.minimum(b_low, tl.min(tl.where(m_x, b_x, float("inf")), 1))
-                b_high = tl.maximum(b_high, tl.max(tl.where(m_x, b_x, -float("inf")), 1))
-            b_scale, b_zero = _affine(b_low, b_high, LEVELS)
-            tl.store(scale + i_block * GROUP + o_t, b_scale.to(scale.dtype.element_ty))
-            tl.store(zero + i_block * GROUP + o_t, b_zero.to(zero.dtype.element_ty))
-        b_byte = tl.zeros((GROUP, BLOCK_W), tl.int32)
-        for i_p in tl.static_range(PLANES):
-            o_c = i_p * W + o_w
-            b_x = _load_tokens(ring, new, i_bh, p, m_t, o_c, m_w, fresh, RING, N, D)
-            b_x = b_x.to(tl.float32)
-            m_x = m_valid[:, None] & m_w[None, :]
-            if PER_CHANNEL:
-                b_c_low = tl.min(tl.where(m_x, b_x, float("inf")), 0)
-                b_c_high = tl.max(tl.where(m_x, b_x, -float("inf")), 0)
-                b_c_scale, b_c_zero = _affine(b_c_low, b_c_high, LEVELS)
-                tl.store(scale + i_block * D + o_c, b_c_scale.to(scale.dtype.element_ty), mask=m_w)
-                tl.store(zero + i_block * D + o_c, b_c_zero.to(zero.dtype.element_ty), mask=m_w)
-                b_step, b_base = b_c_scale[None, :] + b_x * 0, b_c_zero[None, :] + b_x * 0
-            else:
-                b_step, b_base = b_scale[:, None] + b_x * 0, b_zero[:, None] + b_x * 0
-            b_y = tl.div_rn(b_x - b_base, tl.where(b_step > 0, b_step, 1.0))
-            b_y = tl.minimum(tl.maximum(b_y, 0.0), LEVELS)
-            # Adding 1.5 * 2 ** 23 rounds to the nearest integer, halves to even.
-            b_code = ((b_y + 12582912.0) - 12582912.0).to(tl.int32)
-            b_byte += tl.where(m_x, b_code, 0) << (i_p * BITS)
-        p_out = packed + (i_block * GROUP + o_t)[:, None] * W + o_w[None, :]
-        tl.store(p_out, b_byte.to(tl.uint8), mask=m_w[None, :] & (o_t < GROUP)[:, None])
+    p, m_t, m_valid = _due(o_t, low, end, rank, HAS_RANK)
+    m_x = m_valid[:, None] & m_w[None, :]
+    b_byte = tl.zeros((GROUP, BLOCK_W), tl.int32)
+    for i_p in tl.static_range(PLANES):
+        o_c = i_p * W + o_w
+        b_x = _load_tokens(ring, new, i_bh, p, m_t, o_c, m_w, fresh, RING, N, D).to(tl.float32)
+        b_low = tl.min(tl.where(m_x, b_x, float("inf")), 0)
+        b_high = tl.max(tl.where(m_x, b_x, -float("inf")), 0)
+        b_scale, b_zero = _affine(b_low, b_high, LEVELS)
+        tl.store(scale + i_block * D + o_c, b_scale.to(scale.dtype.element_ty), mask=m_w)
+        tl.store(zero + i_block * D + o_c, b_zero.to(zero.dtype.element_ty), mask=m_w)
+        b_code = _code(b_x, b_scale[None, :] + b_x * 0, b_zero[None, :] + b_x * 0, LEVELS)
+        b_byte += tl.where(m_x, b_code, 0) << (i_p * BITS)
+    p_out = packed + (i_block * GROUP + o_t)[:, None] * W + o_w[None, :]
+    tl.store(p_out, b_byte.to(tl.uint8), mask=m_w[None, :] & (o_t < GROUP)[:, None])
+
+
+@triton.jit
+def _pack_values(
+    packed, scale, zero, ring, new, i_bh, i_block, low, end, rank, fresh, RING, N,
+    D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A scale per token over the channels; bytes along the tokens."""
+    PLANES: tl.constexpr = 8 // BITS
+    W: tl.constexpr = GROUP // PLANES
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    o_w, o_d = tl.arange(0, W), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_byte = tl.zeros((W, BLOCK_D), tl.int32)
+    for i_p in tl.static_range(PLANES):
+        o_t = i_p * W + o_w
+        p, m_t, m_valid = _due(o_t, low, end, rank, HAS_RANK)
+        m_x = m_valid[:, None] & m_d[None, :]
+        b_x = _load_tokens(ring, new, i_bh, p, m_t, o_d, m_d, fresh, RING, N, D).to(tl.float32)
+        b_low = tl.min(tl.where(m_x, b_x, float("inf")), 1)
+        b_high = tl.max(tl.where(m_x, b_x, -float("inf")), 1)
+        b_scale, b_zero = _affine(b_low, b_high, LEVELS)
+        tl.store(scale + i_block * GROUP + o_t, b_scale.to(scale.dtype.element_ty))
+        tl.store(zero + i_block * GROUP + o_t, b_zero.to(zero.dtype.element_ty))
+        b_code = _code(b_x, b_scale[:, None] + b_x * 0, b_zero[:, None] + b_x * 0, LEVELS)
+        b_byte += tl.where(m_x, b_code, 0) << (i_p * BITS)
+    p_out = packed + (i_block * D + o_d)[None, :] * W + o_w[:, None]
+    tl.store(p_out, b_byte.to(tl.uint8), mask=m_d[None, :] & (o_w < W)[:, None])
 
 
 @triton.jit
@@ -147,21 +184,29 @@ def _pack_kernel(
         fresh = tl.maximum(tl.load(start_ptr) - SINK, 0)
         # New tokens that fill the sink come before position 0 and are skipped.
         to_sink = tl.maximum(SINK - tl.load(start_ptr), 0)
-        p = low + tl.arange(0, GROUP)
-        m_t = p < aligned + GROUP
-        m_valid = m_t
-        if HAS_RANK:
-            p_rank = rank + (i_bh // H) * rank_b + SINK + p
-            m_valid = m_t & (tl.load(p_rank, mask=m_t, other=0) != 0)
+        end = aligned + GROUP
+        rank += (i_bh // H) * rank_b + SINK
         i_block = i_bh * BLOCKS + used + i_n
-        _pack_side(
-            key, key_scale, key_zero, recent_k, k + to_sink * D, i_bh, i_block, p, m_t, m_valid,
-            fresh, RING, N, D, GROUP, K_BITS, True, BLOCK_K,
-        )  # fmt: skip
-        _pack_side(
-            value, value_scale, value_zero, recent_v, v + to_sink * DV, i_bh, i_block, p, m_t,
-            m_valid, fresh, RING, N, DV, GROUP, V_BITS, False, BLOCK_V,
-        )  # fmt: skip
+        k += to_sink * D
+        v += to_sink * DV
+        if K_BITS == 16:
+            _copy_block(
+                key, recent_k, k, i_bh, i_block, low, end, fresh, RING, N, D, GROUP, BLOCK_K
+            )
+        else:
+            _pack_keys(
+                key, key_scale, key_zero, recent_k, k, i_bh, i_block, low, end, rank, fresh,
+                RING, N, D, GROUP, K_BITS, HAS_RANK, BLOCK_K,
+            )  # fmt: skip
+        if V_BITS == 16:
+            _copy_block(
+                value, recent_v, v, i_bh, i_block, low, end, fresh, RING, N, DV, GROUP, BLOCK_V
+            )
+        else:
+            _pack_values(
+                value, value_scale, value_zero, recent_v, v, i_bh, i_block, low, end, rank, fresh,
+                RING, N, DV, GROUP, V_BITS, HAS_RANK, BLOCK_V,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -245,10 +290,7 @@ def _pack(
             0 if rank is None else rank.stride(0),
             H=heads, D=dim, DV=v.shape[3], GROUP=fmt.group, SINK=fmt.sink,
             K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, HAS_RANK=rank is not None,
-            BLOCK_K=_plane(dim, fmt.key_bits), BLOCK_V=_plane(v.shape[3], fmt.value_bits),
+            BLOCK_K=triton.next_power_of_2(dim // max(1, 8 // fmt.key_bits)),
+            BLOCK_V=triton.next_power_of_2(v.shape[3]),
         )  # fmt: skip
     return counts
-
-
-def _plane(channels: int, bits: int) -> int:
-    return triton.next_power_of_2(channels if bits == 16 else channels * bits // 8)

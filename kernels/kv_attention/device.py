@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.kv_append.triton import append
+from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
 from .heads import Arguments, Attend
 from .layout import Blocks
@@ -37,7 +38,10 @@ def attend_and_append(
     new = {side: x.contiguous() for side, x in new.items()}
     rank = None if mask is None else _seen(mask, arguments)
     if decoding:
-        out = decode(arguments, new, part, start, rank, fmt)
+        if fmt is not None and serves(arguments, new, part, fmt):
+            out = decode_packed(arguments, new, part, start, rank, fmt)
+        else:
+            out = decode(arguments, new, part, start, rank, fmt)
     else:
         assert fmt is not None
         begin = tokens_before(queries, start, mask, length)

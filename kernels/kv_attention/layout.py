@@ -55,12 +55,11 @@ class Blocks:
 
     def refusal(self, head_dim: int, value_dim: int) -> str | None:
         """Why heads of this size cannot be packed; None if they can."""
-        for side, bits, channels in (
-            ("K", self.key_bits, head_dim),
-            ("V", self.value_bits, value_dim),
-        ):
-            if bits < 16 and channels % (8 // bits):
-                return f"{bits}-bit {side} needs channels divisible by {8 // bits}, got {channels}"
+        # Values are packed along the tokens of a block, which every width divides.
+        del value_dim
+        bits = self.key_bits
+        if bits < 16 and head_dim % (8 // bits):
+            return f"{bits}-bit K needs channels divisible by {8 // bits}, got {head_dim}"
         return None
 
     def packed(self, length: int) -> int:
@@ -169,8 +168,9 @@ def state_shapes(
     entries equal to the last; sink_key [B, h, sink, D]; key [B, h, blocks, group, D*bits/8]
     uint8; key_scale and key_zero [B, h, blocks, 1, D] bfloat16; recent_key [B, h, recent, D], a
     ring in which the token at position p (from the sink's end) lies at p % recent; the same for
-    values, whose scale and zero are [B, h, blocks, group, 1]. A sink of 0 tokens, and the scale
-    and zero of a 16-bit side, are left out.
+    values, but with value [B, h, blocks, Dv, group*bits/8], packed along the tokens, and scale
+    and zero [B, h, blocks, group, 1]. A 16-bit side is [B, h, blocks, group, D], without scale
+    and zero. A sink of 0 tokens is left out.
     """
     if fmt is None:
         return {
@@ -189,8 +189,10 @@ def state_shapes(
         if bits == 16:
             shapes[side] = ((batch, heads, blocks, fmt.group, channels), dtype)
         else:
-            row = (1, channels) if side == "key" else (fmt.group, 1)
-            shapes[side] = ((batch, heads, blocks, fmt.group, channels * bits // 8), torch.uint8)
+            row, stored = (1, channels), (fmt.group, channels * bits // 8)
+            if side == "value":
+                row, stored = (fmt.group, 1), (channels, fmt.group * bits // 8)
+            shapes[side] = ((batch, heads, blocks, *stored), torch.uint8)
             shapes[f"{side}_scale"] = ((batch, heads, blocks, *row), torch.bfloat16)
             shapes[f"{side}_zero"] = ((batch, heads, blocks, *row), torch.bfloat16)
         shapes[f"recent_{side}"] = ((batch, heads, recent, channels), dtype)

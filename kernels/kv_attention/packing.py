@@ -4,9 +4,10 @@
 
 `zero` is the minimum rounded down to bfloat16 and `scale` is rounded up, so that the range still
 covers the maximum: the error is at most scale / 2 (up to the rounding of the arithmetic), and
-nothing overflows that bfloat16 can hold. Packing is planar along the channels: byte j holds
-channels j, j + D/2 (4 bits) or j, j + D/4, j + D/2, j + 3D/4 (2 bits), the first one lowest.
-What is exported uses %, // and +, * on uint8, which is what onnxruntime takes.
+nothing overflows that bfloat16 can hold. What a dot product over keys or values sums over lies
+together, the channels of a key and the tokens of a value's channel, and packing is planar along
+it: of n numbers, byte j holds j, j + n/2 (4 bits) or j, j + n/4, j + n/2, j + 3n/4 (2 bits), the
+first one lowest. What is exported uses %, // and +, * on uint8, which is what onnxruntime takes.
 """
 
 from __future__ import annotations
@@ -80,16 +81,28 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> step) & (2**bits - 1) for step in steps], dim=-1)
 
 
+def pack_codes(q: Tensor, side: str, bits: int) -> Tensor:
+    """Integers [..., group, D] as one side stores them."""
+    return pack(q if side == "key" else q.transpose(-1, -2).contiguous(), bits)
+
+
+def unpack_codes(packed: Tensor, side: str, bits: int) -> Tensor:
+    """The integers [..., group, D] that one side stores."""
+    q = unpack(packed, bits)
+    return q if side == "key" else q.transpose(-1, -2)
+
+
 def pack_side(x: Tensor, valid: Tensor | None, side: str, bits: int) -> dict[str, Tensor]:
     """The tensors that store blocks `x` [B, h, blocks, group, D] of keys or values.
 
     `valid` is bool [B, 1, blocks, group, 1]. Keys share a scale per channel over the tokens of a
-    block, values per token over the channels.
+    block, values per token over the channels. Values are stored as [B, h, blocks, D, group],
+    packed along the last dimension.
     """
     if bits == 16:
         return {side: x}
     q, scale, zero = quantize(x, valid, 3 if side == "key" else 4, bits)
-    return {side: pack(q, bits), f"{side}_scale": scale, f"{side}_zero": zero}
+    return {side: pack_codes(q, side, bits), f"{side}_scale": scale, f"{side}_zero": zero}
 
 
 def unpack_side(part: dict[str, Tensor], side: str, bits: int, dtype: torch.dtype) -> Tensor:
@@ -97,5 +110,5 @@ def unpack_side(part: dict[str, Tensor], side: str, bits: int, dtype: torch.dtyp
     if bits == 16:
         return part[side]
     kind = torch.float64 if dtype == torch.float64 else torch.float32
-    q = unpack(part[side], bits).to(kind)
+    q = unpack_codes(part[side], side, bits).to(kind)
     return q.mul_(part[f"{side}_scale"].to(kind)).add_(part[f"{side}_zero"].to(kind)).to(dtype)

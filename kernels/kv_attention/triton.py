@@ -24,11 +24,11 @@ EXACT = Blocks(key_bits=16, value_bits=16, group=64, residual=0, sink=0)
 
 
 @triton.jit
-def _load_block(
-    packed, scale, zero, rows, channels, m_rows, m_channels, D: tl.constexpr,
-    BITS: tl.constexpr, PER_CHANNEL: tl.constexpr, dtype: tl.constexpr,
+def _load_keys(
+    packed, scale, zero, rows, channels, m_rows, m_channels,
+    D: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Tokens `rows` of one block, [rows, channels] in `dtype`; pointers are at the block."""
+    """Keys `rows` of one block, [rows, channels] in `dtype`; pointers are at the block."""
     mask = m_rows[:, None] & m_channels[None, :]
     if BITS == 16:
         return tl.load(packed + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
@@ -36,12 +36,26 @@ def _load_block(
     p_byte = packed + rows[:, None] * W + (channels % W)[None, :]
     b_byte = tl.load(p_byte, mask=mask, other=0).to(tl.int32)
     b_code = (b_byte >> ((channels // W) * BITS)[None, :]) & ((1 << BITS) - 1)
-    if PER_CHANNEL:
-        b_scale = tl.load(scale + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
-        b_zero = tl.load(zero + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
-    else:
-        b_scale = tl.load(scale + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
-        b_zero = tl.load(zero + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    b_scale = tl.load(scale + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
+    b_zero = tl.load(zero + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, b_code.to(tl.float32) * b_scale + b_zero, 0.0).to(dtype)
+
+
+@triton.jit
+def _load_values(
+    packed, scale, zero, rows, channels, m_rows, m_channels,
+    D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Values `rows` of one block, [rows, channels] in `dtype`; pointers are at the block."""
+    mask = m_rows[:, None] & m_channels[None, :]
+    if BITS == 16:
+        return tl.load(packed + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
+    W: tl.constexpr = GROUP * BITS // 8
+    p_byte = packed + channels[None, :] * W + (rows % W)[:, None]
+    b_byte = tl.load(p_byte, mask=mask, other=0).to(tl.int32)
+    b_code = (b_byte >> ((rows // W) * BITS)[:, None]) & ((1 << BITS) - 1)
+    b_scale = tl.load(scale + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    b_zero = tl.load(zero + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
     return tl.where(mask, b_code.to(tl.float32) * b_scale + b_zero, 0.0).to(dtype)
 
 
@@ -78,6 +92,46 @@ def _step(
     b_alpha = tl.exp(b_m - b_base)
     b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], UPCAST)
     return b_new, b_l * b_alpha + tl.sum(b_p, 1), b_acc
+
+
+@triton.jit
+def exact_tokens(
+    b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
+    q_position, m_q, rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens, N, RING,
+    D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """What is stored exactly joins: sink, recent and new tokens, each from its first position."""
+    o_d, o_v, o_t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_T)
+    m_d, m_v = o_d < D, o_v < DV
+    for i_part in tl.static_range(3):
+        if i_part == 0:
+            first, count, rows = start * 0, tl.minimum(start, SINK), SINK
+            x_k, x_v = sink_k, sink_v
+        elif i_part == 1:
+            first, count, rows = SINK + packed, start - SINK - packed, RING
+            x_k, x_v = recent_k, recent_v
+        else:
+            first, count, rows = start, N + start * 0, N
+            x_k, x_v = k, v
+        for i_t in range(0, count, BLOCK_T):
+            o_x = i_t + o_t
+            m_t = o_x < count
+            slot = o_x
+            if i_part == 1:
+                slot = (packed + o_x) % tl.maximum(RING, 1)
+            o_row = (i_bh * rows + slot)[:, None]
+            m_k, m_w = m_t[:, None] & m_d[None, :], m_t[:, None] & m_v[None, :]
+            b_k = tl.load(x_k + o_row * D + o_d[None, :], mask=m_k, other=0.0)
+            b_v = tl.load(x_v + o_row * DV + o_v[None, :], mask=m_w, other=0.0)
+            b_m, b_l, b_acc = _step(
+                b_q, b_k, b_v, b_m, b_l, b_acc, first + o_x, m_t, q_position, m_q,
+                rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
+                CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+            )  # fmt: skip
+    return b_m, b_l, b_acc
 
 
 @triton.jit
@@ -138,13 +192,13 @@ def _decode_kernel(
             m_t = o_t < high - low
             p_k = key + i_token * (D if K_BITS == 16 else D * K_BITS // 8)
             p_v = value + i_token * (DV if V_BITS == 16 else DV * V_BITS // 8)
-            b_k = _load_block(
-                p_k, key_scale + i_block * D, key_zero + i_block * D, o_t, o_d, m_t, m_d, D,
-                K_BITS, True, b_q.dtype,
+            b_k = _load_keys(
+                p_k, key_scale + i_block * D, key_zero + i_block * D, o_t, o_d, m_t, m_d,
+                D, K_BITS, b_q.dtype,
             )  # fmt: skip
-            b_v = _load_block(
+            b_v = _load_values(
                 p_v, value_scale + i_block * GROUP, value_zero + i_block * GROUP, o_t, o_v,
-                m_t, m_v, DV, V_BITS, False, b_q.dtype,
+                m_t, m_v, DV, GROUP, V_BITS, b_q.dtype,
             )  # fmt: skip
             b_m, b_l, b_acc = _step(
                 b_q, b_k, b_v, b_m, b_l, b_acc, SINK + low + o_t, m_t, q_position, m_m,
@@ -152,33 +206,13 @@ def _decode_kernel(
                 CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
             )  # fmt: skip
 
-    # What is exact: sink, recent and new tokens, positions counted from each one's first.
     if i_s == last:
-        for i_part in tl.static_range(3):
-            if i_part == 0:
-                first, count, rows = start * 0, tl.minimum(start, SINK), SINK
-                x_k, x_v = sink_k, sink_v
-            elif i_part == 1:
-                first, count, rows = SINK + packed, start - SINK - packed, RING
-                x_k, x_v = recent_k, recent_v
-            else:
-                first, count, rows = start, N + start * 0, N
-                x_k, x_v = k, v
-            for i_t in range(0, count, BLOCK_T):
-                o_x = i_t + o_t
-                m_t = o_x < count
-                slot = o_x
-                if i_part == 1:
-                    slot = (packed + o_x) % tl.maximum(RING, 1)
-                o_row = (i_bh * rows + slot)[:, None]
-                m_k, m_w = m_t[:, None] & m_d[None, :], m_t[:, None] & m_v[None, :]
-                b_k = tl.load(x_k + o_row * D + o_d[None, :], mask=m_k, other=0.0)
-                b_v = tl.load(x_v + o_row * DV + o_v[None, :], mask=m_w, other=0.0)
-                b_m, b_l, b_acc = _step(
-                    b_q, b_k, b_v, b_m, b_l, b_acc, first + o_x, m_t, q_position, m_m,
-                    rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
-                    CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
-                )  # fmt: skip
+        b_m, b_l, b_acc = exact_tokens(
+            b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
+            q_position, m_m, rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
+            N, RING, D, DV, SINK, CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+            BLOCK_D, BLOCK_V, BLOCK_T,
+        )  # fmt: skip
 
     o_row = (i_s * tl.num_programs(0) + i_bh) * G * N + o_m
     tl.store(out_m + o_row, b_m, mask=m_m)
@@ -192,12 +226,12 @@ def _combine_kernel(
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The shares of one row, joined into out [B, N, H*G, DV]; a row that saw nothing is 0."""
+    """Shares of one row, joined into BLOCK_V channels of out [B, N, H*G, DV]; no key gives 0."""
     i_row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     i_bh, i_m = i_row // (G * N), i_row % (G * N)
     head = i_bh % H * G + i_m // N
-    o_s, o_v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    o_s, o_v = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_s = o_s < splits
     p_s = o_s * rows + i_row
     b_m = tl.load(top + p_s, mask=m_s, other=-float("inf"))
@@ -244,33 +278,48 @@ def decode(
     out = q.new_empty((batch, queries, heads * group, value_dim))
     bias, none = arguments.bias, q
     strides = (0, 0, 0, 0) if bias is None else _broadcast_strides(bias)
-    windows = _per_head(arguments.window, heads), _per_head(arguments.sink_tokens, heads)
-    has_window = any(windows[0])
-    table = _windows(tuple(zip(*windows, strict=True)), q.device) if has_window else none
+    windows = window_table(arguments, heads)
     _decode_kernel[(batch * heads, splits)](
         q, k, v, start, part.get("block_start", none), part.get("sink_key", none),
         part.get("sink_value", none), part["key"], part.get("key_scale", none),
         part.get("key_zero", none), part["value"], part.get("value_scale", none),
         part.get("value_zero", none), part.get("recent_key", none),
         part.get("recent_value", none), none if rank is None else rank,
-        none if bias is None else bias, table, partial, top, total, queries, blocks, tokens,
+        none if bias is None else bias, none if windows is None else windows,
+        partial, top, total, queries, blocks, tokens,
         0 if fmt is None else part["recent_key"].shape[2],
         0 if rank is None else rank.stride(0), *strides,
         arguments.scale, arguments.softcap, triton.cdiv(blocks, splits),
         H=heads, G=group, D=dim, DV=value_dim, GROUP=held.group, SINK=held.sink,
         K_BITS=held.key_bits, V_BITS=held.value_bits, EXACT=fmt is None,
         CAUSAL=arguments.causal, HAS_RANK=rank is not None, HAS_BIAS=bias is not None,
-        HAS_WINDOW=has_window, HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
+        HAS_WINDOW=windows is not None, HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
         BLOCK_T=held.group,
     )  # fmt: skip
-    sinks = arguments.sinks
-    _combine_kernel[(batch * heads * rows,)](
-        partial, top, total, none if sinks is None else sinks, out, queries, splits,
-        H=heads, G=group, DV=value_dim, HAS_SINKS=sinks is not None,
-        BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=triton.next_power_of_2(value_dim),
-    )  # fmt: skip
+    combine(partial, top, total, arguments.sinks, out)
     return out
+
+
+def combine(partial: Tensor, top: Tensor, total: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    """Join shares [splits, B * KV, rows, ...] into `out` [B, N, heads, Dv]."""
+    splits, outer, rows, value_dim = partial.shape
+    _, queries, heads, _ = out.shape
+    group = rows // queries
+    block = tile(value_dim, most=32)
+    _combine_kernel[(outer * rows, triton.cdiv(value_dim, block))](
+        partial, top, total, partial if sinks is None else sinks, out, queries, splits,
+        H=heads // group, G=group, DV=value_dim, HAS_SINKS=sinks is not None,
+        BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=block,
+    )  # fmt: skip
+
+
+def window_table(arguments: Arguments, heads: int) -> Tensor | None:
+    """int64 [KV, 2]: window and sink tokens of each KV head, on the device of the queries."""
+    windows = _per_head(arguments.window, heads), _per_head(arguments.sink_tokens, heads)
+    if not any(windows[0]):
+        return None
+    return _windows(tuple(zip(*windows, strict=True)), arguments.q.device)
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from fxopt.ir.site import LinearInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels import fp8_linear as fp8
 from fxopt.kernels import quantized_linear as integer
-from fxopt.kernels.quantized_linear.op import FUSED_ROWS
+from fxopt.kernels.quantized_linear.op import FUSED_ROWS, VECTOR_ROWS
 from fxopt.passes.linear import dense, rounding
 
 Tensors = Mapping[str, Tensor]
@@ -111,7 +111,8 @@ class Integer:
             hidden_elements=elements if rows > FUSED_ROWS else 0,
             # What the reference holds at once of the steps from bytes to weight.
             temporary_bytes=elements * size * (5 if bits == 4 else 4) // 2,
-            launches=2 if rows > FUSED_ROWS else 1,
+            # More rows: sums in parts and their addition, or the weight restored and cuBLAS.
+            launches=1 if rows <= VECTOR_ROWS else 2,
             make=make,
         )
 
@@ -162,7 +163,7 @@ class Float8:
             # The reference widens the weight, and holds x rounded and its product in float32.
             temporary_bytes=elements * info.dtype.itemsize
             + rows * (5 * info.in_features + 4 * info.out_features),
-            launches=2,
+            launches=1 if rows == 1 else 2,
             make=make,
         )
 

@@ -15,6 +15,7 @@ from fxopt.kernels.kv_attention.packing import (
     round_down,
     round_up,
     unpack,
+    unpack_codes,
     unpack_side,
 )
 from tests.oracle import bfloat16_above, bfloat16_below, fake_quantize
@@ -127,17 +128,18 @@ def test_padding_enters_no_range(side: str, bits: int) -> None:
     x = torch.randn(2, 1, 3, 32, 8)
     valid = torch.ones(2, 1, 3, 32, 1, dtype=torch.bool)
     valid[0, :, 0] = False
-    valid[0, :, 1, :7] = False
+    valid[0, :, 1, :8] = False
     wild = torch.where(valid, x, 1e6)
     calm, loud = (pack_side(t, valid, side, bits) for t in (x, wild))
     for name in calm:
         assert torch.equal(calm[name], loud[name])
     assert not calm[f"{side}_scale"][0, :, 0].any()
     assert not calm[side][0, :, 0].any()
-    alone = pack_side(x[:1, :, 1:2, 7:], None, side, bits)
-    rows = slice(None) if side == "key" else slice(7, None)
+    alone = pack_side(x[:1, :, 1:2, 8:], None, side, bits)
+    rows = slice(None) if side == "key" else slice(8, None)
     assert torch.equal(alone[f"{side}_scale"], calm[f"{side}_scale"][:1, :, 1:2, rows])
-    assert torch.equal(alone[side], calm[side][:1, :, 1:2, 7:])
+    codes = unpack_codes(calm[side], side, bits)[:1, :, 1:2, 8:]
+    assert torch.equal(unpack_codes(alone[side], side, bits), codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fxopt.kernels._triton import few_rows, vector
 from fxopt.kernels.low_rank_linear import low_rank_linear
-from fxopt.kernels.low_rank_linear import triton as low_rank_triton
 from fxopt.kernels.monarch_linear import dense, monarch_linear
 from fxopt.kernels.monarch_linear import triton as monarch_triton
 from fxopt.kernels.quantized_linear import dequantize, quantize, quantized_linear
@@ -63,14 +63,78 @@ def test_dequantize(bits: int, group: int) -> None:
     assert torch.equal(out, dequantize(*weight, bits, group))
 
 
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 640), (4, 64), (4, 128)])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "swapped"), [(3, False), (3, True), (17, False)])
+def test_quantized_by_splits(bits: int, group: int, splits: int, rows: int, swapped: bool) -> None:
+    """Sums cut evenly and unevenly, columns that end within a tile."""
+    x, bias = draw(rows, 640, dtype=torch.bfloat16), draw(51, dtype=torch.bfloat16)
+    packed, scale, zero = quantize(draw(51, 640, dtype=torch.bfloat16), bits, group)
+    chosen = quantized_triton.Configuration(
+        16 if rows < 16 else 32, 32, 32, splits, 4, 3, 2, scale_first=rows > 16, swapped=swapped
+    )
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, bias, bits, group, chosen)
+    exact = dequantize(packed, scale.double(), zero.double(), bits, group)
+    assert_close(out, x, exact, bias)
+
+
 @DTYPES
-@pytest.mark.parametrize("rows", [1, 5, 16])
-@pytest.mark.parametrize("rank", [8, 37])
-def test_low_rank(dtype: torch.dtype, rows: int, rank: int) -> None:
-    x, bias = draw(126, rows, dtype=dtype).T, draw(50, dtype=dtype)
-    down, up = draw(rank, 126, dtype=dtype), draw(50, rank, dtype=dtype)
-    out = low_rank_triton.low_rank_linear(x, down, up, bias)
-    assert_close(out, x, up.double() @ down.double(), bias)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("bits", "group"), [(8, 16), (8, 64), (4, 32), (4, 128)])
+@pytest.mark.parametrize("block", [128, 256])
+def test_quantized_vector(dtype: torch.dtype, rows: int, bits: int, group: int, block: int) -> None:
+    """Steps that fill the columns and ones that do not, rows of the weight that end in a tile."""
+    x, bias = draw(rows, 640, dtype=dtype), draw(51, dtype=dtype)
+    packed, scale, zero = quantize(draw(51, 640, dtype=dtype), bits, group)
+    chosen = vector.Vector(4, block)
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, bias, bits, group, chosen)
+    exact = dequantize(packed, scale.double(), zero.double(), bits, group)
+    assert_close(out, x, exact, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 128)])
+def test_quantized_by_what_is_launched(rows: int, bits: int, group: int) -> None:
+    x = draw(rows, 640, dtype=torch.bfloat16)
+    packed, scale, zero = quantize(draw(51, 640, dtype=torch.bfloat16), bits, group)
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, None, bits, group)
+    exact = dequantize(packed, scale.double(), zero.double(), bits, group)
+    assert_close(out, x, exact, None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "cuts"),
+    [  # as measured: tile, splits, warps, stages, transposed
+        (16, 4, [(16, 64, 64, 4, 4, 4), (16, 128, 64, 2, 4, 4), (16, 64, 64, 4, 4, 4)]),
+        (16, 8, [(16, 64, 128, 4, 4, 3), (16, 64, 128, 2, 4, 3), (16, 64, 128, 4, 4, 3)]),
+        (32, 4, [(32, 64, 64, 2, 4, 4), (32, 64, 64, 1, 4, 4), (32, 64, 64, 2, 4, 4)]),
+        (64, 4, [(-64, 64, 64, 4, 4, 4), (64, 64, 64, 1, 4, 4), (-64, 64, 64, 4, 4, 4)]),
+        (256, 4, [(128, 64, 64, 2, 4, 3), (-256, 128, 64, 1, 8, 3), (-256, 128, 64, 4, 8, 3)]),
+    ],
+)
+def test_an_h100_gets_what_was_fastest(
+    monkeypatch: pytest.MonkeyPatch, rows: int, bits: int, cuts: list[tuple[int, ...]]
+) -> None:
+    """Tiles of negative height are those of the transpose."""
+    monkeypatch.setattr(quantized_triton, "hopper", lambda _: True)
+    monkeypatch.setattr(quantized_triton, "processors", lambda _: 132)
+    for (k, n), cut in zip(((4096, 4096), (4096, 14336), (14336, 4096)), cuts, strict=True):
+        c = quantized_triton.configuration(rows, n, k, bits, 128, torch.device("cuda"))
+        assert (-c.block_m if c.swapped else c.block_m, *c[1:6]) == cut
+        assert c.scale_first == (rows > 16 and (rows != 64 or not c.swapped))
+        wide = quantized_triton.configuration(
+            rows, n, k, bits, 128, torch.device("cuda"), torch.float32
+        )
+        assert not wide.swapped  # its tiles would not fit into shared memory
+
+
+@DTYPES
+@pytest.mark.parametrize("depth", [320, 321])
+def test_few_rows(dtype: torch.dtype, depth: int) -> None:
+    x, w, bias = (draw(*shape, dtype=dtype) for shape in ((3, depth), (51, depth), (51,)))
+    chosen = few_rows.Configuration(32, 64)
+    out = few_rows.linear(x, w, bias, x.new_empty(3, 51), chosen=chosen)
+    assert_close(out, x, w.double(), bias)
 
 
 @DTYPES
@@ -88,47 +152,51 @@ def test_no_rows() -> None:
     packed, scale, zero = quantize(draw(50, 126, dtype=torch.float32), 4, 42)
     out = quantized_triton.quantized_linear(x, packed, scale, zero, None, 4, 42)
     assert out.shape == (2, 0, 50)
-    down, up = draw(8, 126, dtype=torch.float32), draw(50, 8, dtype=torch.float32)
-    assert low_rank_triton.low_rank_linear(x, down, up, None).shape == (2, 0, 50)
     right, left = draw(2, 8, 63, dtype=torch.float32), draw(2, 25, 8, dtype=torch.float32)
     assert monarch_triton.monarch_linear(x, right, left, None).shape == (2, 0, 50)
-
-
-def test_low_rank_kernel_refuses_many_rows() -> None:
-    x, down, up = (draw(*s, dtype=torch.float32) for s in ((65, 126), (8, 126), (50, 8)))
-    with pytest.raises(ValueError, match="at most 64 rows"):
-        low_rank_triton.low_rank_linear(x, down, up, None)
 
 
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fxopt.kernels.low_rank_linear import triton as low_rank
+from fxopt.kernels._triton import few_rows, splits, vector
 from fxopt.kernels.monarch_linear import triton as monarch
 from fxopt.kernels.quantized_linear import triton as quantized
+
+multiples = ("N", "K", "WIDTH", "GROUPS", "x_batch", "x_row")
 
 def build(kernel, pointers, **constants):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     values = {(names.index(n),): v for n, v in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    print(kernel.__name__, len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+    aligned = [n for n in names if n in pointers or n in multiples]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, values, attributes)
+    built = compile(source, target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, len(built.asm["cubin"]), built.asm["ttgir"].count("ttg.local_alloc %"))
 
-p = "*bf16"
-tile = dict(UPCAST=False, BLOCK_M=16, BLOCK_N=32, BLOCK_K=32)
+p, f, q = "*bf16", "*fp32", "*fp8e4nv"
+tile = dict(UPCAST=False, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64)
 for bits in (4, 8):
-    pointers = dict(x=p, packed="*u8", scale=p, zero=p, bias=p, y=p)
-    build(quantized._quantized_linear_kernel, pointers, BITS=bits, GROUP=64, HAS_BIAS=True, **tile)
+    pointers = dict(x=p, packed="*u8", scale=p, zero=p, bias=p, out=f)
+    build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True,
+          SCALE_FIRST=False, ASM=True, OVERLAP=True, UNROLL=1, SWAPPED=False, **tile)
+    pointers["out"] = p
+    build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True,
+          SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
+          **tile | dict(BLOCK_N=64))
+    build(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
+          CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048)
 pointers = dict(packed="*u8", scale=p, zero=p, w=p)
 build(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
-pointers = dict(x=p, down=p, partial="*fp32")
-build(low_rank._down_kernel, pointers, UPCAST=False, BLOCK_M=16, BLOCK_R=32, BLOCK_K=64)
-pointers = dict(partial="*fp32", up=p, bias=p, y=p)
-build(low_rank._up_kernel, pointers, HAS_BIAS=True, UPCAST=False,
-      BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)
-pointers = dict(x=p, w=p, y=p)
-build(monarch._blocks_kernel, pointers, bias=None, HAS_BIAS=False, **tile)
+for x, y, scales in ((p, f, False), (q, p, True)):
+    pointers = dict(x=x, w=x, scale_m=f, scale_n=f, bias=p, y=y)
+    build(few_rows._few_rows_kernel, pointers, HAS_SCALE=scales, HAS_BIAS=True, STARTS=True,
+          WAITS=True, EVEN=True, **tile)
+pointers = dict(partial=f, bias=p, y=p)
+build(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, BLOCK=256)
+build(monarch._blocks_kernel, dict(x=p, w=p, y=p), bias=None, HAS_BIAS=False, EVEN=True, **tile)
 """
 
 
@@ -140,8 +208,10 @@ def test_compile_ahead_of_time_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     built = [line.split() for line in done.stdout.splitlines()]
-    assert len(built) == 6
-    assert all(int(size) > 0 for _, size in built)
+    assert len(built) == 11
+    assert all(int(size) > 0 for _, size, _ in built)
+    # Weights reach the products from where they were copied to, not through a second copy.
+    assert all(int(copies) == 0 for _, _, copies in built)
 
 
 @pytest.mark.gpu

@@ -81,7 +81,7 @@ def llama(layers: int, heads: int, seed: int = 0) -> Plan:
 
 
 def _decision(chance: random.Random, key: str, family: str, weights: int) -> Decision:
-    rewrite = {"attention": "window", "kv_cache": "blocks", "linear": "low_rank"}[family]
+    rewrite = {"attention": "window", "kv_cache": "blocks", "linear": "monarch"}[family]
     options = [
         Alternative(
             rewrite=f"{family}.{rewrite}",
@@ -161,7 +161,7 @@ def _block(decisions: list[Decision], module: str, layer: int) -> Block:
         tail = f"-> f32[batch, length, {LINEARS[name][0]}] at {name}"
         shape = "{}, {}".format(*LINEARS[name])
         before = f"%{leaf} = aten.linear({x}, {name}.weight f32[{shape}]) {tail}"
-        after = f"%{leaf} = fxopt.low_rank_linear({x}, {name}.down f32[{layer}, 9]) {tail}"
+        after = f"%{leaf} = fxopt.monarch_linear({x}, {name}.right f32[2, {layer}, 9]) {tail}"
         changed = f"{module}.{name}" in rewritten
         lines.extend([f"-{before}", f"+{after}"] if changed else [f" {before}"])
         return f"%{leaf}"

@@ -142,9 +142,9 @@ def test_graph_shows_both_sides_and_selects(tab: Callable[..., Tab], small: Plan
     site = decision.key.removeprefix(f"{layer}.")
     shown.page.select_option("#block", label=layer)
     node = f"#after .node.rewritten[data-site='{site}']"
-    assert "low_rank" in (shown.page.get_attribute(node, "aria-label") or "")
+    assert "monarch" in (shown.page.get_attribute(node, "aria-label") or "")
     before = f"#before .node.rewritten[data-site='{site}']"
-    assert "low_rank" not in (shown.page.get_attribute(before, "aria-label") or "")
+    assert "monarch" not in (shown.page.get_attribute(before, "aria-label") or "")
     shown.page.focus(node)
     shown.press("Enter")
     assert shown.selected() == decision.key
@@ -194,7 +194,7 @@ def test_a_rewritten_site_shows_its_kernel(tab: Callable[..., Tab], small: Plan)
     shown.page.click(".row.body")
     shown.page.click("#details .kernel summary")
     assert "@triton.jit" in shown.text("#details .kernel pre")
-    assert "kernels/low_rank_linear/triton.py" in shown.text("#details .kernel .note")
+    assert "kernels/monarch_linear/triton.py" in shown.text("#details .kernel .note")
     assert "pinned: block_m=64" in shown.text("#details .kernel .note")
     kept = next(d for d in plan.decisions if d.family == "linear" and not d.rewritten)
     shown.page.fill("#filter", kept.key)

@@ -48,7 +48,7 @@ def test_every_call_and_edge_is_written() -> None:
     (node,) = (
         n for n in dot["node"] if n.startswith(quoted(f"{module.rpartition('.')[0]}/{leaf}"))
     )
-    assert f"~ {leaf}\\naten.linear -> fxopt.low_rank_linear\\n{decision.rewrite}" in node
+    assert f"~ {leaf}\\naten.linear -> fxopt.monarch_linear\\n{decision.rewrite}" in node
     assert decision.reason in node
 
 

@@ -190,7 +190,7 @@ def test_a_group_or_its_members_are_counted() -> None:
     if pair.rewritten:
         pair.choose("keep")
     assert counted(plan.decisions) == [gate, up, down]
-    pair.choose("linear.low_rank", "option3")
+    pair.choose("linear.monarch", "option3")
     assert counted(plan.decisions) == [down, pair]
     assert ops_of("a.x+b.y") == ["a.x", "b.y"]
     assert ops_of("x+y") == ["x", "y"]
@@ -203,21 +203,24 @@ import sys
 from fxopt.show import kernels
 from tests.show.synthetic import llama
 block = llama(1, 1).blocks[0]
-assert set(sum(kernels.kernels_at(block).values(), [])) == {"low_rank_linear"}
-print(kernels.text_of("low_rank_linear"))
-assert "triton" not in sys.modules and "fxopt.kernels.low_rank_linear" not in sys.modules
+assert set(sum(kernels.kernels_at(block).values(), [])) == {"monarch_linear"}
+print(kernels.text_of("monarch_linear"))
+assert "triton" not in sys.modules and "fxopt.kernels.monarch_linear" not in sys.modules
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    file = ROOT / "kernels" / "low_rank_linear" / "triton.py"
+    file = ROOT / "kernels" / "monarch_linear" / "triton.py"
     assert done.stdout.rstrip() == file.read_text(encoding="utf-8").rstrip()
 
 
 @pytest.mark.parametrize(
     ("call", "folders"),
     [
-        ("attend(%q, %k, %v, state=%past, layout='k4v4')", ["kv_attention", "kv_append"]),
+        (
+            "attend(%q, %k, %v, state=%past, layout='k4v4')",
+            ["kv_attention", "kv_append", "kv_int8"],
+        ),
         ("attend(%q, %k, %v, window=(16,))", ["attention"]),
         ("fxopt.quantized_linear(%x, w u8[8, 8])", ["quantized_linear"]),
         ("fxopt.chunked(%x)", []),
@@ -231,7 +234,7 @@ def test_each_call_has_the_kernels_that_it_launches(call: str, folders: list[str
 
 
 def test_a_kernel_is_on_the_page_once(plan: Plan) -> None:
-    once = (ROOT / "kernels" / "low_rank_linear" / "triton.py").read_text("utf-8").splitlines()[0]
+    once = (ROOT / "kernels" / "monarch_linear" / "triton.py").read_text("utf-8").splitlines()[0]
     assert html.render(llama(3, 2)).count(once.replace('"', '\\"')) == 1
     assert once.replace('"', '\\"') not in html.render(plan)
 

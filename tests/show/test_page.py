@@ -220,7 +220,7 @@ def other_plan(plan: Plan) -> Plan:
     block = next(b for b in other.blocks if changed.key.startswith(f"{b.modules[0]}."))
     site = changed.key.removeprefix(f"{block.modules[0]}.")
     at = next(i for i, x in enumerate(block.lines) if x[0] == "+" and x.endswith(f" at {site}"))
-    block.lines[at] = block.lines[at].replace("low_rank_linear", "monarch_linear")
+    block.lines[at] = block.lines[at].replace("monarch_linear", "low_rank_linear")
     other.totals[0] = replace(other.totals[0], measured=5.5e9)
     return other
 
@@ -239,8 +239,8 @@ def test_a_diff_shows_both_budgets_sums_and_graphs(tab: Show, small: Plan) -> No
         assert word in sums
     (before,) = page.locator("#before .node.selected").all()
     (after,) = page.locator("#after .node.selected").all()
-    assert "low_rank" in before.get_attribute("aria-label")
-    assert "monarch" in after.get_attribute("aria-label")
+    assert "monarch" in before.get_attribute("aria-label")
+    assert "low_rank" in after.get_attribute("aria-label")
     assert page.locator("#after .node.rewritten").count() == 1
     assert page.eval_on_selector_all(".row.body > *", CUT_OFF) == []
 
@@ -248,7 +248,7 @@ def test_a_diff_shows_both_budgets_sums_and_graphs(tab: Show, small: Plan) -> No
 def test_a_diff_lists_what_differs(tab: Show, small: Plan) -> None:
     other = small.model_copy(deep=True)
     changed = other.find("model.layers.1.mlp.up_proj", "linear")
-    changed.choose("linear.low_rank", "option7")
+    changed.choose("linear.monarch", "option7")
     removed = other.decisions.pop()
     shown = tab(small.diff(other))
     assert shown.rows() == [changed.key, removed.key]

@@ -1,0 +1,304 @@
+"""Attention kernels against the library's fastest dense kernel: windows and block-sparse masks.
+
+    python benchmarks/attention.py [--only check dense window sparse] [--out attention.jsonl]
+    python benchmarks/attention.py --sweep [--dims 64 128 256]
+
+32 query heads, 8 KV heads, head size 128, bfloat16, causal, forward. The baseline is the faster of
+SDPA's cuDNN and flash backends at the same length, measured in the same run. "speedup" is baseline
+over ours; for block-sparse masks "overhead" is our time over density times baseline, where density
+is the part of the causal (query, key) pairs that is kept. Medians of CUDA events. Results are
+checked against float64 first. One JSON line a measurement.
+
+--sweep times tile shapes, warps and stages under sink 64 + window 4,096 and under lists of 128x128
+tiles at density 0.1, both at 32,768 tokens: what the table in kernels/attention/triton.py holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxopt.kernels.attention import attention_with_lse
+from fxopt.kernels.attention.blocks import (
+    TileLists,
+    block_sparse,
+    block_sparse_reference,
+    lists_from_map,
+)
+from fxopt.kernels.attention.op import attention
+from fxopt.kernels.attention.spec import Attention, bind
+from fxopt.kernels.attention.triton import attention_forward
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+SINK, WINDOW = 64, 4096
+DENSE_LENGTHS = (4096, 16384, 65536)
+WINDOW_TARGETS = {16384: 1.6, 65536: 5.5, 131072: 11.0}
+SPARSE_LENGTH, DENSITIES, OVERHEAD_TARGET = 32768, (0.05, 0.1, 0.25, 0.5), 1.6
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+SWEEP_SECONDS = 130
+
+# BLOCK_M, BLOCK_N, warps, stages, TMA
+SWEEP = {
+    64: [
+        (128, 64, 4, 2, 1), (128, 64, 4, 3, 1), (128, 64, 4, 4, 1),
+        (128, 128, 4, 2, 1), (128, 128, 8, 2, 1), (128, 128, 8, 3, 1),
+        (64, 64, 4, 3, 1), (64, 128, 4, 2, 1), (256, 64, 8, 3, 1),
+    ],
+    128: [
+        (128, 128, 8, 2, 1), (128, 128, 8, 3, 1),
+        (128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1),
+        (128, 64, 4, 2, 1), (128, 32, 4, 4, 1),
+        (64, 64, 4, 2, 1), (64, 64, 4, 3, 1), (64, 128, 4, 2, 1),
+        (128, 64, 8, 3, 0), (128, 128, 8, 2, 0), (128, 64, 4, 2, 0),
+    ],
+    256: [
+        (128, 64, 8, 2, 1), (128, 32, 8, 2, 1), (128, 32, 8, 3, 1),
+        (64, 64, 4, 2, 1), (64, 32, 4, 2, 1), (64, 32, 4, 3, 1),
+    ],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=["check", "dense", "window", "sparse"])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--dims", nargs="*", type=int, default=[128, 64, 256])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    lines: list[dict[str, Any]] = []
+
+    def report(**line: Any) -> None:
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+
+    report(device=torch.cuda.get_device_name(), torch=torch.__version__)
+    if args.sweep:
+        sweep(args.dims, report)
+    else:
+        steps = {"check": check, "dense": dense, "window": windowed, "sparse": sparse}
+        for name in args.only:
+            steps[name](report)
+    if args.out is not None:
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+Report = Callable[..., None]
+
+
+def check(report: Report) -> None:
+    """Against float64 with the same masks; the error in units of the plain formula's own."""
+    for dim in (64, 128, 256):
+        for options in (
+            {}, {"window": [300], "sink_tokens": [70]}, {"window": [0, 100]}, {"causal": False},
+            {"window": [200], "causal": False}, {"softcap": 20.0}, {"mask": True}, {"sinks": True},
+        ):  # fmt: skip
+            call = small_call(dim, 1001, 1001, dict(options))
+            worst(call, None, report, dim=dim, **{k: str(v) for k, v in options.items()})
+        for key_tile in (64, 128):
+            call = small_call(dim, 900, 1001, {})
+            lists = random_lists(900, 1001, 4, 0.4, key_tile)
+            worst(call, lists, report, dim=dim, key_tile=key_tile)
+
+
+def small_call(dim: int, queries: int, keys: int, options: dict[str, Any]) -> Attention:
+    q, k, v = qkv(queries, dim, 2, 4, 2, keys)
+    if options.pop("mask", False):
+        options["mask"] = torch.ones(2, keys, device="cuda")
+        options["mask"][0, :77] = 0
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(4, device="cuda")
+    given = {
+        "mask": None, "bias": None, "sinks": None, "scale": dim**-0.5, "causal": True,
+        "window": [0], "softcap": 0.0, "sink_tokens": [0],
+    } | options  # fmt: skip
+    return bind(q, k, v, **given)
+
+
+def worst(call: Attention, lists: TileLists | None, report: Report, **line: Any) -> None:
+    def reference(wide: bool) -> tuple[Tensor, Tensor]:
+        q, k, v = (t.double() if wide else t for t in (call.q, call.k, call.v))
+        sinks = call.sinks.double() if wide and call.sinks is not None else call.sinks
+        arguments = (
+            q, k, v, call.mask, None, sinks, call.scale, call.causal,
+            call.window, call.softcap, call.sink_tokens,
+        )  # fmt: skip
+        if lists is None:
+            return attention_with_lse(*arguments)
+        return block_sparse_reference(bind(*arguments), lists)
+
+    expected, same_dtype, actual = reference(True), reference(False), attention_forward(call, lists)
+    error = (actual[0] - expected[0]).abs().max() / (same_dtype[0] - expected[0]).abs().max()
+    seen = expected[1] > -torch.inf
+    lse_error = (actual[1][seen] - expected[1][seen]).abs().max()
+    ok = bool(error < 8 and lse_error < 1e-3 and not actual[0].isnan().any())
+    report(check=ok, error=round(float(error), 2), lse_error=float(lse_error), **line)
+    assert ok, line
+
+
+def dense(report: Report) -> None:
+    """Our kernel without any mask but causality, where the op would take the library's."""
+    for length in DENSE_LENGTHS:
+        call = bind(*qkv(length), None, None, None, DIM**-0.5, True, [0], 0.0, [0])
+        ours = seconds(lambda call=call: attention_forward(call))
+        line = {"ms": ms(ours), "tflops": tflops(length, ours), "speedup": ratio(length, ours)}
+        report(case="dense", length=length, **baselines(length), **line)
+
+
+def windowed(report: Report) -> None:
+    """The op under a window with sink tokens."""
+    for length, target in WINDOW_TARGETS.items():
+        q, k, v = qkv(length)
+        ours = seconds(
+            lambda q=q, k=k, v=v: attention(
+                q, k, v, None, None, None, DIM**-0.5, True, [WINDOW], 0.0, [SINK]
+            )
+        )
+        pairs = length * (SINK + WINDOW) - (SINK + WINDOW) ** 2 / 2
+        rate = round(4e-12 * HEADS * DIM * pairs / ours)
+        report(
+            case=f"sink {SINK} + window {WINDOW}", length=length, **baselines(length),
+            ms=ms(ours), tflops=rate, speedup=ratio(length, ours), target=target,
+        )  # fmt: skip
+
+
+def sparse(report: Report) -> None:
+    """Random tiles, drawn for each head."""
+    length = SPARSE_LENGTH
+    q, k, v = qkv(length)
+    report(case="dense", length=length, **baselines(length))
+    for key_tile in (128, 64):
+        for density in DENSITIES:
+            lists = random_lists(length, length, HEADS, density, key_tile)
+            ours = seconds(
+                lambda lists=lists: block_sparse(q, k, v, lists, scale=DIM**-0.5, causal=True)
+            )
+            kept = kept_pairs(lists)
+            report(
+                case=f"random 128x{key_tile} tiles", length=length, density=round(kept, 4),
+                ms=ms(ours), tflops=round(tflops(length, ours) * kept),
+                speedup=ratio(length, ours), target=OVERHEAD_TARGET,
+                overhead=round(ours / kept / baseline(length), 2),
+            )  # fmt: skip
+
+
+def sweep(dims: list[int], report: Report) -> None:
+    start, length = time.monotonic(), 32768
+    for dim in dims:
+        q, k, v = qkv(length, dim)
+        plain = bind(q, k, v, None, None, None, dim**-0.5, True, [0], 0.0, [0])
+        window = bind(q, k, v, None, None, None, dim**-0.5, True, [WINDOW], 0.0, [SINK])
+        lists = random_lists(length, length, HEADS, 0.1, 128)
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
+        for config in SWEEP[dim]:
+            if time.monotonic() - start > SWEEP_SECONDS:
+                report(out_of_time=config)
+                return
+            sizes = dict(zip(names, config, strict=True))
+            cases = {"window": (window, None), "lists": (plain, lists)}
+            line: dict[str, Any] = {"dim": dim, "config": config}
+            for name, (call, chosen) in cases.items():
+                try:
+                    line[name] = ms(
+                        seconds(lambda c=call, x=chosen, s=sizes: attention_forward(c, x, **s), 0.1)
+                    )
+                except Exception as error:
+                    line[name] = f"{type(error).__name__}: {error}"[:100]
+            report(**line)
+
+
+def qkv(
+    length: int, dim: int = DIM, batch: int = 1, heads: int = HEADS, kv: int = KV_HEADS,
+    keys: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As a model makes them: [B, N, H, D] in memory."""
+    sizes = ((length, heads), (keys or length, kv), (keys or length, kv))
+    q, k, v = (
+        torch.randn(batch, n, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for n, h in sizes
+    )
+    return q, k, v
+
+
+def random_lists(queries: int, keys: int, heads: int, density: float, key_tile: int) -> TileLists:
+    """The diagonal, and as many other tiles as make up the density."""
+    rows = torch.arange(-(-queries // 128), device="cuda")[:, None] * 128 + keys - queries
+    columns = torch.arange(-(-keys // key_tile), device="cuda")[None] * key_tile
+    diagonal = (columns < rows + 128) & (columns + key_tile > rows)
+    # Half of a diagonal tile's pairs are seen.
+    area = 128 * 64 * len(rows) / (queries * (keys - queries / 2))
+    chance = max(0.0, density - area) / (1 - area)
+    visited = torch.rand(1, heads, *diagonal.shape, device="cuda") < chance
+    return lists_from_map(visited | diagonal, queries, keys, True, 128, key_tile)
+
+
+def kept_pairs(lists: TileLists) -> float:
+    """Part of the causal pairs of a square of whole tiles that the lists keep."""
+    tile, tiles = 128 * lists.key_tile, lists.full.shape[2]
+    # A query tile has 128 / key_tile partial tiles on its diagonal, seen by half together.
+    pairs = float(lists.full_count.sum()) / lists.num_heads * tile + tiles * 128 * 64.5
+    return pairs / (128 * tiles * (128 * tiles + 1) / 2)
+
+
+@cache
+def backend_seconds(length: int, backend: str) -> float:
+    q, k, v = qkv(length)
+
+    def run() -> Tensor:
+        with sdpa_kernel(BACKENDS[backend]):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return seconds(run)
+
+
+def baseline(length: int) -> float:
+    return min(backend_seconds(length, name) for name in BACKENDS)
+
+
+def baselines(length: int) -> dict[str, float]:
+    return {f"{name}_ms": ms(backend_seconds(length, name)) for name in BACKENDS}
+
+
+def ratio(length: int, ours: float) -> float:
+    return round(baseline(length) / ours, 2)
+
+
+def seconds(run: Callable[[], Any], most: float = 0.3) -> float:
+    """Median; as many runs as `most` seconds hold, three at least."""
+    run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    start = time.monotonic()
+    while len(times) < 3 or (time.monotonic() - start < most and len(times) < 100):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        run()
+        events[1].record()
+        events[1].synchronize()
+        times.append(events[0].elapsed_time(events[1]) / 1e3)
+    return statistics.median(times)
+
+
+def ms(value: float) -> float:
+    return round(value * 1e3, 4)
+
+
+def tflops(length: int, value: float) -> int:
+    return round(2e-12 * HEADS * DIM * length * length / value)
+
+
+if __name__ == "__main__":
+    main()

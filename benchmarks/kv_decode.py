@@ -1,0 +1,264 @@
+"""Decoding attention over a packed cache against the fastest exact attention, on one GPU.
+
+    python benchmarks/kv_decode.py [--only check shapes rows] [--tune] [--out FILE]
+
+Checks first that the kernel's error against float64 over the dequantised cache is below the one of
+bfloat16 attention, then times CUDA graphs of one layer (32 query heads, 8 KV heads of 128; "rows":
+more query heads) and prints JSON lines: microseconds, terabytes a second of what has to be read,
+and the ratio to the faster of cuDNN's and flash attention in the same run. --tune tries other
+launches beside what a call gets by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxopt.kernels.attention.reference import attention_reference
+from fxopt.kernels.kv_attention import allocate, cached_attention, parse, state_bytes
+from fxopt.kernels.kv_attention.heads import Arguments
+from fxopt.kernels.kv_attention.layout import Blocks, split_state
+from fxopt.kernels.kv_attention.mutating import attend_image
+from fxopt.kernels.kv_attention.triton import decode
+from fxopt.kernels.kv_int8.triton import decode_packed
+
+HEADS, KV, DIM = 32, 8, 128
+SHAPES = ((16, 32768), (64, 8192), (1, 131072))
+LAYOUTS = ("k4v4g128r64s4", "k4v2g128r64s4", "k2v2g128r64s4", "k8v8g128r64s4", "k8v4g128r64s4")
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+LINES: list[dict[str, Any]] = []
+
+
+def report(**line: Any) -> None:
+    LINES.append(line)
+    print(json.dumps(line), flush=True)
+
+
+class Packed:
+    """One layer's packed cache at `length` tokens, and a decoding step on it."""
+
+    def __init__(self, layout: str, batch: int, length: int, heads: int = HEADS) -> None:
+        fmt = parse(layout).classes[0].format
+        assert fmt is not None
+        self.fmt: Blocks = fmt
+        capacity = length + 256
+        state = allocate(parse(layout), batch, KV, DIM, DIM, capacity, torch.bfloat16, "cuda")
+        _, _, self.part = split_state(parse(layout), KV, state)[0]
+        self.bytes = batch * state_bytes(parse(layout), 1, KV, DIM, DIM, length, 2)
+        self.start = torch.tensor(length, device="cuda")
+        self.length = length
+        self._fill(batch)
+        q = torch.randn(batch, heads, 1, DIM, device="cuda", dtype=torch.bfloat16)
+        self.arguments = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
+        self.new = {
+            side: torch.randn(batch, KV, 1, DIM, device="cuda", dtype=torch.bfloat16)
+            for side in ("key", "value")
+        }
+
+    def _fill(self, batch: int) -> None:
+        """Contents a prefill could have stored, without the memory that one takes."""
+        for name, tensor in self.part.items():
+            if name == "block_start":
+                starts = torch.arange(len(tensor), device="cuda") * self.fmt.group
+                tensor.copy_(starts.clamp(max=self.fmt.packed(self.length)))
+            elif tensor.dtype == torch.uint8:
+                tensor.random_(0, 256)
+            elif name.endswith("_scale"):
+                side = self.fmt.key_bits if name.startswith("key") else self.fmt.value_bits
+                tensor.uniform_(0.7, 1.3).mul_(5 / 2**side)
+            elif name.endswith("_zero"):
+                tensor.uniform_(-2.8, -2.2)
+            else:
+                tensor.normal_()
+
+    def step(self, **options: Any) -> Tensor:
+        return decode_packed(
+            self.arguments, self.new, self.part, self.start, None, self.fmt, **options
+        )
+
+    def general(self) -> Tensor:
+        return decode(self.arguments, self.new, self.part, self.start, None, self.fmt)
+
+    def exactly(self, dtype: torch.dtype) -> Tensor:
+        """Attention in `dtype` over the dequantised cache."""
+        wide = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.part.items()}
+        new = {n: t.to(dtype) for n, t in self.new.items()}
+        q = self.arguments.q.to(dtype)
+        chosen = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
+        attention = attention_reference if dtype == torch.float64 else flash
+        return attend_image(attention, chosen, new, wide, None, self.fmt, self.length)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def microseconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a captured call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times: list[float] = []
+    for _ in range(repeats + 5):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) * 1e3)
+    return sorted(times[5:])[repeats // 2]
+
+
+def errors(heads: int, layout: str, length: int) -> bool:
+    """Reports whether the kernel is nearer to float64 than bfloat16 attention; False if far off."""
+    torch.manual_seed(length)
+    case = Packed(layout, 2, length, heads)
+    exact = case.exactly(torch.float64)
+    found = {"int8": case.step(), "general": case.general(), "bf16": case.exactly(torch.bfloat16)}
+    relative = {
+        name: float((out.double() - exact).norm() / exact.norm()) for name, out in found.items()
+    }
+    good = relative["int8"] <= relative["bf16"]
+    report(check=layout, heads=heads, length=length, good=good, **relative)
+    return relative["int8"] <= 4 * relative["bf16"]
+
+
+def exact_times(batch: int, length: int, heads: int = HEADS) -> dict[str, float]:
+    """Microseconds of the library's kernels over bfloat16 keys and values."""
+    q = torch.randn(batch, heads, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, batch, KV, length, DIM, device="cuda", dtype=torch.bfloat16)
+    found: dict[str, float] = {}
+    for name, backend in BACKENDS.items():
+        # With one query the heads of a KV head can be its queries, which is the fastest form.
+        for form, queries in (("", q), (" grouped", q.view(batch, KV, heads // KV, DIM))):
+            with sdpa_kernel(backend):
+                try:
+                    found[name + form] = microseconds(
+                        lambda queries=queries: F.scaled_dot_product_attention(
+                            queries, k, v, enable_gqa=queries.shape[1] != KV
+                        )
+                    )
+                except RuntimeError as error:
+                    report(refused=name + form, why=str(error).splitlines()[0][:120])
+    return found
+
+
+def shapes(tuned: bool) -> None:
+    """All layouts at all shapes."""
+    for batch, length in SHAPES:
+        exact = exact_times(batch, length)
+        whole = batch * KV * length * DIM * 4
+        for name, time in exact.items():
+            speed = round(whole / time / 1e6, 2)
+            report(kernel=name, B=batch, T=length, us=round(time, 1), tbs=speed)
+        torch.cuda.empty_cache()
+        for layout in LAYOUTS:
+            case = Packed(layout, batch, length)
+            tried = other_splits(batch, length) if tuned else ()
+            timed(case, layout, min(exact.values()), tried, B=batch, T=length)
+            if batch == 1 and layout == LAYOUTS[0]:
+                general = round(microseconds(case.general), 1)
+                report(kernel="general " + layout, B=batch, T=length, us=general)
+            del case
+            torch.cuda.empty_cache()
+
+
+def rows(tuned: bool) -> None:
+    """8 and 16 query rows a KV head."""
+    batch, length = SHAPES[0]
+    for heads in (8 * KV, 16 * KV):
+        fastest = min(exact_times(batch, length, heads).values())
+        case = Packed(LAYOUTS[0], batch, length, heads)
+        tried = ({"num_warps": 1},) if tuned else ()
+        timed(case, LAYOUTS[0], fastest, tried, B=batch, T=length, heads=heads)
+        del case
+        torch.cuda.empty_cache()
+
+
+def other_splits(batch: int, length: int) -> Iterator[dict[str, int]]:
+    """Launches that compile no new kernel, by programs a multiprocessor."""
+    places = [wave * 132 // (batch * KV) for wave in (2, 3, 4, 6, 8, 12)]
+    for splits in sorted({max(1, min(127, length // 128, n)) for n in places}):
+        yield {"splits": splits}
+
+
+def timed(case: Packed, layout: str, fastest: float, tried: Any, **line: Any) -> None:
+    """What a call gets by itself, then the launches `tried`."""
+    for options in ({}, *tried):
+        time = microseconds(lambda options=options: case.step(**options))
+        report(
+            kernel=layout, **line, default=not options, us=round(time, 1),
+            tbs=round(case.bytes / time / 1e6, 2), ratio=round(fastest / time, 2), **options,
+        )  # fmt: skip
+
+
+def operator_is_captured() -> None:
+    """A step through the operator, which packs as well, equals itself under a CUDA graph."""
+    layout = LAYOUTS[0]
+    state = allocate(parse(layout), 2, KV, DIM, DIM, 1500, torch.bfloat16, "cuda")
+    start = torch.zeros((), dtype=torch.int64, device="cuda")
+    rest = (None, None, None, DIM**-0.5, True, [0], 0.0, [0], layout)
+    heads = (HEADS, KV, KV)
+    prompt = [torch.randn(2, h, 1000, DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
+    cached_attention(*prompt, state, start, *rest)
+    start += 1000
+    new = [torch.randn(2, h, 1, DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
+    copies = [t.clone() for t in state]
+    eager = [cached_attention(*new, copies, start + i, *rest) for i in range(200)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cached_attention(*new, state, start, *rest)
+        start += 1
+    same = True
+    for expected in eager:
+        graph.replay()
+        same = same and torch.equal(out, expected)
+    report(check="cuda graph", good=same)
+
+
+def check() -> None:
+    checks = [(HEADS, x, 5000) for x in LAYOUTS]
+    checks += [(KV, LAYOUTS[0], 333), (64, LAYOUTS[0], 2049), (56, "k4v4g64r8s0", 1500)]
+    good = all([errors(*each) for each in checks])
+    operator_is_captured()
+    if not good:
+        raise SystemExit("the kernel is wrong; nothing is timed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=["check", "shapes", "rows"])
+    parser.add_argument("--tune", action="store_true", help="other launches are tried as well")
+    parser.add_argument("--out", help="file for the lines")
+    args = parser.parse_args()
+    report(device=torch.cuda.get_device_name(), torch=torch.__version__)
+    if "check" in args.only:
+        check()
+    if "shapes" in args.only:
+        shapes(args.tune)
+    if "rows" in args.only:
+        rows(args.tune)
+    if args.out:
+        with open(args.out, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in LINES)
+
+
+if __name__ == "__main__":
+    main()

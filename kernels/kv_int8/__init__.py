@@ -1,0 +1,1 @@
+"""Decoding over packed blocks as integers, on int8 tensor cores."""

@@ -1,0 +1,386 @@
+"""Decoding over packed blocks on int8 tensor cores.
+
+Stored integers are multiplied as they are. What they are multiplied with is split into two int8
+parts, x ≈ (high * 254 + residual) * step, which are two columns of the same tile: with up to four
+query rows a KV head they fill columns that a tile of the tensor core has anyway. Scales go to the
+other operand: the one of a key's channel to the query, the one of a value's token to its weight;
+zeros become a number per row. Sums of products are exact, so the error is that of 15 bits.
+
+Tiles are transposed: scores are [tokens, rows] and outputs [channels, rows], because a tile has 16
+rows and only 8 columns, and packed storage is the larger side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, tile
+from fxopt.kernels.kv_attention.heads import Arguments
+from fxopt.kernels.kv_attention.layout import Blocks
+from fxopt.kernels.kv_attention.triton import combine, exact_tokens, window_table
+
+BITS = (8, 4, 2)
+DIMS = (64, 128)
+MOST_ROWS = 16
+# An int8 instruction sums 32 products.
+LEAST_DEPTH = 32
+# What launches are sized by, of an H100: processors, bytes of shared memory, and warps of 255
+# registers on each.
+PROCESSORS, SHARED, WARPS = 132, 228 * 1024, 8
+STAGES = 3
+MOST_SPLITS = 127
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+# Adding 1.5 * 2 ** 23 rounds to the nearest integer, which the low bits then hold.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _codes(b_byte, PLANE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Plane PLANE of packed integers as int8; those of 8 bits less 128.
+
+    Four bytes at a time: per byte it is four times the instructions.
+    """
+    if not ASM:
+        if BITS == 8:
+            return (b_byte ^ 128).to(tl.int8, bitcast=True)
+        return ((b_byte >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+    if BITS == 8:
+        asm: tl.constexpr = "xor.b32 $0, $1, 0x80808080;"
+    elif BITS == 4 and PLANE == 0:
+        asm: tl.constexpr = "and.b32 $0, $1, 0x0f0f0f0f;"
+    elif BITS == 4:
+        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f;}"
+    elif PLANE == 0:
+        asm: tl.constexpr = "and.b32 $0, $1, 0x03030303;"
+    elif PLANE == 1:
+        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 2; and.b32 $0, t, 0x03030303;}"
+    elif PLANE == 2:
+        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x03030303;}"
+    else:
+        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 6; and.b32 $0, t, 0x03030303;}"
+    return tl.inline_asm_elementwise(asm, "=r,r", [b_byte], dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
+def _parts(b_x, b_top):
+    """int8 [..., 2], high part and residual of `b_x`, whose magnitudes are at most `b_top`."""
+    b_y = b_x * (127 / tl.maximum(b_top, 1e-30))
+    b_high = b_y + _ROUND
+    b_rest = (b_y - (b_high - _ROUND)) * 254 + _ROUND
+    return tl.join(b_high, b_rest).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _step_of(b_top):
+    return b_top * (1 / (127 * 254))
+
+
+@triton.jit
+def _joined(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """float32 [SIZE, ROWS] of sums int32 [SIZE, 2 * ROWS] of high parts and residuals."""
+    b_weight = tl.where(tl.arange(0, 2) == 0, 254, 1)
+    b_x = tl.reshape(b_x, (SIZE, ROWS, 2)) * b_weight[None, None, :]
+    return tl.sum(b_x, 2).to(tl.float32)
+
+
+@triton.jit
+def _query_plane(b_x, PLANE: tl.constexpr, PLANES: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """[W, 2 * R]: plane PLANE of [PLANES, R, W, 2]. The sum selects, and costs nothing."""
+    o_p = tl.arange(0, PLANES)
+    b_x = tl.where((o_p == PLANE)[:, None, None, None], b_x, 0)
+    return tl.reshape(tl.permute(tl.sum(b_x, 0).to(tl.int8), (1, 0, 2)), (W, 2 * R))
+
+
+@triton.jit
+def _weight_plane(b_x, PLANE: tl.constexpr, PLANES: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """[W, 2 * R]: plane PLANE of [PLANES * W, 2 * R]."""
+    o_p = tl.arange(0, PLANES)
+    b_x = tl.reshape(b_x, (PLANES, W, 2 * R))
+    return tl.sum(tl.where((o_p == PLANE)[:, None, None], b_x, 0), 0).to(tl.int8)
+
+
+@triton.jit
+def _scattered(b_x, GROUP: tl.constexpr):
+    """Numbers of tokens, in the order in which `_packed_share` has them in the rows of a tile."""
+    return tl.reshape(tl.permute(tl.reshape(b_x, (GROUP // 32, 8, 4)), (0, 2, 1)), (GROUP,))
+
+
+@triton.jit
+def _gathered(b_x, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a tile in the order of tokens."""
+    b_x = tl.permute(tl.reshape(b_x, (GROUP // 32, 4, 8, COLUMNS)), (0, 2, 1, 3))
+    return tl.reshape(b_x, (GROUP, COLUMNS))
+
+
+@triton.jit
+def _packed_share(
+    q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
+    out, out_m, out_l, i_bh, i_out, first, end, start, BLOCKS, N, rows,
+    scale, softcap, window, sink_tokens,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax sums over the blocks from `first` to `end`. Scores are in units of log 2.
+
+    Row n of a tile of scores is token 4 * (n % 8) + n // 8 of its 32: the four tokens whose
+    weights a thread has in a column are neighbours, and go to the second product as one word.
+    """
+    K_PLANES: tl.constexpr = 8 // K_BITS
+    V_PLANES: tl.constexpr = 8 // V_BITS
+    KW: tl.constexpr = D // K_PLANES
+    VW: tl.constexpr = GROUP // V_PLANES
+    o_t, o_d, o_v, o_r = tl.arange(0, GROUP), tl.arange(0, D), tl.arange(0, DV), tl.arange(0, R)
+    o_kw, o_vw = tl.arange(0, KW), tl.arange(0, VW)
+    o_n = o_t // 32 * 32 + o_t % 8 * 4 + o_t % 32 // 8
+    q_position = start + o_r % N
+    # Planes are the slowest of what is loaded, so that a thread has a channel of each of them.
+    o_pr = tl.arange(0, K_PLANES * R)
+    p_q = q + (i_bh * rows + o_pr % R)[:, None] * D + (o_pr // R * KW)[:, None] + o_kw[None, :]
+    b_q = tl.load(p_q, mask=(o_pr % R < rows)[:, None], other=0.0).to(tl.float32) * scale
+    b_q = tl.reshape(b_q, (K_PLANES, R, KW))
+    if not HAS_SOFTCAP:
+        b_q *= _LOG2E
+    b_m = tl.full((R,), -float("inf"), tl.float32)
+    b_l, b_z = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    b_acc = tl.zeros((DV, R), tl.float32)
+    # What no product depends on is not prefetched by the compiler: bounds and zeros of values.
+    low, high = tl.load(block_start + first), tl.load(block_start + tl.minimum(first + 1, BLOCKS))
+    p_zero = value_zero + i_bh * BLOCKS * GROUP + o_t
+    b_next = tl.load(p_zero + tl.minimum(first, BLOCKS - 1) * GROUP)
+
+    for i_n in range(first, end):
+        i_block = i_bh * BLOCKS + i_n
+        b_kb = tl.load(key + i_block * (GROUP * KW) + o_n[:, None] * KW + o_kw[None, :])
+        b_vb = tl.load(value + i_block * (DV * VW) + o_v[:, None] * VW + o_vw[None, :])
+        b_ks = tl.load(key_scale + i_block * D + o_d).to(tl.float32)
+        b_kz = tl.load(key_zero + i_block * D + o_d).to(tl.float32)
+        b_vs = _scattered(tl.load(value_scale + i_block * GROUP + o_t), GROUP).to(tl.float32)
+        b_vz = _scattered(b_next, GROUP).to(tl.float32)
+        if K_BITS == 8:
+            b_kz += 128 * b_ks
+        if V_BITS == 8:
+            b_vz += 128 * b_vs
+        b_next = tl.load(p_zero + tl.minimum(i_n + 1, BLOCKS - 1) * GROUP)
+        # Two loads, though one is the other's: a loop that carries over two steps is not pipelined.
+        next_low = tl.load(block_start + i_n + 1)
+        next_high = tl.load(block_start + tl.minimum(i_n + 2, BLOCKS))
+
+        b_x = b_q * tl.reshape(b_ks, (K_PLANES, 1, KW))
+        b_top = tl.max(tl.max(tl.abs(b_x), 2), 0)
+        b_x8 = _parts(b_x, b_top[None, :, None])
+        b_base = tl.sum(tl.sum(b_q * tl.reshape(b_kz, (K_PLANES, 1, KW)), 2), 0)
+        b_dot = tl.zeros((GROUP, 2 * R), tl.int32)
+        for i_p in tl.static_range(K_PLANES):
+            b_plane = _query_plane(b_x8, i_p, K_PLANES, KW, R)
+            b_dot = tl.dot(_codes(b_kb, i_p, K_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
+        b_s = _joined(b_dot, GROUP, R) * _step_of(b_top)[None, :] + b_base[None, :]
+        if HAS_SOFTCAP:
+            b_s = (softcap * _LOG2E) * (1 - 2 / (tl.exp(2 * b_s / softcap) + 1))
+
+        m_t = o_n < (high - low).to(tl.int32)
+        m_s = m_t[:, None]
+        if HAS_RANK:
+            b_rank = tl.load(rank + SINK + low + o_n, mask=m_t, other=0)
+            m_s = m_s & (b_rank != 0)[:, None]
+        if HAS_WINDOW:
+            b_seen = (SINK + low + o_n + 1).to(tl.int32)
+            if HAS_RANK:
+                b_seen = b_rank
+            distance = q_position[None, :] - (SINK + low + o_n)[:, None]
+            near = (distance < window) | (window <= 0)
+            m_s = m_s & (near | (b_seen <= sink_tokens)[:, None])
+        b_s = tl.where(m_s, b_s, -float("inf"))
+        b_new = tl.maximum(b_m, tl.max(b_s, 0))
+        b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_ref[None, :])
+        b_alpha = tl.exp2(b_m - b_ref)
+        b_m = b_new
+        b_l = b_l * b_alpha + tl.sum(b_p, 0)
+        b_z = b_z * b_alpha + tl.sum(b_p * b_vz[:, None], 0)
+
+        b_w = b_p * b_vs[:, None]
+        b_top = tl.max(b_w, 0)
+        b_w8 = _gathered(tl.reshape(_parts(b_w, b_top[None, :]), (GROUP, 2 * R)), GROUP, 2 * R)
+        b_dot = tl.zeros((DV, 2 * R), tl.int32)
+        for i_p in tl.static_range(V_PLANES):
+            b_plane = _weight_plane(b_w8, i_p, V_PLANES, VW, R)
+            b_dot = tl.dot(_codes(b_vb, i_p, V_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
+        b_acc = b_acc * b_alpha[None, :] + _joined(b_dot, DV, R) * _step_of(b_top)[None, :]
+        low, high = next_low, next_high
+
+    tl.store(out_m + i_out + o_r, b_m * (1 / _LOG2E), mask=o_r < rows)
+    tl.store(out_l + i_out + o_r, b_l, mask=o_r < rows)
+    p_out = out + (i_out + o_r)[None, :] * DV + o_v[:, None]
+    tl.store(p_out, b_acc + b_z[None, :], mask=(o_r < rows)[None, :])
+
+
+@triton.jit
+def _exact_share(
+    q, k, v, sink_k, sink_v, recent_k, recent_v, rank, out, out_m, out_l,
+    i_bh, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
+    D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax sums over what is stored exactly."""
+    o_m, o_d, o_v = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, DV)
+    m_m = o_m < rows
+    p_q = q + (i_bh * rows + o_m)[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None], other=0.0)
+    b_m = tl.full((16,), -float("inf"), tl.float32)
+    b_l = tl.zeros((16,), tl.float32)
+    b_acc = tl.zeros((16, DV), tl.float32)
+    b_m, b_l, b_acc = exact_tokens(
+        b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
+        start + o_m % N, m_m, rank, q, o_m, 0, scale, softcap, window, sink_tokens,
+        N, RING, D, DV, SINK, CAUSAL, HAS_RANK, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, D, DV, 16,
+    )  # fmt: skip
+    tl.store(out_m + i_out + o_m, b_m, mask=m_m)
+    tl.store(out_l + i_out + o_m, b_l, mask=m_m)
+    p_out = out + (i_out + o_m)[:, None] * DV + o_v[None, :]
+    tl.store(p_out, b_acc, mask=m_m[:, None])
+
+
+@triton.jit
+def _decode_packed_kernel(
+    q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
+    value, value_scale, value_zero, recent_k, recent_v, rank, windows,
+    out, out_m, out_l, N, BLOCKS, RING, rank_b, scale, softcap,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """As `_decode_kernel`, for packed keys and values without a bias.
+
+    The first share is what is stored exactly; the others divide the blocks in use.
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(1)
+    i_h = i_bh % H
+    rows = G * N
+    start = tl.load(start_ptr)
+    packed = tl.load(block_start + BLOCKS)
+    rank += (i_bh // H) * rank_b
+    window = start * 0
+    sink_tokens = start * 0
+    if HAS_WINDOW:
+        window = tl.load(windows + 2 * i_h)
+        sink_tokens = tl.load(windows + 2 * i_h + 1)
+    i_out = (i_s * tl.num_programs(0) + i_bh) * rows
+    if i_s == 0:
+        _exact_share(
+            q, k, v, sink_k, sink_v, recent_k, recent_v, rank, out, out_m, out_l,
+            i_bh, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
+            D, DV, SINK, CAUSAL, HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
+    else:
+        # Blocks that a crop cut short hold fewer tokens: more of them are in use than it seems.
+        used = (packed + GROUP - 1) // GROUP
+        while tl.load(block_start + used) < packed:
+            used += 1
+        shares = tl.num_programs(1) - 1
+        first = ((i_s - 1) * used // shares).to(tl.int32)
+        end = (i_s * used // shares).to(tl.int32)
+        _packed_share(
+            q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
+            out, out_m, out_l, i_bh, i_out, first, end, start, BLOCKS, N, rows,
+            scale, softcap, window, sink_tokens, D, DV, GROUP, SINK, K_BITS, V_BITS,
+            HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, ASM, R,
+        )  # fmt: skip
+
+
+def serves(
+    arguments: Arguments, new: dict[str, Tensor], part: dict[str, Tensor], fmt: Blocks
+) -> bool:
+    """Whether `decode_packed` computes this head class."""
+    if fmt.key_bits not in BITS or fmt.value_bits not in BITS:
+        return False
+    dims = new["key"].shape[3], new["value"].shape[3]
+    depths = dims[0] * fmt.key_bits // 8, fmt.group * fmt.value_bits // 8
+    rows = arguments.q.shape[1] // new["key"].shape[1] * arguments.q.shape[2]
+    return (
+        arguments.bias is None
+        and rows <= MOST_ROWS
+        and part["key"].shape[2] > 0
+        and all(dim in DIMS for dim in dims)
+        and min(depths) >= LEAST_DEPTH
+    )
+
+
+def decode_packed(
+    arguments: Arguments,
+    new: dict[str, Tensor],
+    part: dict[str, Tensor],
+    start: Tensor,
+    rank: Tensor | None,
+    fmt: Blocks,
+    splits: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int = STAGES,
+) -> Tensor:
+    """As `decode`, where `serves` says so. `splits` counts the shares of the packed blocks."""
+    q, k, v = arguments.q.contiguous(), new["key"], new["value"]
+    batch, heads, queries, dim = k.shape
+    value_dim, group = v.shape[3], q.shape[1] // heads
+    blocks, rows, none = part["key"].shape[2], group * queries, q
+    num_warps = num_warps or _warps(fmt, rows)
+    at_once = _at_once(fmt, dim, value_dim, num_warps, num_stages)
+    shares = 1 + (splits or _splits(batch * heads, blocks, at_once))
+    partial = q.new_empty((shares, batch * heads, rows, value_dim), dtype=torch.float32)
+    top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
+    out = q.new_empty((batch, queries, heads * group, value_dim))
+    windows = window_table(arguments, heads)
+    _decode_packed_kernel[(batch * heads, shares)](
+        q, k, v, start, part["block_start"], part.get("sink_key", none),
+        part.get("sink_value", none), part["key"], part["key_scale"], part["key_zero"],
+        part["value"], part["value_scale"], part["value_zero"], part["recent_key"],
+        part["recent_value"], none if rank is None else rank,
+        none if windows is None else windows, partial, top, total, queries, blocks,
+        part["recent_key"].shape[2], 0 if rank is None else rank.stride(0),
+        arguments.scale, arguments.softcap,
+        H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
+        K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
+        HAS_RANK=rank is not None, HAS_WINDOW=windows is not None,
+        HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST, ASM=not INTERPRETED,
+        R=tile(rows, least=4), num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    combine(partial, top, total, arguments.sinks, out)
+    return out
+
+
+def _warps(fmt: Blocks, rows: int) -> int:
+    """One, for up to four query rows: two that exchange planes of 4-bit keys took 3.6 times as
+    long. Keys of 8 bits have one plane, and spill in one warp, which took twice as long; so do
+    more rows (1.4 times as long with 8 of them, 1.8 with 16)."""
+    return 2 if fmt.key_bits == 8 or rows > 4 else 1
+
+
+def _at_once(fmt: Blocks, dim: int, value_dim: int, num_warps: int, num_stages: int) -> int:
+    """Programs that one multiprocessor runs at a time."""
+    stored = fmt.group * (dim * fmt.key_bits + value_dim * fmt.value_bits) // 8
+    # Scales, what tiles are exchanged through, and what the driver takes, as compiled.
+    held = (num_stages - 1) * stored + 4096
+    return max(1, min(WARPS // num_warps, SHARED // held))
+
+
+def _splits(heads: int, blocks: int, at_once: int) -> int:
+    """Shares of the blocks of one KV head; one more is of what is stored exactly.
+
+    All run at a time, but shares of under 16 blocks are no gain beyond four programs a
+    multiprocessor. Where that makes fewer than four, heads are so many that whole waves are
+    fuller: the least waves that leave the fewest places empty.
+    """
+    places = at_once * PROCESSORS
+    splits = places // heads - 1
+    if splits >= 4:
+        splits = min(splits, max(4 * PROCESSORS // heads, blocks // 16))
+    else:
+        waves = {wave: wave * places // heads for wave in range(1, 5)}
+        splits = waves[max(waves, key=lambda wave: waves[wave] / wave)]
+    return max(1, min(MOST_SPLITS, blocks, splits))

@@ -1,0 +1,172 @@
+"""Decoding on int8 tensor cores: near to float64 over the same stored bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fxopt.kernels.attention.reference import attention_reference
+from fxopt.kernels.kv_attention import allocate, parse
+from fxopt.kernels.kv_attention.device import ranks
+from fxopt.kernels.kv_attention.heads import Arguments
+from fxopt.kernels.kv_attention.layout import Blocks, split_state
+from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
+from fxopt.kernels.kv_int8.triton import _splits, decode_packed, serves  # pyright: ignore[reportPrivateUsage]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ORIGIN = torch.zeros((), dtype=torch.int64)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def filled(
+    layout: str, kv: int, dims: tuple[int, int], length: int, crop: int = 0, scale: float = 1.0
+) -> tuple[dict[str, Tensor], Blocks]:
+    """A cache of `length` tokens, from which `crop` more were taken away."""
+    fmt = parse(layout).classes[0].format
+    assert fmt is not None
+    whole = length + crop
+    state = allocate(parse(layout), 1, kv, *dims, whole + 200, torch.float32, DEVICE)
+    x = (
+        draw(1, kv, whole, dims[0]),
+        scale * draw(1, kv, whole, dims[0]),
+        draw(1, kv, whole, dims[1]),
+    )
+    start = ORIGIN.to(DEVICE)
+    cached_attention_mutating(*x, state, start, None, None, None, 1.0, True, [0], 0.0, [0], layout)
+    if crop:
+        state[0].clamp_(max=length - fmt.sink)
+    return split_state(parse(layout), kv, state)[0][2], fmt
+
+
+def error(
+    layout: str, group: int, dims: tuple[int, int], length: int, *, kv: int = 1, queries: int = 1,
+    hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int = 3,
+    scale: float = 1.0, sinks: Tensor | None = None,
+) -> float:  # fmt: skip
+    """Of the kernel, relative to float64 over the dequantised cache."""
+    part, fmt = filled(layout, kv, dims, length, crop, scale)
+    new = {"key": draw(1, kv, queries, dims[0]), "value": draw(1, kv, queries, dims[1])}
+    q = 2 * draw(1, kv * group, queries, dims[0])
+    rest: Any = (sinks, dims[0] ** -0.5, True, [window], softcap, [2])
+    mask = torch.ones(1, length + queries, dtype=torch.long, device=DEVICE)
+    mask[:, :hidden] = 0
+    arguments = Arguments(q, None, *rest)
+    assert serves(arguments, new, part, fmt)
+    rank = ranks(mask) if hidden or window else None
+    start = torch.tensor(length, device=DEVICE)
+    out = decode_packed(arguments, new, part, start, rank, fmt, splits)
+    wide = Arguments(q.double(), None, *rest)
+    stored = {n: t.double() if t.is_floating_point() else t for n, t in part.items()}
+    fresh = {n: t.double() for n, t in new.items()}
+    exact = attend_image(attention_reference, wide, fresh, stored, mask, fmt, length)
+    return float((out - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("layout", "group", "dims", "length", "changes"),
+    [
+        ("k4v4g128r0s0", 4, (128, 128), 273, {}),
+        ("k2v2g128r8s4", 4, (128, 64), 301, {"splits": 5}),
+        ("k8v8g32r8s0", 1, (64, 64), 205, {"kv": 2, "splits": 1}),
+        ("k8v4g64r8s4", 8, (64, 64), 301, {"sinks": torch.linspace(-1, 1, 8)}),
+        ("k4v2g128r8s4", 4, (64, 64), 301, {"queries": 3, "hidden": 37}),
+        ("k4v8g64r8s4", 3, (128, 64), 301, {"window": 100}),
+        ("k4v8g32r8s4", 16, (64, 64), 301, {"softcap": 3.0, "hidden": 150}),
+        ("k4v4g64r0s4", 3, (64, 64), 241, {"crop": 100}),
+        ("k4v4g64r64s4", 2, (64, 64), 60, {}),
+    ],
+)
+def test_near_float64(
+    layout: str, group: int, dims: tuple[int, int], length: int, changes: dict[str, Any]
+) -> None:
+    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in changes.items()}
+    assert error(layout, group, dims, length, **moved) < 5e-4
+
+
+def test_keys_of_any_magnitude() -> None:
+    for scale in (1e-20, 0.0):
+        assert error("k4v4g64r0s0", 2, (64, 64), 129, scale=scale) < 5e-4
+
+
+def test_what_it_serves() -> None:
+    part, fmt = filled("k4v4g64r0s0", 1, (64, 64), 70)
+    new = {side: draw(1, 1, 1, 64) for side in ("key", "value")}
+
+    def answer(rows: int = 4, bias: Tensor | None = None, layout: str = str(fmt)) -> bool:
+        chosen = parse(layout).classes[0].format
+        assert chosen is not None
+        q = draw(1, rows, 1, 64)
+        arguments = Arguments(q, bias, None, 0.125, True, [0], 0.0, [0])
+        return serves(arguments, new, part, chosen)
+
+    assert answer()
+    assert not answer(rows=17)
+    assert not answer(bias=draw(1, 1, 1, 71))
+    assert not answer(layout="k16v4g64r0s0")
+    assert not answer(layout="k2v4g64r0s0")
+    assert not answer(layout="k4v2g64r0s0")
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks", "at_once", "splits"),
+    [
+        (128, 258, 6, 5),  # all at a time
+        (8, 1026, 6, 66),  # four programs a processor
+        (8, 34, 6, 34),  # a block each
+        (512, 66, 6, 3),  # two waves
+        (128, 258, 3, 3),  # one, but for the exact share
+        (8000, 258, 3, 1),
+        (1, 5000, 8, 127),
+    ],
+)
+def test_shares_fill_an_h100(heads: int, blocks: int, at_once: int, splits: int) -> None:
+    assert _splits(heads, blocks, at_once) == splits
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fxopt.kernels.kv_int8.triton import _decode_packed_kernel as kernel
+
+p, long, byte, wide = "*bf16", "*i64", "*u8", "*fp32"
+kinds = dict(
+    q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, key=byte, key_scale=p,
+    key_zero=p, value=byte, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank="*i32",
+    windows=long, out=wide, out_m=wide, out_l=wide, scale="fp32", softcap="fp32",
+)
+constants = dict(
+    N=1, H=8, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=4, V_BITS=2, CAUSAL=True,
+    HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4,
+)
+names = kernel.arg_names
+signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+values = {(names.index(n),): v for n, v in constants.items()}
+aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in kinds}
+source = ASTSource(kernel, signature, values, aligned)
+options = {"num_warps": 1, "num_stages": 3}
+text = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+assert "mma.sync.aligned.m16n8k32" in text and ".s8.s8" in text
+assert "cp.async.cg.shared.global" in text
+"""
+
+
+def test_compiled_for_hopper_it_prefetches_and_multiplies_int8() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
