@@ -145,6 +145,20 @@ class Search:
             found = solve(problem, time_limit=limit, gap=GAP)
         return None if found is None else found.choice
 
+    def leanest(self) -> Choice | None:
+        """The untried choice predicted to err least of those that are as small as can be in the
+        rows that no choice holds."""
+        problem = self.problem()
+        rows = [
+            replace(row, limit=max(row.limit, _least(problem, row) * (1 + 1e-9)))
+            for row in problem.rows
+            if row.name != "error"
+        ]
+        with self._timed() as limit:
+            lean = replace(problem, rows=tuple(rows), objective={"error": 1.0})
+            found = solve(lean, time_limit=limit, gap=GAP)
+        return None if found is None else found.choice
+
     @contextmanager
     def _timed(self) -> Generator[float]:
         """Seconds for one solve: a part of what is left, so that many hard programs in a row
@@ -223,6 +237,11 @@ class Search:
         return [c[o] for c, o in zip(self.table.columns, choice, strict=True)]
 
 
+def _least(problem: Problem, row: Row) -> float:
+    smallest = (min(option.amount(row.name) for option in g.options) for g in problem.groups)
+    return row.constant + sum(smallest)
+
+
 def _no_faster(column: Column, kept: Column) -> bool:
     return column.cost.seconds * FASTER > kept.cost.seconds
 
@@ -273,9 +292,11 @@ def improve(
     """Solve, measure the whole choice, correct, again: until the first that holds is not bettered.
 
     When nothing holds for half of the rounds, the choice that errs least is tried, since those
-    that are best at the limit can miss it by a little each time; where none is predicted to hold,
-    rounds go to the choices nearest to the budget.
+    that are best at the limit can miss it by a little each time. Where none is predicted to hold,
+    rounds go to the choices nearest to the budget, the first to the leanest: errors add up to less
+    than predicted more often than bytes do.
     """
+    lean = False
     for round_ in range(rounds):
         if time.monotonic() > deadline and search.trials:
             search.stopped = True
@@ -285,6 +306,8 @@ def improve(
         choice = search.next() if held or round_ != rounds // 2 else search.safest()
         if choice is None and held:
             break
+        if choice is None and not lean:
+            choice, lean = search.leanest(), True
         choice = choice if choice is not None else search.nearest()
         if choice is None:
             break

@@ -143,7 +143,8 @@ def solve(problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4) -> S
 def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
     """The choice whose largest amount / limit over the rows is smallest; cuts are respected.
 
-    What is returned when the rows cannot all hold; the objective breaks ties.
+    What is returned when the rows cannot all hold; among equals, rows that could reach the same
+    excess for nothing stay as small as they can.
     """
     relaxed = _milp(problem, time_limit, 1e-6, relax=True) if problem.groups else None
     if relaxed is not None:
@@ -177,8 +178,11 @@ def _milp(
     upper = np.ones(width)
     upper[[index[pair] for pair in problem.forbidden]] = 0
     if relax:
-        # the common excess is worth more than any objective
-        cost = 1e-4 * cost / max(len(problem.groups), 1)
+        # the common excess is worth more than all rows together, and those more than any objective
+        rows = [r for r in problem.rows if r.limit > 0]
+        shares = sum((line_of(problem, index, r.name, width) / r.limit for r in rows), 0 * cost)
+        shares /= np.abs(shares).max() or 1.0
+        cost = (5e-4 * shares + 1e-6 * cost) / max(len(problem.groups), 1)
         cost[-1], upper[-1] = 1.0, np.inf
     with _silent():
         result = milp(

@@ -125,6 +125,13 @@ def test_improve_tries_what_errs_least_where_the_best_always_miss_by_a_little() 
     assert sum(best.choice) == 4
 
 
+def test_improve_first_tries_the_leanest_where_nothing_is_predicted_to_hold() -> None:
+    search, measure = search_of(100.0, truth=0.5)  # six hard ones are 120, and err 0.6 as predicted
+    best = improve(search, measure, deadline=math.inf, rounds=1)
+    assert best is not None
+    assert best.measured == {"weights": 120.0, "error": pytest.approx(0.3)}
+
+
 def test_improve_stops_at_the_deadline_with_one_measured_choice() -> None:
     search, measure = search_of(60.0)
     improve(search, measure, deadline=time.monotonic() - 1)

@@ -126,6 +126,15 @@ def test_nearest_has_the_smallest_worst_ratio(problem: Problem) -> None:
     assert worst(nearest(problem)) <= min(worst(c) for c in choices) + 1e-3
 
 
+def test_nearest_wastes_no_other_row() -> None:
+    """One row cannot hold; that is no leave to miss the other by as much for a better objective."""
+    fast = Option("fast", {"bytes": 3.0, "error": 0.25, "seconds": 1.0})
+    slow = Option("slow", {"bytes": 3.0, "error": 0.01, "seconds": 2.0})
+    groups = tuple(Group(f"g{i}", (fast, slow)) for i in range(6))
+    rows = (Row("bytes", 6.0), Row("error", 0.6))
+    assert nearest(Problem(groups, rows, {"seconds": 1.0})) == (1,) * 6
+
+
 def test_nothing_to_decide() -> None:
     assert solve(Problem((), (), {"error": 1.0})) is not None
     assert solve(Problem((), (Row("bytes", 1.0, constant=2.0),), {"error": 1.0})) is None
