@@ -159,13 +159,12 @@ class _Names:
         return (quality.additive(limit + step) - quality.additive(limit)) / step
 
     def _worth(self) -> float:
-        """What one of the solver's units of the objective is, as it was measured."""
-        name = self.objective
-        value, now = self.stand.rows(self.stand.choice)[self.stand.main], self.now[name]
+        """What one of the solver's units of the objective is in those of the row, as predicted:
+        so are the costs that the reasons of sites compare."""
+        value = self.stand.rows(self.stand.choice)[self.stand.main]
         if not value:
             return 0.0
-        scale = now / self.predicted[name] if self.predicted[name] else 1.0
-        return scale * (self._per_error(value) if self.stand.main == "error" else 1.0)
+        return self._per_error(value) if self.stand.main == "error" else 1.0
 
     def _per_error(self, value: float) -> float:
         quality, step = self.measurer.compiler.quality, 1e-6 * value

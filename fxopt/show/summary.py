@@ -89,7 +89,23 @@ def general_notes(plan: Plan) -> list[str]:
 
 def said(plan: Plan) -> list[str]:
     """What is to be said of the plan as a whole beside its notes."""
-    return [text for text in (_chosen_by(plan), _together(plan), _untried(plan)) if text]
+    return [text for text in _sayings(plan) if text]
+
+
+def _sayings(plan: Plan) -> list[str]:
+    return [_slower(plan), _chosen_by(plan), _together(plan), _untried(plan)]
+
+
+def _slower(plan: Plan) -> str:
+    """That limits were met by what takes time, where it was measured."""
+    row = next((row for row in plan.totals if row.name == "latency"), None)
+    if row is None or not row.before or row.measured is None or row.measured < 1.05 * row.before:
+        return ""
+    before, now = (format_value(value, row.unit) for value in (row.before, row.measured))
+    return (
+        f"The whole is slower than the original on this device, {now} against {before} "
+        f"({row.measured / row.before:.1f}x): the limits are kept by rewrites that take time here."
+    )
 
 
 def _untried(plan: Plan) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from fxopt.ir.budget import Budget
 from fxopt.ir.cost import Cost
+from fxopt.ir.errors import RowResult
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from fxopt.ir.workload import Forward
 from fxopt.show import page, text
@@ -23,6 +24,13 @@ def shown(*decisions: Decision, columns: int = 100, **fields: Any) -> str:
 
 def test_golden(plan: Plan, golden: Callable[[str, str], None]) -> None:
     golden("plan.txt", text.render(plan, colours=False))
+
+
+@pytest.mark.parametrize(("measured", "said"), [(3.0, True), (1.04, False), (None, False)])
+def test_a_plan_that_takes_longer_says_so(measured: float | None, said: bool) -> None:
+    found = shown(totals=[RowResult("latency", None, 0.9, measured, "s", before=1.0)])
+    sentence = "slower than the original on this device, 3 s against 1 s (3.0x)"
+    assert (sentence in " ".join(found.split())) == said
 
 
 def test_print_is_plain_unless_a_terminal(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ function pointShape({ kind, name, label, ...at }, x, y, across, up) {
 }
 
 function scatterLegend() {
-  const kinds = [["taken", "this plan"], ["holds", "trial that holds"], ["fails", "trial that does not"], ["looser", "with a looser limit, predicted"], ["original", "the original"]];
+  const kinds = [["taken", "this plan"], ["holds", "trial that holds"], ["fails", "trial that does not hold"], ["looser", "with a looser limit, predicted"], ["original", "the original"]];
   const used = new Set(["taken", "original", ...data.trials.filter((trial) => !trial.taken).map((trial) => (trial.holds ? "holds" : "fails")), ...(data.looser.some((one) => one.rows.length) ? ["looser"] : [])]);
   const icon = (child) => {
     const made = draw("svg", { viewBox: "0 0 20 20", width: 16, height: 16, "aria-hidden": "true", class: "icon" }, child);
