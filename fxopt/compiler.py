@@ -225,6 +225,9 @@ class Compiler:
     def table(self) -> Table:
         """Every option priced: statistics, priors and measured costs."""
         try:
+            every = (p for found in self.proposals.by_site.values() for p in found)
+            if self.scores.empty and not all(p.rewrite.exact for p in every):
+                _ = self.statistics  # a stage of its own, not within that of scoring
             with torch.no_grad():
                 return build(
                     self.proposals,

@@ -44,6 +44,11 @@ class Scores:
                 self.save()
         return self._known[key]
 
+    @property
+    def empty(self) -> bool:
+        """Whether everything is still to be computed."""
+        return not self._known
+
     def save(self) -> None:
         """Write what was computed since the last time."""
         if self._dirty:

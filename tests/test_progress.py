@@ -142,9 +142,15 @@ def data() -> list[torch.Tensor]:
 
 
 def test_optimize_plan_apply_and_verify_report(
-    mlp: Mlp, data: list[torch.Tensor], capsys: pytest.CaptureFixture[str]
+    mlp: Mlp,
+    data: list[torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stages(run: Any, wanted: bool | None) -> list[str]:
+        # no score is known from the run before
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("empty")))
         capsys.readouterr()
         run(progress=wanted)
         captured = capsys.readouterr()
