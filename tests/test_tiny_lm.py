@@ -64,17 +64,15 @@ def packed(model: Any, data: list[dict[str, Tensor]]) -> Any:
 
 def test_priors_rank_what_is_measured(model: Any, data: list[dict[str, Tensor]]) -> None:
     """Fisher-Taylor estimates from one backward pass, against swapping that site alone."""
-    wanted = options(
-        data, "attention.window", "kv_cache.blocks", "linear.low_rank", "linear.quantized"
-    )
+    wanted = options(data, "attention.window", "kv_cache.blocks", "linear.quantized")
     more = {"keep": (), "at": None, "seed": 0, "time_limit": None}
     compiler = Compiler(
         resolve(model, fxopt.Budget(kl=0.05), wanted.pop("example_inputs"), **wanted, **more)
     )
     inexact = [c for columns in compiler.table().columns for c in columns if c.prior > 0]
-    picked: list[Column] = sorted(inexact, key=lambda c: c.prior)[:: max(1, len(inexact) // 48)]
+    picked: list[Column] = sorted(inexact, key=lambda c: c.prior)[:: max(1, len(inexact) // 32)]
     measured = [compiler.measure_column(column) for column in picked]
-    assert len(picked) >= 48
+    assert len(picked) >= 32
     assert spearmanr([c.prior for c in picked], measured).statistic >= 0.8
 
 
