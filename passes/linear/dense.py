@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ _SHORT = {
 
 
 @dataclass(frozen=True)
-class Structure:
+class Structure(ABC):
     """What rewrites of one linear layer declare alike."""
 
     family: ClassVar[Family] = "linear"
@@ -39,8 +40,9 @@ class Structure:
     def match(self, site: Site) -> Match | Refusal:
         return refusal(site) or Match(site)
 
+    @abstractmethod
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        raise NotImplementedError
+        """The sizes that save bytes at this site."""
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         """Why there is no candidate; None if there are some."""
