@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._triton.common import DOT_UPCAST, dot, tile
+from fxopt.kernels._triton.common import DOT_UPCAST, dot, processors, tile
 
 from .heads import Arguments
 from .layout import Blocks
@@ -272,7 +272,8 @@ def decode(
     rows, held = group * queries, fmt or EXACT
     tokens = part["key"].shape[2] * (1 if fmt is None else fmt.group)
     blocks = triton.cdiv(tokens, held.group)
-    splits = splits or max(1, min(64, blocks, 4 * 132 // max(1, batch * heads)))
+    wanted = 4 * processors(q.device) // max(1, batch * heads)
+    splits = splits or max(1, min(64, blocks, wanted))
     partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))

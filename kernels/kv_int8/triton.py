@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, tile
+from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, processors, tile
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.triton import combine, exact_tokens, window_table
@@ -27,9 +27,8 @@ DIMS = (64, 128)
 MOST_ROWS = 16
 # An int8 instruction sums 32 products.
 LEAST_DEPTH = 32
-# What launches are sized by, of an H100: processors, bytes of shared memory, and warps of 255
-# registers on each.
-PROCESSORS, SHARED, WARPS = 132, 228 * 1024, 8
+# What a multiprocessor of an H100 holds: bytes of shared memory, and warps of 255 registers.
+SHARED, WARPS = 228 * 1024, 8
 STAGES = 3
 MOST_SPLITS = 127
 
@@ -331,7 +330,7 @@ def decode_packed(
     blocks, rows, none = part["key"].shape[2], group * queries, q
     num_warps = num_warps or _warps(fmt, rows)
     at_once = _at_once(fmt, dim, value_dim, num_warps, num_stages)
-    shares = 1 + (splits or _splits(batch * heads, blocks, at_once))
+    shares = 1 + (splits or _splits(batch * heads, blocks, at_once, processors(q.device)))
     partial = q.new_empty((shares, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))
@@ -369,17 +368,18 @@ def _at_once(fmt: Blocks, dim: int, value_dim: int, num_warps: int, num_stages: 
     return max(1, min(WARPS // num_warps, SHARED // held))
 
 
-def _splits(heads: int, blocks: int, at_once: int) -> int:
-    """Shares of the blocks of one KV head; one more is of what is stored exactly.
+def _splits(heads: int, blocks: int, at_once: int, count: int) -> int:
+    """Shares of the blocks of one KV head on `count` multiprocessors; one more is of what is
+    stored exactly.
 
     All run at a time, but shares of under 16 blocks are no gain beyond four programs a
     multiprocessor. Where that makes fewer than four, heads are so many that whole waves are
     fuller: the least waves that leave the fewest places empty.
     """
-    places = at_once * PROCESSORS
+    places = at_once * count
     splits = places // heads - 1
     if splits >= 4:
-        splits = min(splits, max(4 * PROCESSORS // heads, blocks // 16))
+        splits = min(splits, max(4 * count // heads, blocks // 16))
     else:
         waves = {wave: wave * places // heads for wave in range(1, 5)}
         splits = waves[max(waves, key=lambda wave: waves[wave] / wave)]

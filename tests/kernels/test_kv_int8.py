@@ -132,7 +132,7 @@ def test_what_it_serves() -> None:
     ],
 )
 def test_shares_fill_an_h100(heads: int, blocks: int, at_once: int, splits: int) -> None:
-    assert _splits(heads, blocks, at_once) == splits
+    assert _splits(heads, blocks, at_once, 132) == splits
 
 
 COMPILE = """
