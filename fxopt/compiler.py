@@ -24,6 +24,7 @@ from .decide.peaks import Points, points, shifted
 from .decide.propose import Proposal, Proposals, propose
 from .decide.quality import QUALITIES, Kind, Quality, Reference
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
+from .decide.solve import weighed
 from .decide.statistics import Call, Statistics, collect
 from .decide.table import Column, Preparer, Priors, Table, build
 from .decide.verify import weight_bytes
@@ -374,18 +375,12 @@ class Compiler:
         return constants
 
     def _objective(self, baseline: Mapping[str, float]) -> dict[str, float]:
-        """One main row; the others break ties, weighted by their share of the original."""
+        """What is minimised, weighed as a share of the original."""
         scale = {
             "latency": 1 / max(baseline["latency"], 1e-9),
             "memory": 1 / max(baseline["weights"] + baseline["kv_cache_now"], 1.0),
         }
-        match self.request.budget.objective:
-            case "error":
-                return {"error": 1.0, "latency": 1e-9 * scale["latency"]}
-            case "latency":
-                return {"latency": scale["latency"], "memory": 1e-3 * scale["memory"]}
-            case "memory":
-                return {"memory": scale["memory"], "latency": 1e-3 * scale["latency"]}
+        return weighed(self.request.budget.objective, scale)
 
     def measure_column(self, column: Column) -> float:
         """Additive error of one swapped site, on the `choose` part."""

@@ -11,7 +11,7 @@ from ..ir.decision import KEEP, Alternative, Decision
 from ..ir.errors import PlanError, RowResult
 from ..ir.plan import Plan
 from .quality import QUALITIES, Quality
-from .solve import Group, Option, Problem, Row, nearest, solve, total
+from .solve import Group, Option, Problem, Row, nearest, solve, total, weighed
 
 RESOURCES = ("latency", "weights", "kv_cache", "memory")
 
@@ -132,17 +132,11 @@ def _constants(plan: Plan, rows: Iterable[str]) -> dict[str, float]:
 
 
 def _objective(plan: Plan, budget: Budget) -> dict[str, float]:
-    """One main row, and another to break ties, each as a share of what it is."""
+    """What is minimised, weighed as a share of what the kept sites take."""
     sums = {name: sum(_amounts(c, plan)[name] for d in plan.decisions for c in [_columns(d)[0]])
             for name in ("latency", "memory")}  # fmt: skip
     scale = {name: 1 / max(value, 1e-9) for name, value in sums.items()}
-    match budget.objective:
-        case "error":
-            return {"error": 1.0, "latency": 1e-9 * scale["latency"]}
-        case "latency":
-            return {"latency": scale["latency"], "memory": 1e-3 * scale["memory"]}
-        case "memory":
-            return {"memory": scale["memory"], "latency": 1e-3 * scale["latency"]}
+    return weighed(budget.objective, scale)
 
 
 def _apart(plan: Plan) -> tuple[list[list[Alternative]], tuple[tuple[int, ...], ...]]:

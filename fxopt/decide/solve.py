@@ -152,6 +152,18 @@ def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
     return tuple(0 for _ in problem.groups)
 
 
+def weighed(minimized: str, scale: Mapping[str, float]) -> dict[str, float]:
+    """Weights of one main row, and of another that breaks ties; `scale` is one over what latency
+    and memory are, so that shares are weighed."""
+    match minimized:
+        case "error":
+            return {"error": 1.0, "latency": 1e-9 * scale["latency"]}
+        case "latency":
+            return {"latency": scale["latency"], "memory": 1e-3 * scale["memory"]}
+        case _:
+            return {"memory": scale["memory"], "latency": 1e-3 * scale["latency"]}
+
+
 def undominated(options: Sequence[Option], rows: Iterable[str]) -> list[int]:
     """Indices of options that no other beats or equals in every row (first of equals stays)."""
     rows = list(rows)

@@ -23,6 +23,14 @@ LINEARS = {
     "mlp.down_proj": (4096, 14336),
 }
 
+CHANGED = [
+    " %a = aten.relu(%x) -> f32[8] in",
+    "-%gone = aten.neg(%a) -> f32[8] in m",
+    "+%new = my.op(%a) -> f32[8] in m",
+    "-%b = aten.add(%a, %gone) -> f32[8] at m",
+    "+%b = aten.mul(%a, %new) -> f32[8] at m",
+]
+"""The lines of a block: a call that stays, one removed, one added, one rewritten."""
 PRICED = {"objective": "latency", "objective_unit": "s"}
 
 

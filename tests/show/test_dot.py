@@ -10,7 +10,7 @@ from fxopt.ir.errors import PlanError
 from fxopt.ir.evidence import Block
 from fxopt.ir.plan import Plan
 from fxopt.show.dot import quoted
-from tests.show.synthetic import llama
+from tests.show.synthetic import CHANGED, llama
 
 STRING = r'"(?:[^"\\]|\\.)*"'
 VALUE = rf"(?:{STRING}|[A-Za-z_]\w*|\d+)"
@@ -54,14 +54,7 @@ def test_every_call_and_edge_is_written() -> None:
 
 def test_changes_are_told_apart_without_colour() -> None:
     plan = llama(1, 1)
-    lines = [
-        " %a = aten.relu(%x) -> f32[8] in",
-        "-%gone = aten.neg(%a) -> f32[8] in m",
-        "+%new = my.op(%a) -> f32[8] in m",
-        "-%b = aten.add(%a, %gone) -> f32[8] at m",
-        "+%b = aten.mul(%a, %new) -> f32[8] at m",
-    ]
-    plan.blocks = [Block(modules=["l.0"], lines=lines, inputs={"x": ["/in"]})]
+    plan.blocks = [Block(modules=["l.0"], lines=CHANGED, inputs={"x": ["/in"]})]
     nodes = {n.split('"')[1]: n for n in parsed(plan.to_dot())["node"]}
     styles = {name: re.findall(r'label="(..).*style="(.*?)"', n)[0] for name, n in nodes.items()}
     assert styles["l.0/gone"] == ("- ", "rounded,dashed")

@@ -8,7 +8,7 @@ import pytest
 from fxopt.ir.errors import PlanError
 from fxopt.ir.evidence import Block
 from fxopt.ir.plan import Plan
-from tests.show.synthetic import llama
+from tests.show.synthetic import CHANGED, llama
 
 
 def test_graph_has_every_call_once_a_layer_and_its_decision() -> None:
@@ -31,14 +31,7 @@ def test_graph_has_every_call_once_a_layer_and_its_decision() -> None:
 
 def test_added_and_removed_calls_and_edges() -> None:
     plan = llama(1, 1)
-    lines = [
-        " %a = aten.relu(%x) -> f32[8] in",
-        "-%gone = aten.neg(%a) -> f32[8] in m",
-        "+%new = my.op(%a) -> f32[8] in m",
-        "-%b = aten.add(%a, %gone) -> f32[8] at m",
-        "+%b = aten.mul(%a, %new) -> f32[8] at m",
-    ]
-    plan.blocks = [Block(modules=["l.0", "l.1"], lines=lines, inputs={"x": ["/in", "l.0/b"]})]
+    plan.blocks = [Block(modules=["l.0", "l.1"], lines=CHANGED, inputs={"x": ["/in", "l.0/b"]})]
     graph = plan.graph()
     changes = {node: data["change"] for node, data in graph.nodes(data=True) if node != "/in"}
     for layer in ("l.0", "l.1"):
