@@ -126,10 +126,24 @@ def test_improve_tries_what_errs_least_where_the_best_always_miss_by_a_little() 
 
 
 def test_improve_first_tries_the_leanest_where_nothing_is_predicted_to_hold() -> None:
-    search, measure = search_of(100.0, truth=0.5)  # six hard ones are 120, and err 0.6 as predicted
+    """As predicted, four hard ones and two mild miss both rows by least; as measured, six hard
+    ones miss the bytes alone, which is all that can be had."""
+    groups = [
+        [KEEP, column("mild", 1.0, 60, 100, 0.01), column("hard", 1.0, 20, 100, 0.2)]
+        for _ in range(6)
+    ]
+    limits = Limits({"weights": 100.0, "error": 0.5}, {}, {"error": 1.0})
+    search = Search(table(*groups), limits)
+
+    def measure(choice: Choice) -> dict[str, float]:
+        chosen = search.columns(choice)
+        weights = float(sum(c.cost.weight_bytes for c in chosen))
+        return {"weights": weights, "error": 0.4 * sum(c.prior for c in chosen)}
+
+    assert sorted(search.nearest() or ()) == [1, 1, 2, 2, 2, 2]
     best = improve(search, measure, deadline=math.inf, rounds=1)
     assert best is not None
-    assert best.measured == {"weights": 120.0, "error": pytest.approx(0.3)}
+    assert best.choice == (2,) * 6
 
 
 def test_improve_stops_at_the_deadline_with_one_measured_choice() -> None:
