@@ -13,8 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Test processes. Each keeps to one thread then (tests/conftest.py).
 WORKERS ?= 2
-# SLOW=1 runs the slow tests too; ARGS goes to pytest as it is.
+# SLOW=1 runs the slow tests too, SLOW=all every test; ARGS goes to pytest as it is.
 SLOW ?=
+TIER := $(if $(filter all,$(SLOW)),--exhaustive,$(if $(SLOW),--slow))
 ARGS ?=
 
 help: ## list the targets
@@ -33,8 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## optimise a small trained model and show the decision
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run the tests (SLOW=1: all of them; ARGS="-k name")
-	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal $(if $(SLOW),--slow) $(ARGS)
+test: $(STAMP) ## run the tests (SLOW=1: as CI does; SLOW=all: all; ARGS="-k name")
+	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal $(TIER) $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

@@ -14,12 +14,15 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+from fxopt import compiler
+from fxopt.capture import Captured, capture
 from fxopt.cost_models import hardware
 from fxopt.cost_models.measured import Measured
 from fxopt.decide import runs
@@ -33,6 +36,7 @@ hypothesis.settings.load_profile("ci" if IN_CI else "local")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--exhaustive", action="store_true", help="run every test")
 
 
 def pytest_configure() -> None:
@@ -49,11 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    if not (config.getoption("--slow") or IN_CI):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        if slow:
-            config.hook.pytest_deselected(items=slow)
-            items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    every = config.getoption("--exhaustive")
+    left_out = [] if every else ["exhaustive"]
+    left_out += [] if every or config.getoption("--slow") or IN_CI else ["slow"]
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -94,6 +100,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Measured, "__call__", _TIMED)
     monkeypatch.setattr(hardware, "_measure", _PROBED)
     monkeypatch.setattr(runs, "SECONDS", 2.0)
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """Export a model once for all tests of the module, which give equal shapes equal weights."""
+    known: dict[Any, Captured] = {}
+
+    def remembered(model: torch.nn.Module, example: Any = None, *, at: str | None = None) -> Any:
+        tensors = [*model.named_parameters(), *model.named_buffers(), *_leaves(example)]
+        key = (type(model), at, *((name, t.shape, t.dtype) for name, t in tensors))
+        if key not in known:
+            known[key] = capture(model, example, at=at)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "capture", remembered)
+        yield
+
+
+def _leaves(example: Any) -> list[tuple[str, torch.Tensor]]:
+    found, _ = torch.utils._pytree.tree_flatten_with_path(example)
+    return [(str(path), leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.fixture(autouse=True)

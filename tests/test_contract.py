@@ -19,11 +19,11 @@ from fxopt.measure import Measurer
 from fxopt.request import resolve
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captured_once")]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LENGTH, PROMPT, NEW = 288, 256, 32
-BUDGETS = 30
+BUDGETS, QUICK = 30, 5
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,13 @@ def excess(rows: dict[str, float], limit: dict[str, float]) -> float:
     return max(rows[name] / value - 1 for name, value in limit.items())
 
 
-@pytest.mark.parametrize("seed", range(BUDGETS))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=[pytest.mark.exhaustive] if seed >= QUICK else [])
+        for seed in range(BUDGETS)
+    ],
+)
 def test_every_returned_module_keeps_its_budget(model, data, uniforms, seed: int) -> None:
     budget = random_budget(seed)
     limit = limits(budget, model)

@@ -15,6 +15,8 @@ BETTER = "better by costs corrected after the choice; not solved again"
 """How the reason begins of an alternative that would have been chosen by today's costs."""
 SAME = 5e-3
 """The share of its own below which a change of what is minimised is none."""
+TIE = 1e-2
+"""The share by which what is saved here and what that is worth elsewhere may differ in a tie."""
 FULL = 0.05
 """The share of a limit that a row which binds may leave, since sites are not divided."""
 THINGS = {"latency": "time", "error": "error", "memory": "memory"}
@@ -93,15 +95,19 @@ class Explainer:
         missing = sorted(swap.missing)
         text = "; ".join(self._short(row, swap, mine, other) for row in missing)
         more = swap.added[self.main]
-        if self._same(mine, other, more) or self.main in missing:
+        if self.main in missing:
             return text
+        less = self._less(swap, mine, other)
+        frees = f"; frees {self._amounts_of(less)}" if less else ""
+        if self._same(mine, other, more):
+            return text + frees
         if more > 0:
-            return f"{text}; {self._worse(mine, other, more)}"
+            return f"{text}; {self._worse(mine, other, more)}{frees}"
         prices = self.swaps.stand.prices
         worth = sum(prices.get(row, 0.0) * swap.added[row] for row in missing)
         saved = f"to save {self._amount(self.main, -more)} here"
         priced = f": worth {self._amount(self.main, worth)} elsewhere" if worth > 0 else ""
-        return f"{text}{priced}, {saved}"
+        return f"{text}{priced}, {saved}{_tie(worth, -more)}{frees}"
 
     def _short(self, row: str, swap: Swap, mine: Choice, other: Choice) -> str:
         full = row in self.swaps.binding and swap.missing[row] < FULL * self.swaps.limit(row)
@@ -122,17 +128,29 @@ class Explainer:
         return f"{word} {' against '.join(amounts)}"
 
     def _freed(self, swap: Swap, mine: Choice, other: Choice) -> str:
-        """What it takes less of rows that bind, and what that is worth."""
-        if swap.worth >= 0:
-            return ""
+        """What it takes less of other rows, and what that is worth where they bind."""
+        less = self._less(swap, mine, other)
+        full = {row: amount for row, amount in less.items() if row in self.swaps.binding}
+        if full and swap.worth < 0:
+            tie = _tie(-swap.worth, swap.added[self.main])
+            worth = self._amount(self.main, -swap.worth)
+            return f"; the {self._amounts_of(full)} that it frees are worth {worth}{tie}"
+        if less and not full:
+            has = "has" if len(less) == 1 else "have"
+            return f"; frees {self._amounts_of(less)}, which {has} room"
+        return f"; frees {self._amounts_of(less)}" if less else ""
+
+    def _less(self, swap: Swap, mine: Choice, other: Choice) -> dict[str, float]:
+        """What it takes less of rows other than the main one."""
         less = {
             row: mine.error - other.error if row == "error" else -more
             for row, more in swap.added.items()
-            if more < 0 and row in self.swaps.binding and row != self.main
+            if more < 0 and row != self.main
         }
-        listed = " and ".join(f"{self._amount(r, x)} of {self._name(r)}" for r, x in less.items())
-        worth = self._amount(self.main, -swap.worth)
-        return f"; the {listed} that it frees are worth {worth}" if less else ""
+        return {row: amount for row, amount in less.items() if amount > 0}
+
+    def _amounts_of(self, rows: Mapping[str, float]) -> str:
+        return " and ".join(f"{self._amount(r, x)} of {self._name(r)}" for r, x in rows.items())
 
     def _indifferent(self, swap: Swap, mine: Choice, other: Choice) -> str:
         same = f"for the same {THINGS.get(self.main, self.main)}"
@@ -154,7 +172,7 @@ class Explainer:
         return f"{kept.cost.seconds / mine.cost.seconds:.2f}x speed"
 
     def _listed(self, rows: Mapping[str, float]) -> str:
-        text = " and ".join(f"{self._amount(r, x)} of {r}" for r, x in rows.items())
+        text = self._amounts_of(rows)
         binding = [row for row in rows if row in self.swaps.binding]
         if not binding:
             return text
@@ -169,6 +187,7 @@ class Explainer:
         if worth <= 0:
             return ""
         here = f", for {self._amount(self.main, spent)} here" if spent > 0 else ""
+        here += _tie(worth, spent)
         return f": worth {self._amount(self.main, worth)} elsewhere{here}"
 
     def _saved(self, mine: Choice, other: Choice, less: float, before: str) -> str:
@@ -190,3 +209,8 @@ class Explainer:
     def _amount(self, row: str, amount: float) -> str:
         unit = "s" if row.startswith("latency") else self.unit if row == "error" else "bytes"
         return format_value(amount, unit)
+
+
+def _tie(worth: float, here: float) -> str:
+    """The word for a trade that the solver could as well have made the other way round."""
+    return ": a tie" if abs(worth - here) <= TIE * max(worth, here) else ""

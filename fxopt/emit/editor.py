@@ -58,6 +58,7 @@ class GraphEditor:
         self._fqns = {old.name: old.meta.get("fqn", "") for old in copies}
         self._later: set[fx.Node] = set()
         self._known = {old.name: new for old, new in copies.items() if old.op == "get_attr"}
+        self._fake: Any = detect_fake_mode([n.meta.get("val") for n in source.graph.nodes])
         self._rewrite = ""
         self._graph: fx.GraphModule | None = None
         self._name = type(source).__name__
@@ -101,9 +102,9 @@ class GraphEditor:
         old = self.node(site)
         with self._body.inserting_before(old):
             new = self._body.create_node("get_attr", target, name=target.replace(".", "_"))
-        mode = self._fake_mode()
         new.meta = self._inherit(old)
-        new.meta["val"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
+        fake = self._fake
+        new.meta["val"] = fake.from_tensor(value, static_shapes=True) if fake else value
         self._record("tensor", site, "", describe(new))
         return new
 
@@ -115,7 +116,7 @@ class GraphEditor:
         fx.map_arg((args, kwargs), operands.append)
         wrapped = [node for node in operands if node is old or node in self._later]
         if wrapped:
-            last = max(wrapped, key=list(self._body.nodes).index)
+            last = max(wrapped)
             with self._body.inserting_after(last):
                 new = self._body.call_function(target, args, kwargs)
             self._later.add(new)
@@ -130,7 +131,7 @@ class GraphEditor:
     def replace(self, site: Site, new: fx.Node) -> None:
         old = self.node(site)
         self._record("replace", site, describe(old), describe(new))
-        inside = _ancestors(new)
+        inside = _between(old, new)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
         if old.target is new.target and "op" in old.meta:
             new.meta["op"] = old.meta["op"]
@@ -166,16 +167,12 @@ class GraphEditor:
 
     def _infer(self, node: fx.Node) -> None:
         """Run the call on the fake tensors of its operands."""
-        mode = self._fake_mode()
-        if mode is None:
+        if self._fake is None:
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-        with mode, torch.no_grad():
+        with self._fake, torch.no_grad():
             target: Any = node.target
             node.meta["val"] = target(*args, **kwargs)
-
-    def _fake_mode(self) -> Any:
-        return detect_fake_mode([n.meta.get("val") for n in self._body.nodes])
 
     def _record(self, kind: Any, site: Site, before: str, after: str) -> None:
         self.records.append(Edit(kind, site.key, self._rewrite, before, after))
@@ -206,11 +203,13 @@ def _shape(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, waiting = set[fx.Node](), [node]
+def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
+    """`new` and what it is computed from, back to `old`: among them are the readers of `old` that
+    go on reading it."""
+    found, waiting = set[fx.Node](), [new]
     while waiting:
         current = waiting.pop()
-        if current not in found:
+        if current not in found and current > old:
             found.add(current)
             waiting.extend(current.all_input_nodes)
     return found

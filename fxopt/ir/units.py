@@ -109,7 +109,8 @@ def format_value(value: float | None, unit: str) -> str:
 
 
 def _scaled(value: float, units: list[tuple[str, float]]) -> str:
-    unit, factor = next((u for u in units if abs(value) >= u[1]), units[-1])
+    # by what is shown: 999.9 µs is 1 ms, not 1000 µs
+    unit, factor = next((u for u in units if abs(value) >= 0.9995 * u[1]), units[-1])
     number = value / factor
     digits = f"{number:.0f}" if abs(number) >= 100 or number == 0 else f"{number:.3g}"
     return f"{digits} {unit}"

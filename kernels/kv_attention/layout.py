@@ -53,10 +53,9 @@ class Blocks:
     def __str__(self) -> str:
         return f"k{self.key_bits}v{self.value_bits}g{self.group}r{self.residual}s{self.sink}"
 
-    def refusal(self, head_dim: int, value_dim: int) -> str | None:
-        """Why heads of this size cannot be packed; None if they can."""
-        # Values are packed along the tokens of a block, which every width divides.
-        del value_dim
+    def refusal(self, head_dim: int) -> str | None:
+        """Why keys of this size cannot be packed; None if they can. Values always can: they are
+        packed along the tokens of a block, which every width divides."""
         bits = self.key_bits
         if bits < 16 and head_dim % (8 // bits):
             return f"{bits}-bit K needs channels divisible by {8 // bits}, got {head_dim}"
@@ -211,7 +210,7 @@ def layout_shapes(
     """`state_shapes` of each class of `layout`; ValueError where a head cannot be packed."""
     found: list[Shapes] = []
     for heads, fmt in layout.resolve(num_kv_heads):
-        reason = fmt.refusal(head_dim, value_dim) if fmt else None
+        reason = fmt.refusal(head_dim) if fmt else None
         if reason:
             raise ValueError(f"layout '{layout}': {reason}")
         found.append(state_shapes(fmt, batch, len(heads), head_dim, value_dim, capacity, dtype))

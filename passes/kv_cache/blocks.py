@@ -58,8 +58,7 @@ class Blocks:
         if not info.causal and not info.cross:
             return Refusal("attention is not causal, so the past changes with each new token")
         reasons = [
-            self._format(info, pair, self.groups[0]).refusal(info.head_dim, info.value_dim)
-            for pair in self.bits
+            self._format(info, pair, self.groups[0]).refusal(info.head_dim) for pair in self.bits
         ]
         if all(reasons):
             return Refusal(str(reasons[0]))
@@ -90,9 +89,7 @@ class Blocks:
         for pair in self.bits:
             formats = [self._format(info, pair, group) for group in sorted(self.groups)]
             fitting = [
-                fmt
-                for fmt in formats
-                if fmt.packed(length) and not fmt.refusal(info.head_dim, info.value_dim)
+                fmt for fmt in formats if fmt.packed(length) and not fmt.refusal(info.head_dim)
             ]
             found += [_candidate(fmt) for fmt in (fitting[-1:] if pair[0] == 8 else fitting)]
         return found

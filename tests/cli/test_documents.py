@@ -15,8 +15,8 @@ from fxopt.cli import app, run
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 SMALL = {
-    "optimize": ["--length", "64", "--time-limit", "60"],
-    "plan": ["--length", "64", "--time-limit", "60"],
+    "optimize": ["--length", "64"],
+    "plan": ["--length", "64"],
     "apply": ["--length", "64"],
     "verify": ["--length", "64"],
     "bench": ["--seconds", "0.1"],
@@ -49,6 +49,7 @@ def test_the_readme_shows_commands() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("document", CASES)
 def test_every_command_shown_runs(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -91,7 +91,7 @@ def test_each_alternative_is_answered_with_an_amount_and_a_row() -> None:
     assert first.reason.startswith("saves 60 KiB of weights, which binds: worth ")
     assert first.reason.endswith(" elsewhere, for 1 ms here")
     assert said["keep"].startswith("needs 60 KiB more of weights, which binds: worth ")
-    assert said["keep"].endswith(" elsewhere, to save 1 ms here")
+    assert said["keep"].endswith(" elsewhere, to save 1 ms here; frees 0.001 nats of kl")
     freed = "takes 20 ms against 6 ms; the 0.0009 nats of kl that it frees are worth "
     assert said["slow8"].startswith(freed)
     assert said["tiny4"].startswith("errs 0.008 nats more than kl has room for: worth ")
@@ -118,11 +118,30 @@ def test_dominated_and_equal_options() -> None:
     }
     (only,) = decided(table(a=options), (1,), weights=200, error=1.0)
     assert reasons(only) == {
-        "keep": "takes 5 ms against 4 ms",
+        "keep": "takes 5 ms against 4 ms; frees 0.001 nats of kl, which has room",
         "same8": "errs 0.001 nats more for the same time",
         "big8": "needs 10 KiB more of weights for the same time",
         "twin8": "no better in any row of the budget",
     }
+
+
+def test_a_trade_that_is_worth_as_much_elsewhere_is_called_a_tie() -> None:
+    options: Options = {"keep": (5, 100, 0), "small8": (6, 40, 1e-3)}
+    (first, second) = decided(table(a=options, b=options), (1, 0), weights=140, error=1.0)
+    assert first.reason.endswith(": worth 1 ms elsewhere, for 1 ms here: a tie")
+    assert reasons(first)["keep"].endswith(", to save 1 ms here: a tie; frees 0.001 nats of kl")
+    assert reasons(second)["small8"].endswith("that it frees are worth 1 ms: a tie")
+    (first, _) = decided(table(a=OPTIONS, b=OPTIONS), (1, 0), weights=145, error=2e-3)
+    assert "tie" not in reasons(first)["slow8"]
+
+
+def test_what_an_option_would_free_is_said_of_every_row() -> None:
+    options: Options = {"keep": (5, 100, 0), "small8": (6, 40, 1e-3), "less8": (6, 20, 9e-3)}
+    (first, second) = decided(table(a=options, b=options), (1, 1), weights=80, error=2.01e-3)
+    for decision in (first, second):
+        assert reasons(decision)["less8"].startswith("errs 0.008 nats more, and kl binds")
+        assert reasons(decision)["less8"].endswith("; frees 20 KiB of weights")
+        assert reasons(decision)["keep"].endswith("; frees 0.001 nats of kl")
 
 
 def test_bytes_that_nobody_needs_are_no_reason() -> None:

@@ -17,6 +17,8 @@ from fxopt.ir.units import format_value, parse_bytes, parse_seconds
         (1.5, "s", "1.5 s"),
         (0.0123456, "s", "12.3 ms"),
         (5e-6, "s", "5 µs"),
+        (0.99996e-3, "s", "1 ms"),
+        (0.99996 * 2**20, "bytes", "1 MiB"),
         (0, "bytes", "0 B"),
         (1023, "bytes", "1023 B"),
         (1536, "bytes", "1.5 KiB"),

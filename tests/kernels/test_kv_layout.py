@@ -101,7 +101,7 @@ def test_heads_and_channels_are_checked() -> None:
         parse("0:exact|0:k4v4g64r0s0").resolve(2)
     with pytest.raises(ValueError, match="2-bit K needs channels divisible by 4, got 6"):
         allocate(parse("k2v4g64r0s0"), 1, 1, 6, 6, 100, torch.float32)
-    assert Blocks(16, 4, 64, 0, 0).refusal(7, 5) is None
+    assert Blocks(16, 4, 64, 0, 0).refusal(7) is None
     with pytest.raises(ValueError, match="needs a state of 2 tensors, got 1"):
         split_state(parse(""), 2, [torch.zeros(1)])
 

@@ -78,9 +78,14 @@ def test_other_sites_are_refused() -> None:
     assert Blocks().match(blocked) == Refusal("no positions")
 
 
-def test_head_sizes_decide_the_bits() -> None:
-    labels = [c.label for c in Blocks().candidates(matched(head_dim=6, value_dim=6), WORK)]
-    assert [label[:4] for label in labels] == ["k8v8", "k8v4", "k4v4", "k4v4"]
+def test_head_sizes_decide_the_bits_of_keys() -> None:
+    def bits(size: int) -> set[str]:
+        found = Blocks().candidates(matched(head_dim=size, value_dim=size), WORK)
+        return {candidate.label[:4] for candidate in found}
+
+    assert bits(8) == {"k8v8", "k8v4", "k4v4", "k4v2", "k2v2"}
+    assert bits(6) == bits(8) - {"k2v2"}
+    assert bits(7) == {"k8v8", "k8v4"}
 
 
 def test_short_workloads_are_refused_with_the_numbers() -> None:

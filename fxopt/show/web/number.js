@@ -20,7 +20,9 @@ function format(value, unit) {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "nan" : value > 0 ? "inf" : "-inf";
   if (!(unit in UNITS)) return `${general(value)} ${unit}`.trim();
   if (unit === "s" && value === 0) return "0 s";
-  const [name, factor] = UNITS[unit].find(([, least]) => Math.abs(value) >= least) ?? UNITS[unit].at(-1);
+  // By what is shown: 999.9 µs is 1 ms, not 1000 µs.
+  const fits = ([, least]) => Math.abs(value) >= 0.9995 * least;
+  const [name, factor] = UNITS[unit].find(fits) ?? UNITS[unit].at(-1);
   const number = value / factor;
   return `${Math.abs(number) >= 100 || number === 0 ? Math.round(number) : Number(number.toPrecision(3))} ${name}`;
 }
