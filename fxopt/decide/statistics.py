@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from ..ir.site import GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .quality import Quality
 
+T = TypeVar("T")
 Call = Callable[[list[Any]], Sequence[Any]]
 """The graph's inputs in order -> its outputs."""
 Run = Callable[[Call, Batch, Tensor | None], Sequence[Any]]
@@ -43,6 +44,13 @@ class Recorded:
     gram_sum: Tensor | None = None
     gram_rows: int = 0
     members: tuple[Recorded, ...] = ()
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """`make()` of the first call under this name."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     @property
     def gram(self) -> Tensor:

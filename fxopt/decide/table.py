@@ -15,7 +15,7 @@ from ..ir.workload import Scenario
 from .peaks import PEAK_ROWS, row_at
 from .propose import Baseline, Proposal, Proposals, total_cost
 from .solve import Group, Option
-from .statistics import Statistics
+from .statistics import Recorded, Statistics
 
 KEEP = "keep"
 Rows = dict[str, float]
@@ -122,18 +122,27 @@ class Preparer:
         self._limit = limit
         self._kept: dict[tuple[str, str, str], dict[str, Tensor]] = {}
         self._bytes = 0
+        self._site: tuple[str, str] | None = None
+        self._recorded = Recorded()
 
     def __call__(self, proposal: Proposal) -> dict[str, Tensor]:
         key = (proposal.site.key, proposal.rewrite.name, proposal.candidate.label)
         if key in self._kept:
             return self._kept[key]
-        recorded = self.statistics.at(proposal.site)
+        recorded = self._at(proposal.site)
         tensors = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
         size = sum(t.nbytes for t in tensors.values())
         if self._bytes + size <= self._limit:
             self._kept[key] = tensors
             self._bytes += size
         return tensors
+
+    def _at(self, site: Site) -> Recorded:
+        """What was recorded at `site`; what its candidates share goes when another is asked for."""
+        if self._site != (site.family, site.key):
+            self._site = (site.family, site.key)
+            self._recorded = replace(self.statistics.at(site), made={})
+        return self._recorded
 
 
 def build(

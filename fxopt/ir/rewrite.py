@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,7 @@ from .cost import OpCall
 from .site import Family, Site
 from .workload import Scenario
 
+T = TypeVar("T")
 Parameters = Mapping[str, int | float | str | bool]
 
 
@@ -68,6 +69,11 @@ class SiteStatistics(Protocol):
     def gram(self) -> Tensor: ...
     @property
     def members(self) -> Sequence[SiteStatistics]: ...
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """`make()` of the first call: what candidates of one site share, a decomposition say. It
+        is kept until another site is prepared."""
+        ...
 
 
 class Editor(Protocol):

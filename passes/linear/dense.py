@@ -15,6 +15,7 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, LinearInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.passes.linear import projection
 
 # Below this a layer holds too few bytes to be worth a decision.
 LEAST_FEATURES = 64
@@ -83,6 +84,16 @@ def weight_of(statistics: SiteStatistics) -> Tensor:
     if statistics.weight is None:
         raise ValueError("a linear rewrite was given statistics without the weight")
     return statistics.weight.detach().contiguous()
+
+
+def low_rank(statistics: SiteStatistics, rank: int) -> tuple[Tensor, Tensor]:
+    """`down` [rank, in] and `up` [out, rank] in float64, the best for the site's inputs. The
+    weight is decomposed once for all ranks."""
+    weight = weight_of(statistics)
+    _, directions = statistics.once(
+        "spectrum", lambda: projection.spectrum(weight, statistics.gram)
+    )
+    return projection.truncated(weight, directions, rank)
 
 
 def with_bias(tensors: dict[str, Tensor], statistics: SiteStatistics) -> dict[str, Tensor]:

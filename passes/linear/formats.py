@@ -10,17 +10,23 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Editor, Parameters
+from fxopt.ir.rewrite import Editor, Parameters, SiteStatistics
 from fxopt.ir.site import LinearInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels import fp8_linear as fp8
 from fxopt.kernels import quantized_linear as integer
 from fxopt.kernels.quantized_linear.op import FUSED_ROWS, VECTOR_ROWS
 from fxopt.passes.linear import dense, rounding
+from fxopt.passes.linear.rounding import Rounding
 
 Tensors = Mapping[str, Tensor]
 Operation = tuple[Any, tuple[Any, ...]]
 """An op and its arguments."""
+
+
+def rounding_of(statistics: SiteStatistics) -> Rounding:
+    """How the weights of a site are rounded, whatever the format; decomposed once."""
+    return statistics.once("rounding", lambda: Rounding.of(statistics.gram))
 
 
 class Format(Protocol):
@@ -35,8 +41,8 @@ class Format(Protocol):
         """From which `of` makes the format again."""
         ...
 
-    def fit(self, weight: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """The tensors by name, rounded for inputs of this gram."""
+    def fit(self, weight: Tensor, inputs: Rounding) -> dict[str, Tensor]:
+        """The tensors by name, rounded for these inputs."""
         ...
 
     def restored(self, tensors: Tensors) -> Tensor:
@@ -72,8 +78,8 @@ class Integer:
     def parameters(self) -> Parameters:
         return {"bits": self.bits, "group_size": self.group_size}
 
-    def fit(self, weight: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        fitted = rounding.quantize(weight, gram, self.bits, self.group_size)
+    def fit(self, weight: Tensor, inputs: Rounding) -> dict[str, Tensor]:
+        fitted = rounding.quantize(weight, inputs, self.bits, self.group_size)
         return dict(zip(self.names, fitted, strict=True))
 
     def restored(self, tensors: Tensors) -> Tensor:
@@ -131,8 +137,8 @@ class Float8:
     def parameters(self) -> Parameters:
         return {"format": "fp8"}
 
-    def fit(self, weight: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.names, rounding.quantize_fp8(weight, gram), strict=True))
+    def fit(self, weight: Tensor, inputs: Rounding) -> dict[str, Tensor]:
+        return dict(zip(self.names, rounding.quantize_fp8(weight, inputs), strict=True))
 
     def restored(self, tensors: Tensors) -> Tensor:
         return fp8.dequantize(tensors["rounded"], tensors["scale"])

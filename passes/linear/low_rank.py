@@ -21,7 +21,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, SiteStatistics
 from fxopt.ir.site import LinearInfo
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.low_rank_linear import REFERENCE, low_rank_linear
-from fxopt.passes.linear import dense, projection
+from fxopt.passes.linear import dense
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LowRank(dense.Structure):
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
         weight = dense.weight_of(statistics)
-        down, up = projection.low_rank(weight, statistics.gram, _rank(candidate))
+        down, up = dense.low_rank(statistics, _rank(candidate))
         tensors = {"down": down.to(weight.dtype), "up": up.to(weight.dtype).contiguous()}
         return dense.with_bias(tensors, statistics)
 

@@ -78,7 +78,7 @@ class LowRankPivoted(dense.Structure):
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
         weight = dense.weight_of(statistics)
-        pivots, others, order = projection.pivoted(weight, statistics.gram, _rank(candidate))
+        pivots, others, order = projection.pivoted(*dense.low_rank(statistics, _rank(candidate)))
         tensors = {
             "pivots": pivots.to(weight.dtype).contiguous(),
             "others": others.to(weight.dtype).contiguous(),

@@ -20,6 +20,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, SiteStatistics
 from fxopt.ir.workload import Scenario
 from fxopt.passes.linear import dense, formats, projection
 from fxopt.passes.linear.formats import Integer
+from fxopt.passes.linear.rounding import Rounding
 
 LARGEST_GROUP = 128
 
@@ -57,10 +58,10 @@ class LowRankQuantized(dense.Structure):
     ) -> dict[str, Tensor]:
         weight, gram = dense.weight_of(statistics), statistics.gram
         down, up = _formats(candidate, weight.shape[1])
-        factor, _ = projection.low_rank(weight, gram, _rank(candidate))
-        first = down.fit(factor.to(weight.dtype), gram)
+        factor, _ = dense.low_rank(statistics, _rank(candidate))
+        first = down.fit(factor.to(weight.dtype), formats.rounding_of(statistics))
         fitted, inner = projection.output_factor(weight, gram, down.restored(first))
-        second = up.fit(fitted.to(weight.dtype), inner)
+        second = up.fit(fitted.to(weight.dtype), Rounding.of(inner))
         tensors = {**formats.prefixed("down_", first), **formats.prefixed("up_", second)}
         return dense.with_bias(tensors, statistics)
 

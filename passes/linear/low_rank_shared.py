@@ -62,7 +62,10 @@ class LowRankShared(dense.Structure):
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
         weights = [dense.weight_of(member) for member in statistics.members]
-        down, ups = projection.shared_low_rank(weights, statistics.gram, _rank(candidate))
+        shared = statistics.once(
+            "shared spectrum", lambda: projection.Shared.of(weights, statistics.gram)
+        )
+        down, ups = shared.low_rank(_rank(candidate))
         dtype = weights[0].dtype
         factors = {f"up{k}": up.to(dtype).contiguous() for k, up in enumerate(ups)}
         return {"down": down.to(dtype).contiguous(), **factors, **groups.biases(statistics.members)}

@@ -7,6 +7,7 @@ W + D is tr(D C DT) = E‖D x‖², computed in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,21 +59,40 @@ def spectrum(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 def low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """`down` [rank, in] and `up` [out, rank] in float64 with the least error of their rank."""
     _, directions = spectrum(weight, gram)
+    return truncated(weight, directions, rank)
+
+
+def truncated(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`down` [rank, in] and `up` [out, rank]: the first `rank` directions of a spectrum."""
     up = directions[..., :rank]
     return up.mT @ weight.double(), up
 
 
-def shared_low_rank(
-    weights: Sequence[Tensor], gram: Tensor, rank: int
-) -> tuple[Tensor, list[Tensor]]:
-    """One `down` [rank, in] for all weights of one input, and an `up` [out, rank] for each, in
-    float64: the least sum of relative errors."""
-    gram = damped(gram)
-    scales = [error(w, gram).clamp_min(1e-300).sqrt() for w in weights]
-    scaled = [w.double() / s for w, s in zip(weights, scales, strict=True)]
-    down, up = low_rank(torch.cat(scaled), gram, rank)
-    parts = up.split([len(w) for w in weights])
-    return down, [part * s for part, s in zip(parts, scales, strict=True)]
+@dataclass(frozen=True)
+class Shared:
+    """Weights of one input, one below the other and each divided by the norm of its output, and
+    the directions of the whole."""
+
+    weight: Tensor
+    norms: tuple[Tensor, ...]
+    rows: tuple[int, ...]
+    directions: Tensor
+
+    @staticmethod
+    def of(weights: Sequence[Tensor], gram: Tensor) -> Shared:
+        gram = damped(gram)
+        norms = tuple(error(w, gram).clamp_min(1e-300).sqrt() for w in weights)
+        scaled = [w.double() / s for w, s in zip(weights, norms, strict=True)]
+        stacked = torch.cat(scaled)
+        rows = tuple(len(w) for w in weights)
+        return Shared(stacked, norms, rows, spectrum(stacked, gram)[1])
+
+    def low_rank(self, rank: int) -> tuple[Tensor, list[Tensor]]:
+        """One `down` [rank, in] for all weights and an `up` [out, rank] for each, in float64: the
+        least sum of relative errors."""
+        down, up = truncated(self.weight, self.directions, rank)
+        parts = up.split(self.rows)
+        return down, [part * s for part, s in zip(parts, self.norms, strict=True)]
 
 
 def columns(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
@@ -92,19 +112,18 @@ def output_factor(weight: Tensor, gram: Tensor, down: Tensor) -> tuple[Tensor, T
     return _solve(inner, (weight.double() @ mixed).mT).mT.contiguous(), inner
 
 
-def pivoted(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best matrix of its rank as `pivots` [rank, in], some of its rows, and `others`
+def pivoted(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The product of two factors as `pivots` [rank, in], some of its rows, and `others`
     [out - rank, rank], the rest of them as combinations of those, in float64.
 
     `order` [out] gives where each row is in (pivots, others). Zhao et al. 2025, with the pivots of
     an LU decomposition: coefficients a little larger than those of a QR one, in a fiftieth of the
     time.
     """
-    down, up = low_rank(weight, gram, rank)
-    rows = list(range(len(up)))
+    rank, rows = len(down), list(range(len(up)))
     for i, j in enumerate(torch.linalg.lu_factor(up).pivots.tolist()):
         rows[i], rows[j - 1] = rows[j - 1], rows[i]
-    places = torch.tensor(rows, device=weight.device)
+    places = torch.tensor(rows, device=up.device)
     chosen, rest = up[places[:rank]], up[places[rank:]]
     return chosen @ down, torch.linalg.solve(chosen, rest, left=False), places.argsort()
 

@@ -80,7 +80,7 @@ class Quantized:
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
         weight = dense.weight_of(statistics)
-        tensors = formats.of(candidate.parameters).fit(weight, statistics.gram)
+        tensors = formats.of(candidate.parameters).fit(weight, formats.rounding_of(statistics))
         return dense.with_bias(tensors, statistics)
 
     def emulate(

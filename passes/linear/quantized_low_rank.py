@@ -75,10 +75,11 @@ class QuantizedLowRank(dense.Structure):
         weight, gram = dense.weight_of(statistics), statistics.gram
         stored, rank = _format(candidate), _rank(candidate)
         # the largest directions first: what is left of them has a smaller range to round
-        down, up = projection.low_rank(weight, gram, rank)
+        down, up = dense.low_rank(statistics, rank)
+        inputs = formats.rounding_of(statistics)
         found: list[tuple[float, dict[str, Tensor]]] = []
         for _ in range(self.rounds):
-            tensors = stored.fit((weight - up @ down).to(weight.dtype), gram)
+            tensors = stored.fit((weight - up @ down).to(weight.dtype), inputs)
             rest = weight.double() - stored.restored(tensors).double()
             factors = [f.to(weight.dtype) for f in projection.low_rank(rest, gram, rank)]
             down, up = (factor.contiguous() for factor in factors)

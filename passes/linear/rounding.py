@@ -7,6 +7,7 @@ Errors are tr(D C DT) = E‖D x‖² for a change D of the weight and the gram C
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +24,25 @@ Nearest = Callable[[int, Tensor], Tensor]
 """(column, values [out] float32) -> the nearest values that can be stored in that column."""
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What propagation needs of the inputs: columns in `order` of their energy, `gram` as it was
+    given, and the Cholesky `factor` of its inverse in that order, float32."""
+
+    gram: Tensor
+    order: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def of(gram: Tensor) -> Rounding:
+        order = gram.diagonal().argsort(descending=True)
+        sorted_ = projection.damped(gram, DAMPING)[order][:, order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(sorted_))
+        return Rounding(gram, order, torch.linalg.cholesky(inverse).float())
+
+
 def quantize(
-    weight: Tensor, gram: Tensor, bits: int, group_size: int
+    weight: Tensor, inputs: Rounding, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`packed`, `scale`, `zero` for `quantized_linear`: the better of `propagated` and rounding
     to nearest."""
@@ -39,14 +57,14 @@ def quantize(
     def loss(codes: Tensor) -> Tensor:
         packed = integer.pack(codes, bits, group_size)
         restored = integer.dequantize(packed, scale.double(), zero.double(), bits, group_size)
-        return projection.error(restored - weight.double(), gram)
+        return projection.error(restored - weight.double(), inputs.gram)
 
-    fitted = integer.encode(propagated(weight, gram, nearest), scale, zero, bits)
+    fitted = integer.encode(propagated(weight, inputs, nearest), scale, zero, bits)
     codes = min((integer.encode(weight, scale, zero, bits), fitted), key=loss)
     return integer.pack(codes, bits, group_size), scale, zero
 
 
-def quantize_fp8(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8(weight: Tensor, inputs: Rounding) -> tuple[Tensor, Tensor]:
     """`weight` e4m3 and `scale` float32 for `fp8_linear`: the better of `propagated` and rounding
     to nearest."""
     scale = fp8.row_scale(weight)
@@ -55,24 +73,20 @@ def quantize_fp8(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         return fp8.quantize(values[:, None], scale)[:, 0].float() * scale[:, 0]
 
     def loss(stored: Tensor) -> Tensor:
-        return projection.error(fp8.dequantize(stored, scale[:, 0]) - weight.float(), gram)
+        return projection.error(fp8.dequantize(stored, scale[:, 0]) - weight.float(), inputs.gram)
 
-    fitted = fp8.quantize(propagated(weight, gram, nearest), scale)
+    fitted = fp8.quantize(propagated(weight, inputs, nearest), scale)
     return min((fp8.quantize(weight, scale), fitted), key=loss), scale[:, 0].contiguous()
 
 
-def propagated(weight: Tensor, gram: Tensor, nearest: Nearest) -> Tensor:
+def propagated(weight: Tensor, inputs: Rounding, nearest: Nearest) -> Tensor:
     """float32 [out, in] of values that can be stored (GPTQ, Frantar et al. 2023).
 
     Columns are taken in order of their inputs' energy, so that the loudest are rounded while the
     most others can still make up for it. Everything is held transposed: a column is contiguous.
     """
-    order = gram.diagonal().argsort(descending=True)
-    columns = order.tolist()
-    gram = projection.damped(gram, DAMPING)[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    factor = torch.linalg.cholesky(inverse).float()
-    rest = weight.float().T[order]
+    columns, factor = inputs.order.tolist(), inputs.factor
+    rest = weight.float().T[inputs.order]
     rounded = torch.zeros_like(rest)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))

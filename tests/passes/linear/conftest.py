@@ -31,6 +31,9 @@ class Recorded:
         rows = self.rows.double()
         return rows.T @ rows / len(rows)
 
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        return make()
+
 
 @dataclass
 class GraphEditor:

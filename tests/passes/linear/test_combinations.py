@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.kernels.quantized_linear import quantize
-from fxopt.passes.linear import projection, rounding
+from fxopt.passes.linear import dense, formats, projection, rounding
 from fxopt.passes.linear.formats import Integer
 from fxopt.passes.linear.low_rank_pivoted import LowRankPivoted
 from fxopt.passes.linear.low_rank_quantized import LowRankQuantized
 from fxopt.passes.linear.quantized_low_rank import QuantizedLowRank
+from fxopt.passes.linear.rounding import Rounding
 
 Make = Callable[..., Any]
 
@@ -34,7 +35,7 @@ def test_pivoted_is_the_matrix_of_that_rank_in_fewer_numbers(
     assert isinstance(match, Match)
     for candidate in LowRankPivoted().candidates(match, ()):
         rank = candidate.parameters["rank"]
-        pivots, others, order = projection.pivoted(weight, statistics.gram, rank)
+        pivots, others, order = projection.pivoted(*dense.low_rank(statistics, rank))
         joined = torch.cat([pivots, others @ pivots])[order]
         down, up = projection.low_rank(weight, statistics.gram, rank)
         torch.testing.assert_close(joined, up @ down, rtol=0, atol=1e-8)
@@ -114,7 +115,7 @@ def test_the_layer_beside_takes_what_rounding_leaves(
     tensors = rewrite.prepare(match, candidate, statistics)
     fitted = rewrite.emulate(match, candidate, tensors, {"x": torch.eye(256)}).T.double()
     stored = Integer(4, 64)
-    alone = stored.fit(weight, statistics.gram)
+    alone = stored.fit(weight, formats.rounding_of(statistics))
     loss = error(weight, fitted, statistics.gram)
     assert loss < 0.5 * error(weight, stored.restored(alone).double(), statistics.gram)
     rest = weight - stored.restored(alone)
@@ -137,5 +138,5 @@ def test_integers_with_a_layer_beside_say_where_they_do_not_fit(site: Make) -> N
 def test_rounding_is_deterministic(correlated: Make) -> None:
     weight, rows = torch.randn(40, 64), correlated(200, 64).double()
     gram = rows.T @ rows
-    first, second = (rounding.quantize_fp8(weight, gram) for _ in range(2))
+    first, second = (rounding.quantize_fp8(weight, Rounding.of(gram)) for _ in range(2))
     assert torch.equal(first[0].float(), second[0].float())

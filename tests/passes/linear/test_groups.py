@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.capture import capture
+from fxopt.decide.statistics import Recorded
 from fxopt.emit.editor import GraphEditor
 from fxopt.ir.errors import PlanError
 from fxopt.ir.rewrite import Candidate, Match, Refusal
@@ -96,13 +98,13 @@ def recorded(site: Site, bias: bool = True) -> Any:
         hidden = F.gelu(made[0]) if len(made) == 1 else F.silu(made[0]) * made[1] * 0.5
         inputs[-1] = hidden.detach()
     found = [_statistics(layer, rows) for layer, rows in zip(members, inputs, strict=True)]
-    return SimpleNamespace(**vars(found[-1]), members=found)
+    return replace(found[-1], members=tuple(found))
 
 
-def _statistics(layer: nn.Linear, rows: Tensor) -> SimpleNamespace:
+def _statistics(layer: nn.Linear, rows: Tensor) -> Recorded:
     gram = rows.double().T @ rows.double() / len(rows)
     bias = None if layer.bias is None else layer.bias.detach()
-    return SimpleNamespace(weight=layer.weight.detach(), bias=bias, inputs={"x": rows}, gram=gram)
+    return Recorded(layer.weight.detach(), bias, {"x": rows}, gram_sum=gram, gram_rows=1)
 
 
 def rewritten(rewrite: Any, site: Site, candidate: Candidate, tensors: Any) -> GraphEditor:
@@ -240,7 +242,7 @@ def test_shared_factor_weighs_each_layer_by_what_it_returns() -> None:
     weights = [100 * torch.randn(80, 96), torch.randn(40, 96)]
     rows = torch.randn(500, 96).double()
     gram = rows.T @ rows / 500
-    down, ups = projection.shared_low_rank(weights, gram, 64)
+    down, ups = projection.Shared.of(weights, gram).low_rank(64)
     losses = [
         projection.relative_error(u @ down - w, w, gram) for u, w in zip(ups, weights, strict=True)
     ]
@@ -255,7 +257,7 @@ def test_layers_of_one_subspace_cost_nothing_together() -> None:
     basis = torch.randn(24, 96)
     weights = [torch.randn(80, 24) @ basis, torch.randn(40, 24) @ basis]
     gram = torch.eye(96, dtype=torch.float64)
-    down, ups = projection.shared_low_rank(weights, gram, 24)
+    down, ups = projection.Shared.of(weights, gram).low_rank(24)
     for up, weight in zip(ups, weights, strict=True):
         assert projection.relative_error(up @ down - weight, weight, gram) < 1e-9
 

@@ -16,6 +16,7 @@ from fxopt.kernels.monarch_linear import dense
 from fxopt.kernels.quantized_linear import dequantize
 from fxopt.kernels.quantized_linear import quantize as nearest
 from fxopt.passes.linear import projection, rounding
+from fxopt.passes.linear.rounding import Rounding
 
 Draw = Callable[[int, int], Tensor]
 
@@ -60,7 +61,9 @@ def test_no_signal_at_all_is_no_error() -> None:
     down, up = projection.low_rank(weight, gram, 8)
     assert torch.isfinite(up @ down).all()
     assert projection.relative_error(up @ down - weight, weight, gram) == 0.0
-    assert all(torch.isfinite(t.float()).all() for t in rounding.quantize(weight, gram, 4, 32))
+    assert all(
+        torch.isfinite(t.float()).all() for t in rounding.quantize(weight, Rounding.of(gram), 4, 32)
+    )
     assert torch.isfinite(dense(*projection.monarch(weight, gram, 2, 8))).all()
 
 
@@ -139,7 +142,7 @@ def test_propagated_rounding_is_never_worse(
         restored = dequantize(packed, scale.double(), zero.double(), bits, group)
         return float(projection.error(restored - weight.double(), gram))
 
-    assert loss(*rounding.quantize(weight, gram, bits, group)) <= loss(
+    assert loss(*rounding.quantize(weight, Rounding.of(gram), bits, group)) <= loss(
         *nearest(weight, bits, group)
     )
 
@@ -148,7 +151,7 @@ def test_fp8_rounding_with_the_gram_is_never_worse(correlated: Draw) -> None:
     for width in (36, 200):
         weight, gram = torch.randn(9, width), gram_of(correlated(300, width))
         scale = fp8.row_scale(weight)
-        rounded, own = rounding.quantize_fp8(weight, gram)
+        rounded, own = rounding.quantize_fp8(weight, Rounding.of(gram))
         assert torch.equal(own, scale[:, 0])
         loss = projection.error(fp8.dequantize(rounded, own) - weight, gram)
         nearest = fp8.dequantize(fp8.quantize(weight, scale), own)
@@ -170,7 +173,7 @@ def test_loud_columns_are_rounded_first() -> None:
         def coarse(column: int, values: Tensor) -> Tensor:
             return (values / 0.2).round() * 0.2
 
-        fitted = rounding.propagated(weight, gram, coarse)
+        fitted = rounding.propagated(weight, Rounding.of(gram), coarse)
         assert torch.equal(fitted[:, loud], coarse(loud, weight[:, loud]))
 
 
@@ -182,7 +185,7 @@ def test_propagated_rounding_halves_the_error_of_correlated_inputs(correlated: D
             dequantize(packed, scale, zero, 4, 50) - weight, weight, gram
         )
 
-    fitted = rounding.quantize(weight, gram, 4, 50)
+    fitted = rounding.quantize(weight, Rounding.of(gram), 4, 50)
     assert loss(*fitted) < 0.5 * loss(*nearest(weight, 4, 50))
-    again = rounding.quantize(weight, gram, 4, 50)
+    again = rounding.quantize(weight, Rounding.of(gram), 4, 50)
     assert all(torch.equal(a, b) for a, b in zip(fitted, again, strict=True))

@@ -1,0 +1,83 @@
+"""Tensors of candidates: what those of one site share is computed once, and let go after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.decide.propose import Proposal
+from fxopt.decide.statistics import Recorded, Statistics
+from fxopt.decide.table import Preparer
+from fxopt.ir.rewrite import Match
+from fxopt.ir.site import LinearInfo, Site
+from fxopt.passes.linear import projection, rounding
+from fxopt.passes.linear.low_rank import LowRank
+from fxopt.passes.linear.low_rank_pivoted import LowRankPivoted
+from fxopt.passes.linear.quantized import Quantized
+
+NAMES = ("first", "second")
+
+
+def site(name: str) -> Site:
+    info = LinearInfo(f"{name}.weight", None, 128, 192, torch.float32)
+    return Site("linear", name, name, info, name)
+
+
+def statistics() -> Statistics:
+    def recorded() -> Recorded:
+        rows = torch.randn(300, 128)
+        gram = (rows.T @ rows).double()
+        return Recorded(torch.randn(192, 128), None, {"x": rows}, gram_sum=gram, gram_rows=300)
+
+    return Statistics({name: recorded() for name in NAMES}, 300, 300)
+
+
+def proposals(name: str) -> list[Proposal]:
+    found: list[Proposal] = []
+    for rewrite in (LowRank(), LowRankPivoted(), Quantized()):
+        match = rewrite.match(site(name))
+        assert isinstance(match, Match)
+        where = match.site
+        found += [Proposal(where, rewrite, match, c) for c in rewrite.candidates(match, ())]
+    return found
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a spectrum and a factor for rounding were computed."""
+    seen = {"spectrum": 0, "of": 0}
+
+    def counted(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            seen[name] += 1
+            return whole(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(projection, "spectrum")
+    counted(rounding.Rounding, "of")
+    return seen
+
+
+def test_one_decomposition_serves_all_candidates_of_a_site(counts: dict[str, int]) -> None:
+    prepare, made = Preparer(statistics()), [p for name in NAMES for p in proposals(name)]
+    assert len(made) > 12
+    shared = [prepare(proposal) for proposal in made]
+    assert counts == {"spectrum": 2, "of": 2}
+    # and they are what each candidate gets alone
+    for proposal, tensors in zip(made, shared, strict=True):
+        alone = Preparer(prepare.statistics)(proposal)
+        for name, tensor in alone.items():
+            assert torch.equal(tensors[name], tensor)
+
+
+def test_what_is_shared_is_let_go_with_the_site() -> None:
+    prepare = Preparer(statistics())
+    for name in NAMES:
+        prepare(proposals(name)[0])
+    assert not any(recorded.made for recorded in prepare.statistics.nodes.values())
+    assert prepare(proposals("first")[0]) is prepare(proposals("first")[0])
