@@ -67,6 +67,7 @@ def test_true_low_rank_is_found_where_it_is(optimised) -> None:
     assert optimised.plan.find("down", "linear").rewrite != "linear.low_rank"
 
 
+@pytest.mark.slow
 def test_the_original_is_as_before(data: list[torch.Tensor]) -> None:
     model = Mlp().train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -103,6 +104,7 @@ def test_replay_is_bit_identical_and_refit_works_without_tensors(
     assert relative_error(optimised(data[1]), refitted(data[1])) < 1e-3
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_fitted_where_it_was_edited(
     mlp: Mlp, data: list[torch.Tensor], optimised
 ) -> None:

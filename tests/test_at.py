@@ -330,6 +330,7 @@ def test_a_weight_tied_to_the_rest_is_kept() -> None:
     assert "also read as model.embed_tokens.weight" in plan.refusals[0].reason
 
 
+@pytest.mark.slow
 def test_the_language_model_of_a_vision_model() -> None:
     words = llama().config
     vision = hf.CLIPVisionConfig(
@@ -358,6 +359,7 @@ def test_the_language_model_of_a_vision_model() -> None:
         fxopt.optimize(model, budget, data[0], at="language_model")
 
 
+@pytest.mark.slow
 def test_an_encoder_keeps_the_cache_of_its_decoder() -> None:
     config = hf.WhisperConfig(
         vocab_size=100, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,

@@ -34,6 +34,7 @@ def optimised(length: int) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_short_calibration_is_no_proof_of_a_packed_cache(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -46,6 +47,7 @@ def test_short_calibration_is_no_proof_of_a_packed_cache(
     assert said in caplog.messages
 
 
+@pytest.mark.slow
 def test_the_share_of_attention_on_packed_tokens_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -180,6 +180,7 @@ def test_export_says_what_it_wrote(fxopt: Invoke, saved: Path, tmp_path: Path) -
     assert re.search(r"onnxruntime differs from the module by at most \d\.\de-\d+", shown)
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_kept_is_code_3(
     fxopt: Invoke, folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_verify_measures_again(
     assert again == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_verify_says_when_a_row_is_no_longer_kept(
     fxopt: Invoke, folder: Path, saved: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -309,6 +311,7 @@ def test_a_submodule_is_optimised_benched_and_verified(
     assert (code, list(json.loads(shown)["latency"])) == (0, ["forward"])
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet(fxopt: Invoke, folder: Path, saved: Path, text_file: Path) -> None:
     given = ["--calibration", text_file, "--length", "32", "--quiet"]
     assert fxopt("verify", folder, saved, *given) == (0, "", "")

@@ -47,6 +47,7 @@ def predicted(plan: fxopt.Plan) -> dict[str, float]:
     return {row.name: row.predicted or 0.0 for row in plan.totals}
 
 
+@pytest.mark.slow
 def test_the_same_budget_gives_no_worse_a_plan(plan: fxopt.Plan) -> None:
     again = fxopt.solve(plan)
     assert predicted(again)["weights"] <= 0.5 * plan.baseline["weights"]

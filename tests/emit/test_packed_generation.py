@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
@@ -138,11 +139,17 @@ def test_tokens_are_the_oracles(name: str, kind: str, mode: str) -> None:
     check_tokens(name, kind, mode, PADDING)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "padding"), [("greedy", ()), *((mode, PADDING) for mode in MODES)]
-)
-@pytest.mark.parametrize(("name", "kind"), EVERY)
+def cases() -> Iterator[Any]:
+    """Every mode with classes of heads; of the other layouts one, the rest where all tests run."""
+    for name, kind in EVERY:
+        for mode, padding in (("greedy", ()), *((mode, PADDING) for mode in MODES)):
+            more = not kind.startswith("mixed") and mode != "beams"
+            marks = pytest.mark.exhaustive if more else pytest.mark.slow
+            label = f"{name}-{kind}-{mode}{'' if padding else '-unpadded'}"
+            yield pytest.param(name, kind, mode, padding, marks=marks, id=label)
+
+
+@pytest.mark.parametrize(("name", "kind", "mode", "padding"), [*cases()])
 def test_tokens_are_the_oracles_in_every_mode(
     name: str, kind: str, mode: str, padding: tuple[int, ...]
 ) -> None:
@@ -238,6 +245,7 @@ def test_in_single_precision_caches_part_only_where_a_number_is_on_a_tie(seed: i
     )
 
 
+@pytest.mark.slow
 def test_two_threads_generate_through_packed_caches_as_two_runs() -> None:
     _, opt, _ = pair("llama", "k2v2", torch.float64)
     jobs = [(prompts(1), ()), (prompts(3, 75), PADDING), (prompts(2, 90), ()), (prompts(2), (5,))]

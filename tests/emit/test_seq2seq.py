@@ -229,6 +229,7 @@ def oracle(mask):
     return EncoderDecoderCache(FakeQuantizedCache(OWN, 2), HFCache(layers=layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_packed_caches_give_the_oracles_tokens(name, beams):
@@ -264,6 +265,7 @@ def test_a_packed_cache_is_as_large_as_it_was_said_to_be():
     assert said < 0.75 * exact
 
 
+@pytest.mark.slow
 def test_quality_is_measured_as_decoding_computes():
     model = sharpened(make("t5"))
     opt, editor = packed(model)
@@ -314,6 +316,7 @@ def test_caches_are_reordered_selected_forked_and_reset(pair):
         assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow
 def test_saved_and_copied_modules_generate(tmp_path):
     opt, _ = packed(make("t5"))
     ids, mask = padded(40)
@@ -379,8 +382,8 @@ def whisper():
     [
         {},
         {"language": "de", "task": "translate"},
-        {"return_timestamps": True},
-        {"num_beams": 3},
+        pytest.param({"return_timestamps": True}, marks=pytest.mark.slow),
+        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),
         {"attention_mask": torch.ones(2, 160), "max_new_tokens": 7},
     ],
     ids=["plain", "language", "timestamps", "beams", "mask"],
@@ -391,6 +394,7 @@ def test_whisper_has_its_own_generate(whisper, options):
     assert torch.equal(want, got)
 
 
+@pytest.mark.slow
 def test_whisper_transcribes_long_recordings(whisper):
     features = torch.randn(2, 8, 410)
     options = {"return_timestamps": True, "attention_mask": torch.ones(2, 410, dtype=torch.long)}
@@ -406,6 +410,7 @@ def test_whisper_refuses_padded_prompts(whisper):
         whisper[1](torch.randn(2, 8, 160), decoder_input_ids=ids, decoder_attention_mask=mask)
 
 
+@pytest.mark.slow
 def test_saved_whisper_generates_packed(tmp_path):
     opt, _ = packed(make("whisper"))
     features = torch.randn(2, 8, 160)

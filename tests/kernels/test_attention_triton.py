@@ -168,6 +168,7 @@ build("fp32", 64, FLAGS, 1, False)
 """
 
 
+@pytest.mark.slow
 def test_compiles_ahead_of_time_for_hopper() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])

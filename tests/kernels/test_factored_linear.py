@@ -88,6 +88,7 @@ def test_any_leading_dimensions(name: str, leading: tuple[int, ...]) -> None:
         assert tensor.grad.shape == tensor.shape
 
 
+@pytest.mark.slow
 def test_gradients(name: str) -> None:
     first, second, bias = (t.requires_grad_() for t in factors(name, torch.float64))
     x = torch.randn(2, 3, SHAPES[name][2], dtype=torch.float64, requires_grad=True)

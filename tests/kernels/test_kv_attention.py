@@ -333,6 +333,7 @@ def test_operator_contract(layout: str) -> None:
     torch.library.opcheck(decoded_attention, (*x, None, *o.values(), "k4v4g32r8s4", 9))
 
 
+@pytest.mark.slow
 def test_compiled_step_does_not_copy_the_state() -> None:
     layout = "k4v4g32r8s4"
     x, o = inputs(60, torch.float32), options()

@@ -60,6 +60,7 @@ def fetch(value: Any) -> Tensor:
     return torch.from_numpy(value.numpy())
 
 
+@pytest.mark.slow
 def test_onnxruntime_stores_the_same_bytes(exported: Any) -> None:
     import onnx
 

@@ -300,6 +300,7 @@ build(
 """
 
 
+@pytest.mark.slow
 def test_compile_ahead_of_time_for_hopper() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
