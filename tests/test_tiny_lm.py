@@ -159,7 +159,7 @@ def test_windows_are_saved_loaded_and_exported(
     assert windowed.export_onnx(tmp_path / "forward.onnx").difference < 1e-4
 
 
-def test_a_packed_model_is_saved_loaded_generates_and_is_exported(
+def test_a_packed_model_is_saved_loaded_and_generates(
     packed: Any, data: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     packed.save(tmp_path / "saved")
@@ -168,6 +168,10 @@ def test_a_packed_model_is_saved_loaded_generates_and_is_exported(
     arguments = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
     expected = packed.generate(ids, **arguments)
     assert torch.equal(loaded.generate(ids, **arguments), expected)
+
+
+@pytest.mark.exhaustive  # minutes; the demo and an example export such a model too
+def test_a_packed_model_is_exported(packed: Any, tmp_path: Path) -> None:
     report = packed.export_onnx(tmp_path / "generate.onnx", kind="generate")
     assert report.difference < 1e-4
 

@@ -76,7 +76,7 @@ def render(plan: Plan) -> str:
         letters=[letter(index) for index in range(len(plan.looser))],
         quotes=[(row, quoted) for row in binds if (quoted := _quote(plan, row))],
         at_sites=summary.at_sites(plan),
-        timed=any(r.name.startswith("latency") and r.measured is not None for r in plan.totals),
+        at_sites_notes=summary.at_sites_notes(plan),
         lines=summary.lines(plan),
         shown=SHOWN_LINES,
         by_hand=any(d.reason == BY_HAND for d in plan.decisions),

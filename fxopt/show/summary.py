@@ -47,6 +47,7 @@ class Line:
     saving: list[str]
     reasons: list[str]
     keys: list[str]
+    parameters: str = ""
 
 
 def cards(plan: Plan) -> list[Card]:
@@ -141,6 +142,20 @@ def _together(plan: Plan) -> str:
     )
 
 
+def at_sites_notes(plan: Plan) -> list[str]:
+    """What the sums over sites leave out or count otherwise than the rows of the budget."""
+    names = {name for name, *_ in at_sites(plan)}
+    known = {row.name: row for row in plan.totals}
+    notes: list[str] = []
+    if SAVED["state_bytes"][0] in names and "kv_cache" in known:
+        notes.append("the cache before: in the model's own precision, not in the budget's 16 bits")
+    latencies = [row for name, row in known.items() if name.startswith("latency")]
+    shown = any(row.name == "latency" for row in rows(plan))
+    if not shown and all(row.measured is None for row in latencies):
+        notes.append("the time of the whole model was not measured")
+    return notes
+
+
 def at_sites(plan: Plan) -> list[tuple[str, str, str, str]]:
     """What the sites take before and after by the plan's own costs: name, before, after, change."""
     decisions = counted(plan.decisions)
@@ -205,4 +220,15 @@ def _line(equal: Sequence[Entry]) -> Line:
         saving=[part.replace("->", "→") for part in saving(decisions).split(", ") if part],
         reasons=said_together(equal),
         keys=[entry.key for entry in equal],
+        parameters=_parameters(decisions),
     )
+
+
+def _parameters(decisions: Sequence[Decision]) -> str:
+    """What the label of a rewrite stands for, where all were given the same."""
+    texts = {
+        ", ".join(f"{name} {value}" for name, value in decision.parameters.items())
+        for decision in decisions
+        if decision.rewritten
+    }
+    return texts.pop() if len(texts) == 1 else ""
