@@ -62,7 +62,25 @@ def test_narrow_rows_keep_layer_time_and_bytes(tab: Show, small: Plan) -> None:
         assert part in row.inner_text()
     for name in ("seconds", "bytes", "key"):
         assert row.locator(f".{name}").is_visible()
-    assert shown.page.is_visible(".hint >> nth=-1")
+
+
+WIDER_THAN_THE_PAGE = (
+    "cells => cells.filter(c => c.getBoundingClientRect().right > innerWidth + 1)"
+    ".map(c => c.innerText)"
+)
+
+
+def test_tables_of_figures_stack_where_they_would_be_cut(tab: Show, small: Plan) -> None:
+    for width in (360, 480):
+        shown = tab(small, width)
+        for table in (".tried", ".stacks:not(.tried)"):
+            cells = f"{table} td, {table} th"
+            assert shown.page.locator(f"{table} td[data-label]").count() >= 3
+            assert shown.page.eval_on_selector_all(cells, WIDER_THAN_THE_PAGE) == []
+        labels = shown.page.eval_on_selector_all(
+            ".tried td[data-label]", "all => all.map(c => getComputedStyle(c, '::before').content)"
+        )
+        assert '"latency"' in labels
     assert not tab(small, 1440).page.is_visible(".hint >> nth=-1")
 
 
