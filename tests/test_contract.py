@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captured_once")]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LENGTH, PROMPT, NEW = 288, 256, 32
-BUDGETS, QUICK = 30, 5
+BUDGETS, QUICK = 30, 3
 
 
 @pytest.fixture(scope="module")

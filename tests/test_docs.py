@@ -26,7 +26,7 @@ FAMILIES = {
     "activation": "activation.md",
 }
 # More than three seconds, and what the others need.
-SLOW = {"index.md", "budgets.md", "kv-cache.md", "activation.md", "onnx.md", "refusals.md"}
+SLOW = {"budgets.md", "kv-cache.md", "activation.md", "onnx.md", "refusals.md"}
 NEEDS = {
     "index.md": ["transformers"],
     "kv-cache.md": ["transformers"],
@@ -44,6 +44,8 @@ def pages() -> Iterator[Any]:
     for path in sorted(DOCS.glob("*.md")):
         if path.name not in ELSEWHERE and blocks(path.name):
             marks = [pytest.mark.slow] if path.name in SLOW else []
+            # its example is that of the README with fewer rewrites
+            marks = [pytest.mark.exhaustive] if path.name == "index.md" else marks
             yield pytest.param(path.name, marks=marks, id=path.stem)
 
 

@@ -22,7 +22,7 @@ def printed(name: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_long_context_finds_what_it_found_before(tmp_path: Path) -> None:
     text = printed("long_context", tmp_path)
     assert re.search(r"^kv_cache .* kept$", text, re.MULTILINE)
@@ -52,7 +52,7 @@ def test_vision_keeps_its_own_metric(tmp_path: Path) -> None:
     assert int(found[1]) >= 90
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_edit_plan_locks_a_layer_and_keeps_the_budget(tmp_path: Path) -> None:
     text = printed("edit_plan", tmp_path, "--out", str(tmp_path))
     assert re.search(r"^weights .* kept$", text, re.MULTILINE)
@@ -66,7 +66,7 @@ def test_edit_plan_locks_a_layer_and_keeps_the_budget(tmp_path: Path) -> None:
     assert any(d.rewritten for d in edited.decisions)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compare_budgets_trades_error_for_bytes(tmp_path: Path) -> None:
     text = printed("compare_budgets", tmp_path, "--out", str(tmp_path))
     found = re.findall(r"^kl (\S+): a cache of (\S+) MiB, predicted kl (\S+)$", text, re.MULTILINE)
@@ -78,7 +78,7 @@ def test_compare_budgets_trades_error_for_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "frontier.svg").read_text().startswith("<svg")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_onnxruntime_writes_what_the_module_writes(tmp_path: Path) -> None:
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)

@@ -394,7 +394,7 @@ def test_whisper_has_its_own_generate(whisper, options):
     assert torch.equal(want, got)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_whisper_transcribes_long_recordings(whisper):
     features = torch.randn(2, 8, 410)
     options = {"return_timestamps": True, "attention_mask": torch.ones(2, 410, dtype=torch.long)}
