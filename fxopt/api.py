@@ -24,7 +24,7 @@ from .replay import check_tensors, installed, replay
 from .request import Request, resolve, training_step
 from .session import Session
 from .show.report import Report
-from .state import preserved
+from .state import evaluated, preserved
 from .training.module import TrainingModule
 
 UNLIMITED = 1e9
@@ -72,7 +72,7 @@ def optimize(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
     )  # fmt: skip
-    with preserved(model), showing(progress) as shown:
+    with evaluated(model), showing(progress) as shown:
         return Session(_compiler(request, shown)).optimize()
 
 
@@ -104,7 +104,7 @@ def plan(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
     )  # fmt: skip
-    with preserved(model), showing(progress) as shown:
+    with evaluated(model), showing(progress) as shown:
         return Session(_compiler(request, shown)).plan()
 
 
@@ -145,7 +145,7 @@ def apply(
         model, plan.budget, example_inputs, workload=plan.workload, calibration=calibration,
         keep=(), rewrites=installed(plan), at=plan.at, seed=0, time_limit=None, fits=False,
     )  # fmt: skip
-    with preserved(model), showing(progress) as shown:
+    with evaluated(model), showing(progress) as shown:
         return replay(_compiler(request, shown), plan, refit=refit)
 
 
@@ -168,7 +168,7 @@ def verify(
         model, opt.plan.budget, example, workload=opt.plan.workload, calibration=items,
         keep=(), rewrites=installed(opt.plan), at=opt.plan.at, seed=0, time_limit=None,
     )  # fmt: skip
-    with preserved(model), showing(progress) as shown:
+    with evaluated(model), showing(progress) as shown:
         compiler = _compiler(request, shown)
         replayed = replay(compiler, opt.plan, refit=False)
         check_tensors(opt, replayed)
@@ -223,7 +223,7 @@ def frontier(
         calibration=calibration, keep=keep, rewrites=rewrites, at=at, seed=seed,
         time_limit=time_limit,
     )  # fmt: skip
-    with preserved(model), showing(progress) as shown:
+    with evaluated(model), showing(progress) as shown:
         return Frontier(_compiler(request, shown))
 
 

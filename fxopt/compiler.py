@@ -41,7 +41,7 @@ from .ir.site import Site
 from .ir.workload import Generate, Scenario, scenarios
 from .passes.baseline import baseline_calls, cache_bytes
 from .progress import stepping
-from .request import Request
+from .request import Request, ends
 from .scores import Scores, data_digest, key_of
 from .state import State
 
@@ -69,9 +69,11 @@ class Compiler:
         self._swap_seconds = SWAP_SECONDS
 
     def under(self, budget: Budget) -> Compiler:
-        """The same capture and scores for another budget, whose quality is of the same kind."""
+        """The same capture and scores for another budget, whose quality is of the same kind; its
+        time begins now."""
         other = copy.copy(self)
-        other.request = replace(self.request, budget=budget)
+        deadline = ends(self.request.time_limit)
+        other.request = replace(self.request, budget=budget, deadline=deadline)
         other._swap_seconds = SWAP_SECONDS
         return other
 
@@ -115,21 +117,32 @@ class Compiler:
         kind = QUALITIES.get(row or "", otherwise)
         if kind in ("kl", "loss_increase") and self.logits is None:
             raise FxoptError(
-                f"Budget.{row}: the model returns no logits; use relative_error or a metric"
+                f"Budget.{row}: the model returns no logits of two classes or more; use "
+                "relative_error or a metric"
             )
         work = self.request.workload
         prompt, new = (work.prompt, work.new_tokens) if isinstance(work, Generate) else (0, 0)
         # a decoder that follows an encoder begins with one token
         prompt = 1 if self.source else prompt
-        return Quality(kind, self.captured.causal_lm, prompt, new)
+        return Quality(kind, self.captured.causal_lm, prompt, new, self.captured.encoder_decoder)
 
     @cached_property
     def logits(self) -> int | None:
-        """Index of the model's output that holds logits, if any does."""
+        """Index of the model's output that holds logits, if any does. One logit alone is a number
+        that was regressed: its softmax would be the same whatever it is."""
         names = self.host.names if self.host else self.captured.output.leaf_names()
-        if "logits" in names:
-            return names.index("logits")
-        return None
+        if "logits" not in names:
+            return None
+        index = names.index("logits")
+        if self.host is None and self.captured.width(index) == 1:
+            return None
+        return index
+
+    @cached_property
+    def looked_at(self) -> int:
+        """Index of the output that quality looks at: that named logits, or the first."""
+        names = self.host.names if self.host else self.captured.output.leaf_names()
+        return names.index("logits") if "logits" in names else 0
 
     def evaluate(self, graph: fx.GraphModule, batch: Batch, positions: Tensor | None) -> Tensor:
         """The output that quality looks at, over the positions that count, for one sequence."""
@@ -140,11 +153,9 @@ class Compiler:
             return run_as_decoded(graph, arguments, prompt)
 
         with torch.no_grad():
-            output = self._run(call, batch, positions)[self.logits or 0]
-        mask = batch.get("decoder_attention_mask" if self.source else "attention_mask")
-        if positions is None and isinstance(mask, Tensor) and output.shape[:2] == mask.shape:
-            return output[mask.bool()]
-        return output
+            output = self._run(call, batch, positions)[self.looked_at]
+        mask = self.quality.mask(batch, output.shape[:2]) if positions is None else None
+        return output if mask is None else output[mask]
 
     def outputs(self, call: Call, batch: Batch) -> Sequence[Any]:
         """The model's outputs over the positions that count, `call` computing those of its
@@ -176,7 +187,7 @@ class Compiler:
 
     @cached_property
     def statistics(self) -> Statistics:
-        run, output, quality = self._run, self.logits or 0, self.quality
+        run, output, quality = self._run, self.looked_at, self.quality
         host = self.host
         if host is not None and not host.differentiable(output):
             # No gradient says what matters further on: the submodule's own error ranks its sites,
@@ -212,7 +223,9 @@ class Compiler:
         """Errors of this model's candidates on this calibration, as far as they are known."""
         request = self.request
         data = data_digest((request.calibration.fit, request.calibration.choose[:1]))
-        measured = (str(self.quality), str(request.seed), request.at or "")
+        measured = [str(self.quality), str(request.seed), request.at or ""]
+        if self.host is not None:  # errors are of the whole model's output
+            measured += [type(request.model).__qualname__, weights_fingerprint(request.model)]
         return Scores((__version__, self.structure, self.weights, data, *measured))
 
     def _prior(self, proposal: Proposal) -> float:

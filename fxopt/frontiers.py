@@ -21,6 +21,7 @@ from .ir.store import write_text
 from .measure import Measurer
 from .session import Session
 from .show import frontier as show
+from .state import evaluated
 
 MEMORY_STEPS, ERROR_STEPS = 6, 8
 LEAST_ERROR = 1e-4
@@ -59,11 +60,13 @@ class Frontier:
 
     def plan(self, budget: Budget) -> Plan:
         """The plan for a budget, as `fxopt.plan` makes it; quality in the frontier's own row."""
-        return self._session(budget).plan()
+        with evaluated(self._compiler.request.model):
+            return self._session(budget).plan()
 
     def optimize(self, budget: Budget) -> Optimized:
         """The module for a budget, measured to keep it, as `fxopt.optimize` makes it."""
-        return self._session(budget).optimize()
+        with evaluated(self._compiler.request.model):
+            return self._session(budget).optimize()
 
     def to_svg(self, path: str | Path) -> Path:
         """Draw the points: error against latency, memory by size and colour."""

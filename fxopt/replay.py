@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,7 +98,7 @@ class _Recording:
     """What calibration says of a site, recorded when a rewrite first asks: most ask nothing."""
 
     def __init__(self, compiler: Compiler, site: Site) -> None:
-        self._at = lambda: compiler.statistics.at(site)
+        self._at = cache(lambda: replace(compiler.statistics.at(site), made={}))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._at(), name)
@@ -110,11 +112,25 @@ def check(compiler: Compiler, plan: Plan, *, refit: bool) -> None:
             "the plan was made for another model: names, ops, shapes or dtypes differ; make a "
             "plan for this one with fxopt.plan"
         )
+    _check_apart(plan)
     if plan.tensors and not refit and plan.fingerprint_weights != compiler.weights:
         raise PlanError(
             "the plan's prepared tensors belong to other weights of this architecture; pass "
             "refit=True and calibration data to fit them to these"
         )
+
+
+def _check_apart(plan: Plan) -> None:
+    """PlanError where two decisions rewrite one linear: alone, or as one of a group."""
+    rewritten: dict[str, str] = {}
+    for decision in plan.rewritten:
+        for key in (decision.members or [decision.key]) if decision.family == "linear" else ():
+            if key in rewritten:
+                raise PlanError(
+                    f"{decision.key}: {decision.rewrite} needs {key} as it was, but the decision "
+                    f"for {rewritten[key]} rewrites it; keep one of the two"
+                )
+            rewritten[key] = decision.key
 
 
 def check_tensors(opt: Optimized, replayed: Optimized) -> None:

@@ -36,8 +36,14 @@ class Request:
     rewrites: tuple[str, ...] | None
     at: str | None
     seed: int
+    time_limit: float | None
     deadline: float
     progress: Progress = field(default_factory=Progress)
+
+
+def ends(time_limit: float | None) -> float:
+    """When what begins now has to stop, of `time.monotonic`."""
+    return time.monotonic() + (1e9 if time_limit is None else time_limit)
 
 
 def resolve(
@@ -83,7 +89,8 @@ def resolve(
         rewrites=None if rewrites is None else listed(rewrites),
         at=at or None,
         seed=seed,
-        deadline=time.monotonic() + (time_limit if time_limit is not None else 1e9),
+        time_limit=time_limit,
+        deadline=ends(time_limit),
     )
 
 

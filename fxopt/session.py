@@ -49,12 +49,15 @@ class Session:
         """Search; the identity is always among the trials."""
         found = self._search()
         if found is None or found.excess > 0:
-            none = identity(self.table)
-            if all(t.choice != none for t in self.search.trials):
-                self.search.tell(none, self._measured(none))
+            self._try(identity(self.table))
         best = self.search.best
         assert best is not None
         return best
+
+    def _try(self, choice: Choice) -> None:
+        """Measure a choice that the search has not tried."""
+        if all(trial.choice != choice for trial in self.search.trials):
+            self.search.tell(choice, self._measured(choice))
 
     def _search(self) -> Trial | None:
         """As far as time goes. Ctrl-C ends the time: at least one choice is still measured, where
@@ -83,47 +86,53 @@ class Session:
 
     def optimize(self) -> Optimized:
         """Search, verify on the part kept aside, correct and search again until it holds."""
-        nearest: tuple[float, Optimized, list[RowResult]] | None = None
+        tried: dict[Choice, tuple[float, Optimized, list[RowResult]]] = {}
         for _ in range(ATTEMPTS):
             found = self.search_best()
-            held, rows = found.excess <= 0, list[RowResult]()
-            for trial in [found] if held else self._nearest():
-                module, rows = self._verified(trial)
-                excess = max((row.excess for row in rows if row.limit is not None), default=0.0)
-                if excess <= 0:
-                    self._warn()
-                    return module
-                if nearest is None or excess < nearest[0]:
-                    nearest = (excess, module, rows)
-            if not held or time.monotonic() > self.compiler.request.deadline:
+            if found.excess > 0:
+                break
+            excess, module, rows = tried[found.choice] = self._verified(found)
+            if excess <= 0:
+                return self._warned(module)
+            if time.monotonic() > self.compiler.request.deadline:
                 break
             self._correct(found, rows)
-        assert nearest is not None
-        raise _budget_error(nearest[1], nearest[2])
+        for trial in self._nearest():
+            if trial.choice not in tried:
+                excess, module, rows = tried[trial.choice] = self._verified(trial)
+                if excess <= 0:
+                    return self._warned(module)
+        _, module, rows = min(tried.values(), key=lambda one: one[0])
+        raise _budget_error(module, rows)
 
-    def _warn(self) -> None:
-        """Say once what the taken plan's measurement leaves open."""
+    def _warned(self, module: Optimized) -> Optimized:
+        """The module, once it is said what its plan's measurement leaves open."""
         for note in self.measurer.notes:
             if note.startswith("calibration:"):
                 logger.warning(note)
+        return module
 
     def _nearest(self) -> list[Trial]:
         """Where nothing holds: the trials to verify, the model as it is among them."""
-        ranked, none = self.search.ranked(), identity(self.table)
+        none = identity(self.table)
+        self._try(none)
+        ranked = self.search.ranked()
         return [t for i, t in enumerate(ranked) if i < RUNNERS_UP or t.choice == none]
 
-    def _verified(self, trial: Trial) -> tuple[Optimized, list[RowResult]]:
+    def _verified(self, trial: Trial) -> tuple[float, Optimized, list[RowResult]]:
+        """How far a trial is beyond its worst row, its module, and all rows, as verified."""
         proposals = self.compiler.chosen(self.search, trial.choice)
         editor = self.compiler.realise(proposals)
         module = self.compiler.emit(editor)
         measured = self.measurer.contract(editor, module)
         rows = self.measurer.rows(trial.predicted, measured)
-        if all(row.excess <= 0 for row in rows if row.limit is not None):
+        excess = max((row.excess for row in rows if row.limit is not None), default=0.0)
+        if excess <= 0:
             measured |= self.measurer.minimised(module)
             rows = self.measurer.rows(trial.predicted, measured)
         module.plan = self.plan_of(trial, rows, editor, module)
         module.report = Report(rows, self._notes())
-        return module, rows
+        return excess, module, rows
 
     def _correct(self, trial: Trial, rows: Sequence[RowResult]) -> None:
         """The verify part was worse than the choose part: expect that of every choice."""

@@ -33,6 +33,20 @@ class State:
 
 
 @contextmanager
+def evaluated(model: nn.Module) -> Generator[None]:
+    """`preserved`, and in evaluation mode inside, as what is rewritten is: dropout that ran in the
+    original alone would count for it or against it."""
+    modes = [(module, module.training) for module in model.modules()]
+    with preserved(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Generator[None]:
     """Buffers and random generators are as before afterwards, whatever happens inside.
 

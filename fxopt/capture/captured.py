@@ -71,6 +71,13 @@ class Captured:
         """The attention nodes in order: `past[i]` belongs to the i-th one that has a state."""
         return tuple(n for n in self.graph.graph.nodes if n.meta.get("op") == "attention")
 
+    def width(self, index: int) -> int | None:
+        """The size of the last dimension of an output, where it is a tensor and fixed."""
+        outputs: Any = self.graph.graph.output_node().args[0]
+        value = outputs[index].meta.get("val") if isinstance(outputs[index], fx.Node) else None
+        last = value.shape[-1] if isinstance(value, Tensor) and value.ndim else None
+        return last if isinstance(last, int) else None
+
     @property
     def notes(self) -> list[str]:
         """What the graph serves no more of what the model does."""

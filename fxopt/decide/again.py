@@ -92,8 +92,9 @@ def note_totals(plan: Plan) -> None:
         if value is not None and name in RESOURCES
     }
     whole = next((known[name] for name in known if name in QUALITIES), None)
-    if whole is not None and alone > 0:
-        plan.error_scale = _quality(plan).additive(whole) / alone
+    # a loss or a metric can be better than before by chance: that makes no error free
+    if whole is not None and whole > 0 and alone > 0:
+        plan.error_scale = min(max(_quality(plan).additive(whole) / alone, 0.1), 10.0)
 
 
 def _value(row: RowResult) -> float | None:

@@ -25,6 +25,8 @@ QUALITIES: dict[str, Kind] = {
     "metric_drop": "metric",
 }
 """By the budget's row."""
+IGNORED = -100
+"""A label that does not count, as in torch's own cross entropy."""
 Evaluate = Callable[[Any, Batch, Tensor | None], Tensor]
 """(module, batch, positions [P] or None) -> output of interest; logits of those positions."""
 
@@ -38,6 +40,7 @@ class Quality:
     per_position: bool
     prompt: int = 0
     new_tokens: int = 0
+    encoder_decoder: bool = False
 
     def additive(self, measured: float) -> float:
         """The measure in the form in which independent errors add."""
@@ -63,6 +66,58 @@ class Quality:
         start = self.prompt_of(length)
         chosen = torch.arange(start, length, device=ids.device)
         return chosen if mask is None else chosen[mask[0, start:length]]
+
+    def mask(self, batch: Batch, shape: Sequence[int]) -> Tensor | None:
+        """What is no padding of an output [B, T, ...] of this `shape` [B, T], where that is known:
+        the output is the decoder's where there is one."""
+        mask = batch.get("decoder_attention_mask" if self.encoder_decoder else "attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+
+    def labels(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Indices of the rows of an output, flat, that have a label, and their labels.
+
+        A causal model's are the tokens that follow, unless the batch has `labels`; a decoder's
+        with an encoder likewise, of `decoder_input_ids`. FxoptError where there are none.
+        """
+        if positions is None:
+            labels = self._whole(batch)
+            rows = torch.arange(len(labels), device=labels.device)
+        else:
+            given, mask = batch.get("labels"), padding_of(batch)
+            tokens = given if isinstance(given, Tensor) else _ids(batch, "input_ids")
+            rows = (positions < tokens.shape[1] - 1).nonzero().flatten()
+            labels = tokens[0, 1:][positions[rows]]
+            if mask is not None:  # what follows the last token is padding
+                labels = labels.where(mask[0, 1:][positions[rows]], IGNORED)
+        counted = labels != IGNORED
+        return rows[counted], labels[counted]
+
+    def _whole(self, batch: Batch) -> Tensor:
+        """The labels of a whole output, flat and without padding, as `Compiler.evaluate` has it."""
+        given = batch.get("labels")
+        if isinstance(given, Tensor):
+            return _unpadded(given, self.mask(batch, given.shape[:2]))
+        if not self.encoder_decoder:
+            raise FxoptError(
+                "Budget.loss_increase: the calibration data has no labels; add `labels` to its "
+                "inputs, or use kl, relative_error or a metric"
+            )
+        tokens = _ids(batch, "decoder_input_ids")
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)], 1)
+        mask = self.mask(batch, labels.shape)
+        if mask is None:
+            return labels.flatten()
+        after = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+        return labels.where(after, IGNORED)[mask]
+
+
+def _ids(batch: Batch, name: str) -> Tensor:
+    found = batch.get(name)
+    return found if isinstance(found, Tensor) else first_tensor(batch)
+
+
+def _unpadded(labels: Tensor, mask: Tensor | None) -> Tensor:
+    return labels.flatten() if mask is None else labels[mask]
 
 
 @dataclass(frozen=True)
@@ -106,19 +161,32 @@ class Reference:
         self._kept: dict[int, Tensor] = {}
 
     def measure(self, module: Any, batches: int | None = None) -> Measurement:
-        """How far `module` is from the original over the first `batches` sequences."""
+        """How far `module` is from the original over the first `batches` sequences that count."""
         errors: list[Tensor] = []
-        for i, batch in enumerate(self._watch(self.batches[:batches])):
+        for i, batch in enumerate(self._watch(self.batches)):
             positions = self.quality.positions(batch)
             if positions is not None and positions.numel() == 0:
                 continue
+            if len(errors) == batches:
+                break
             target = self._target(i)
             output = self._evaluate(module, batch, positions)
-            errors.append(divergence(self.quality.kind, target, output, batch, positions))
-        values = torch.cat(errors).double() if errors else torch.zeros(1, dtype=torch.float64)
+            errors.append(divergence(self.quality, target, output, batch, positions))
+        values = torch.cat(errors).double() if errors else torch.zeros(0)
+        if not len(values):
+            raise FxoptError(self._nothing())
         mean = self.quality.measured(values.mean().item())
         p99 = self.quality.measured(values.quantile(0.99).item()) if len(values) > 1 else mean
         return Measurement(mean, p99, len(values))
+
+    def _nothing(self) -> str:
+        if self.quality.kind == "loss_increase":
+            return "calibration: no position of a part of it has a label; give more labelled data"
+        return (
+            f"calibration: no sequence of a part of it has a token past the prompt of "
+            f"{self.quality.prompt} tokens, so nothing can be measured; give longer sequences, "
+            "with less padding, or a workload with a shorter prompt"
+        )
 
     def _target(self, i: int) -> Tensor:
         if i in self._kept:
@@ -136,16 +204,16 @@ class Reference:
 
 
 def divergence(
-    kind: Kind, target: Tensor, output: Tensor, batch: Batch, positions: Tensor | None
+    quality: Quality, target: Tensor, output: Tensor, batch: Batch, positions: Tensor | None
 ) -> Tensor:
     """Additive error for each position (or one for the sequence), in nats or squared ratio."""
+    kind = quality.kind
     if kind == "relative_error":
         difference = (output.double() - target.double()).square().sum()
         return (difference / target.double().square().sum().clamp_min(1e-300)).reshape(1)
     if kind == "loss_increase":
-        labels = _labels(batch, positions)
-        count = labels.shape[0]
-        return _loss(output, labels, count) - _loss(target, labels, count)
+        rows, labels = quality.labels(batch, positions)
+        return _loss(output, rows, labels) - _loss(target, rows, labels)
     return kl_divergence(target.flatten(0, -2), output.flatten(0, -2))
 
 
@@ -161,14 +229,11 @@ def kl_divergence(target: Tensor, output: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _labels(batch: Batch, positions: Tensor | None) -> Tensor:
-    labels = batch.get("labels")
-    ids = labels if isinstance(labels, Tensor) else first_tensor(batch)
-    if positions is None:
-        return ids.flatten()
-    return ids[0, 1:][positions[positions < ids.shape[1] - 1]]
-
-
-def _loss(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    flat = logits.flatten(0, -2)[:count].float()
-    return torch.nn.functional.cross_entropy(flat, labels, reduction="none")
+def _loss(logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    flat = logits.flatten(0, -2)
+    if len(rows) and int(rows[-1]) >= len(flat):
+        raise FxoptError(
+            f"Budget.loss_increase: labels for {int(rows[-1]) + 1} positions, but the model "
+            f"returns logits of {len(flat)}; give one label for each"
+        )
+    return torch.nn.functional.cross_entropy(flat[rows].float(), labels, reduction="none")

@@ -140,6 +140,10 @@ def prefilled(module: nn.Module, prompt: Batch) -> Any:
 def _decode(module: nn.Module, prompt: Batch) -> Callable[[], Any]:
     output = prefilled(module, prompt)
     cache = output.past_key_values
+    # layers that slide have let go of what a crop of several steps would bring back
+    slides = any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ()))
+    if slides:
+        cache.activate_past_recording()
     name = DECODER_IDS if DECODER_IDS in prompt else "input_ids"
     step = {**prompt, name: prompt[name][:, -1:]}
     if name == DECODER_IDS:
@@ -150,8 +154,11 @@ def _decode(module: nn.Module, prompt: Batch) -> Callable[[], Any]:
     def steps() -> None:
         for _ in range(DECODE_STEPS):
             module(**step, past_key_values=cache, use_cache=True)
+            if slides:
+                cache.crop(-1)
         # every round decodes at the same length
-        cache.crop(-DECODE_STEPS)
+        if not slides:
+            cache.crop(-DECODE_STEPS)
 
     return steps
 

@@ -32,15 +32,14 @@ ROWS = 1024
 @dataclass
 class Recorded:
     """Recordings at one node. `gradients` are of the sampled log-likelihood, by `inputs`' rows
-    (linear [T, out]) or whole (attention [B, N, H, Dv]); `weight` scales the sum over rows to a
-    sum over all positions."""
+    (linear [T, out], scaled so that the sum of their squares stands for that over all positions) or
+    whole (attention [B, N, H, Dv])."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     outputs: Tensor | None = None
     gradients: Tensor | None = None
-    row_weight: float = 1.0
     gram_sum: Tensor | None = None
     gram_rows: int = 0
     members: tuple[Recorded, ...] = ()
@@ -100,7 +99,7 @@ class Statistics:
         else:
             count = max(self.positions, 1)
         inner = product.sum(-1)
-        return 0.5 * recorded.row_weight * inner.square().sum().item() / count
+        return 0.5 * inner.square().sum().item() / count
 
 
 def collect(
@@ -121,16 +120,19 @@ def collect(
     """
     recorder = _Recorder(graph, sites, quality)
     generator = torch.Generator().manual_seed(seed)
-    counted = attended = 0
+    counted = attended = kept = 0
     for i, batch in enumerate(batches):
         positions = quality.positions(batch)
-        recorder.begin(batch, keep_attention=i < attention_sequences)
+        counts = positions is None or positions.numel() > 0
+        keep = counts and kept < attention_sequences
+        kept += keep
+        recorder.begin(batch, keep_attention=keep)
         with torch.enable_grad():
             outputs = run(recorder.call, batch, positions)
             _check_output(outputs[logits], i)
             score, count = _sampled_score(outputs[logits], quality, generator)
         counted += count
-        attended += count if i < attention_sequences else 0
+        attended += count if keep else 0
         recorder.end(score, len(batches), generator)
     return Statistics(recorder.nodes, counted, attended)
 
@@ -232,9 +234,8 @@ class _Recorder(fx.Interpreter):
             rows, grads = self._unpadded(x), self._unpadded(gradient)
             count = min(len(rows), max(1, ROWS // sequences))
             pick = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)
-            recorded.row_weight = len(rows) / max(count, 1)
             before = recorded.inputs.get("x")
-            rows, grads = rows[pick], grads[pick]
+            rows, grads = rows[pick], grads[pick] * (len(rows) / max(count, 1)) ** 0.5
             recorded.inputs["x"] = rows if before is None else torch.cat([before, rows])
             kept = recorded.gradients
             recorded.gradients = grads if kept is None else torch.cat([kept, grads])

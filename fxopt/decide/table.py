@@ -96,7 +96,9 @@ class Table:
         sums: dict[str, tuple[float, float]] = {}
         for columns in self.columns:
             for column in columns:
-                if column.measured is not None and column.prior > 0:
+                if column.measured is None or not math.isfinite(column.measured):
+                    continue  # what is no number says nothing of others of its kind
+                if column.prior > 0:
                     prior, seen = sums.get(kind(column), (0.0, 0.0))
                     sums[kind(column)] = (prior + column.prior, seen + max(column.measured, 0.0))
         self.factor = {k: min(max(seen / prior, 0.1), 10.0) for k, (prior, seen) in sums.items()}

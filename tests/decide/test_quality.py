@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxopt.decide.quality import Quality, Reference, divergence, kl_divergence
+from fxopt.ir.errors import FxoptError
 
 
 def test_kl_agrees_with_float64() -> None:
@@ -23,7 +24,7 @@ def test_kl_of_a_model_with_itself_is_zero() -> None:
 def test_relative_error_is_additive_in_squares() -> None:
     y, d = torch.randn(3, 5), torch.randn(3, 5) * 0.1
     quality = Quality("relative_error", per_position=False)
-    squared = divergence("relative_error", y, y + d, {}, None).item()
+    squared = divergence(quality, y, y + d, {}, None).item()
     assert quality.measured(squared) == pytest.approx((d.norm() / y.norm()).item(), rel=1e-5)
     assert quality.additive(quality.measured(squared)) == pytest.approx(squared)
 
@@ -54,8 +55,58 @@ def test_loss_increase_is_the_difference_of_cross_entropies() -> None:
     labels = ids[0, 3:]
     loss = torch.nn.functional.cross_entropy
     expected = loss(q[0, :-1], labels) - loss(p[0, :-1], labels)
-    found = divergence("loss_increase", p, q, {"input_ids": ids}, positions).mean()
+    quality = Quality("loss_increase", per_position=True)
+    # by name, whatever comes first
+    batch = {"attention_mask": torch.ones_like(ids), "input_ids": ids}
+    found = divergence(quality, p, q, batch, positions).mean()
     torch.testing.assert_close(found, expected)
+
+
+def test_labels_that_do_not_count_are_left_out() -> None:
+    quality = Quality("loss_increase", per_position=True)
+    ids = torch.randint(11, (1, 9))
+    labels = torch.full_like(ids, -100)
+    labels[0, [4, 7]] = ids[0, [4, 7]]
+    rows, found = quality.labels({"input_ids": ids, "labels": labels}, torch.arange(2, 9))
+    assert rows.tolist() == [1, 4]
+    assert found.tolist() == ids[0, [4, 7]].tolist()
+    # what follows the last token is padding
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    positions = quality.positions(batch)
+    rows, found = quality.labels(batch, positions)
+    assert found.tolist() == ids[0, 1:6].tolist()
+
+
+def test_labels_of_models_that_are_not_causal() -> None:
+    masked = Quality("loss_increase", per_position=False)
+    ids, mask = torch.randint(11, (1, 6)), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    labels = torch.tensor([[5, -100, 7, 8, -100, -100]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    rows, found = masked.labels(batch, None)
+    assert (rows.tolist(), found.tolist()) == ([0, 2, 3], [5, 7, 8])
+    with pytest.raises(FxoptError, match="no labels; add `labels`"):
+        masked.labels({"input_ids": ids}, None)
+    both = Quality("loss_increase", per_position=False, encoder_decoder=True)
+    decoded = torch.tensor([[1, 4, 6, 9]])
+    rows, found = both.labels({"input_ids": ids, "decoder_input_ids": decoded}, None)
+    assert (rows.tolist(), found.tolist()) == ([0, 1, 2], [4, 6, 9])
+    p = torch.randn(1, 2, 11)
+    with pytest.raises(FxoptError, match="labels for 3 positions"):
+        divergence(both, p, p, {"input_ids": ids, "decoder_input_ids": decoded}, None)
+
+
+def test_a_part_in_which_nothing_counts_certifies_nothing() -> None:
+    def evaluate(module, batch, positions):
+        return torch.zeros(1, len(positions), 5)
+
+    quality = Quality("kl", per_position=True, prompt=6, new_tokens=2)
+    ids, mask = torch.zeros(1, 8, dtype=torch.long), torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])
+    short, whole = {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}
+    with pytest.raises(FxoptError, match="no sequence of a part of it has a token past the prompt"):
+        Reference(quality, evaluate, "old", [short]).measure("new")
+    # the first that counts is the one that is measured
+    assert Reference(quality, evaluate, "old", [short, whole]).measure("new", 1).count == 2
 
 
 def test_reference_keeps_the_original_outputs_and_weighs_positions_equally() -> None:

@@ -1,4 +1,4 @@
-"""The search: how long it may think."""
+"""The search: how long it may think, and what it learns from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from fxopt.decide import search as module
 from fxopt.decide.search import Limits, Search
 from fxopt.decide.solve import Problem, Solution
-from fxopt.decide.table import Table
+from fxopt.decide.table import Column, Table, kind
+from fxopt.ir.cost import Cost
 
 
 def test_hard_programs_share_the_solver_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +31,12 @@ def test_hard_programs_share_the_solver_seconds(monkeypatch: pytest.MonkeyPatch)
     search.solver_seconds = -1.0
     search.next()
     assert limits[-1] == 0.5
+
+
+def test_a_swap_that_measures_no_number_says_nothing_of_its_kind() -> None:
+    def column(prior: float, measured: float | None) -> Column:
+        return Column((), Cost(1.0), prior, measured)
+
+    table = Table([], [[column(1.0, float("nan")), column(2.0, 6.0), column(1.0, None)]])
+    table.learn()
+    assert table.factor == {kind(column(1.0, None)): 3.0}

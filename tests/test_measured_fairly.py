@@ -1,0 +1,153 @@
+"""The contract in awkward cases: like is measured with like, and nothing is certified unseen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.compiler import Compiler
+from fxopt.decide.again import note_totals
+from fxopt.decide.runs import calls
+from fxopt.ir.errors import FxoptError, PlanError
+from fxopt.ir.workload import Generate
+from fxopt.request import resolve
+
+transformers = pytest.importorskip("transformers")
+
+
+def layers(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), *more, nn.Linear(128, 128))
+
+
+def test_the_original_is_measured_in_evaluation_mode_and_left_in_its_own() -> None:
+    model, data = layers(nn.Dropout(0.5)).train(), [torch.randn(4, 128) for _ in range(3)]
+    model[2].eval()
+    modes: list[bool] = []
+
+    def metric(module: nn.Module) -> float:
+        modes.append(module.training)
+        return 0.0
+
+    fxopt.optimize(
+        model, fxopt.Budget(metric=metric, metric_drop=0.1, weights="60%"), data[0],
+        calibration=data, rewrites=["linear.quantized"],
+    )  # fmt: skip
+    assert modes
+    assert not any(modes)
+    assert [module.training for module in model.modules()] == [True, True, True, False, True]
+
+
+def test_one_logit_is_a_number_and_not_a_distribution() -> None:
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=1,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    data = [{"input_ids": torch.randint(61, (1, 12))} for _ in range(3)]
+    with pytest.raises(FxoptError, match="no logits of two classes or more"):
+        fxopt.optimize(model, fxopt.Budget(kl=0.01, weights="90%"), data[0], calibration=data)
+    request = resolve(
+        model, fxopt.Budget(weights="90%"), data[0], workload=None, calibration=data, keep=(),
+        rewrites=None, at=None, seed=0, time_limit=None,
+    )  # fmt: skip
+    assert Compiler(request).quality.kind == "relative_error"
+
+
+def test_a_full_sliding_window_is_decoded_again_and_again() -> None:
+    config = transformers.MistralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=16,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    work = Generate(batch=1, prompt=48, new_tokens=8)
+    _, decode = dict(calls(model, work, {"input_ids": torch.randint(61, (1, 9))})).values()
+    for _ in range(3):
+        decode()
+
+
+def test_where_verification_fails_the_model_as_it_is_still_counts() -> None:
+    """Outputs of the part that is verified are far larger: what held on the other part fails."""
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).eval()
+    with torch.no_grad():
+        model[1].bias.fill_(10.0)
+    scales = (1e-3, 1e-3, 1e-3, 1e-3, 100.0, 100.0)
+    data = [torch.randn(1, 128) * scale for scale in scales]
+    opt = fxopt.optimize(
+        model, fxopt.Budget(relative_error=1e-3, minimize="memory"), data[0], calibration=data,
+        rewrites=["linear.quantized"], time_limit=1.0,
+    )  # fmt: skip
+    assert all(row.excess <= 0 for row in opt.report.rows if row.limit is not None)
+    assert (opt(data[-1]) - model(data[-1])).norm() <= 1e-3 * model(data[-1]).norm()
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.q(x)) * torch.sigmoid(self.k(x))
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[nn.Module, list[torch.Tensor], fxopt.Plan]:
+    torch.manual_seed(2)
+    model, data = Pair().eval(), [torch.randn(1, 64, 128) for _ in range(6)]
+    rewrites = ["linear.low_rank_shared", "linear.quantized"]
+    budget = fxopt.Budget(relative_error=0.9, weights="70%")
+    return model, data, fxopt.plan(model, budget, data[0], calibration=data, rewrites=rewrites)
+
+
+def test_a_linear_that_two_decisions_rewrite_is_named(planned: Any) -> None:
+    model, data, plan = planned
+    plan = plan.model_copy(deep=True)
+    group = next(d for d in plan.decisions if d.members)
+    alone = next(d for d in plan.decisions if d.key == "q")
+    for decision, rewrite in ((group, "linear.low_rank_shared"), (alone, "linear.quantized")):
+        labels = [other.label for other in decision.alternatives if other.rewrite == rewrite]
+        if decision.rewrite != rewrite:
+            decision.choose(rewrite, labels[0])
+    with pytest.raises(PlanError, match=r"needs q as it was, but the decision for .* rewrites it"):
+        fxopt.apply(model, plan, example_inputs=data[0], calibration=data)
+
+
+@pytest.mark.parametrize(("whole", "scale"), [(-1e-4, 1.0), (0.0, 1.0), (1e9, 10.0)])
+def test_no_measurement_makes_errors_free(planned: Any, whole: float, scale: float) -> None:
+    _, _, plan = planned
+    plan = plan.model_copy(deep=True)
+    plan.error_scale = 1.0
+    plan.totals = [
+        replace(row, measured=whole) if row.name == "relative_error" else row for row in plan.totals
+    ]
+    note_totals(plan)
+    assert plan.error_scale == scale
+
+
+class Headed(nn.Module):
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.body, self.shift = layers(), nn.Parameter(torch.tensor(shift))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + self.shift
+
+
+def test_scores_under_at_belong_to_the_whole_model() -> None:
+    data = [torch.randn(2, 128) for _ in range(3)]
+
+    def priors(shift: float) -> list[float]:
+        torch.manual_seed(1)
+        plan = fxopt.plan(
+            Headed(shift).eval(), fxopt.Budget(relative_error=0.5, weights="60%"), data[0],
+            calibration=data, rewrites=["linear.quantized"], at="body",
+        )  # fmt: skip
+        return [d.error or 0.0 for d in plan.rewritten]
+
+    near, far = priors(0.0), priors(1000.0)
+    assert near
+    assert max(far, default=0.0) < 1e-2 * max(near)
