@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from . import coverage
 from .compiler import Compiler
+from .decide.quality import Measurement
 from .decide.runs import Latency, measure_latency, peak_temporaries
 from .decide.verify import weight_bytes
 from .emit.editor import GraphEditor
@@ -141,10 +142,18 @@ class Measurer:
         if quality.kind == "metric":
             return self.baseline["metric"] - self._metric(self.compiler.emit(editor))
         measured = reference.measure(editor.graph)
-        if reference is self.compiler.verify_reference and quality.per_position:
-            worst = format_value(measured.p99, UNITS[self.quality_row])
-            self.notes.append(f"{self.quality_row}: 99% of {measured.count} positions < {worst}")
+        if reference is self.compiler.verify_reference:
+            self.notes += [f"{self.quality_row}: {text}" for text in self._spread(measured)]
         return quality.additive(measured.mean)
+
+    def _spread(self, measured: Measurement) -> Iterator[str]:
+        """What the mean of a quality row leaves out."""
+        unit = UNITS[self.quality_row]
+        if self.compiler.quality.per_position:
+            yield f"99% of {measured.count} positions < {format_value(measured.p99, unit)}"
+        if measured.upper is not None:
+            bound = format_value(measured.upper, unit)
+            yield f"the mean is < {bound} with 95% confidence, by {measured.sequences} sequences"
 
     def _metric(self, module: nn.Module) -> float:
         assert self.budget.metric is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from ..ir.errors import FxoptError
@@ -123,11 +124,14 @@ def _unpadded(labels: Tensor, mask: Tensor | None) -> Tensor:
 @dataclass(frozen=True)
 class Measurement:
     """A quality measurement: `mean` is the row's value; `p99` over positions where there are
-    any; `count` of positions or sequences."""
+    any; `count` of positions or sequences. `upper` is what the mean of other data like this is
+    below with 95 % confidence, by how the `sequences` differ; None of a single one."""
 
     mean: float
     p99: float
     count: int
+    upper: float | None
+    sequences: int
 
 
 def first_tensor(batch: Batch) -> Tensor:
@@ -177,7 +181,10 @@ class Reference:
             raise FxoptError(self._nothing())
         mean = self.quality.measured(values.mean().item())
         p99 = self.quality.measured(values.quantile(0.99).item()) if len(values) > 1 else mean
-        return Measurement(mean, p99, len(values))
+        upper = upper_bound([(e.double().mean().item(), len(e)) for e in errors if len(e)])
+        if upper is not None:
+            upper = self.quality.measured(upper)
+        return Measurement(mean, p99, len(values), upper, len(errors))
 
     def _nothing(self) -> str:
         if self.quality.kind == "loss_increase":
@@ -201,6 +208,21 @@ class Reference:
         if sum(t.nbytes for t in self._kept.values()) + output.nbytes <= self._limit:
             self._kept[i] = output
         return output
+
+
+def upper_bound(parts: Sequence[tuple[float, int]], confidence: float = 0.95) -> float | None:
+    """The one-sided bound of a mean over sequences of (mean, count of positions) each.
+
+    Positions of one sequence err alike, so that sequences are what was drawn: the variance is that
+    of a mean of clusters, and Student's t accounts for how few they are.
+    """
+    if len(parts) < 2:
+        return None
+    count = sum(n for _, n in parts)
+    mean = sum(value * n for value, n in parts) / count
+    squares = sum((n / count) ** 2 * (value - mean) ** 2 for value, n in parts)
+    t = float(stdtrit(len(parts) - 1, confidence))
+    return mean + t * math.sqrt(squares * len(parts) / (len(parts) - 1))
 
 
 def divergence(

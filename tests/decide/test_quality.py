@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fxopt.decide.quality import Quality, Reference, divergence, kl_divergence
+from fxopt.decide.quality import Quality, Reference, divergence, kl_divergence, upper_bound
 from fxopt.ir.errors import FxoptError
 
 
@@ -143,3 +144,21 @@ def test_reference_computes_again_what_it_may_not_keep() -> None:
     reference.measure("new")
     reference.measure("new")
     assert calls.count("old") == 2
+
+
+@pytest.mark.parametrize("sequences", [2, 4, 12])
+def test_the_bound_holds_as_often_as_it_says(sequences: int) -> None:
+    """Sequences differ, positions within one hardly: the bound is by sequences."""
+    rng = np.random.default_rng(sequences)
+    held = 0
+    for _ in range(800):
+        counts = rng.integers(40, 60, sequences)
+        means = rng.normal(1.0, 0.3, sequences)
+        bound = upper_bound(list(zip(means.tolist(), counts.tolist(), strict=True)))
+        assert bound is not None
+        held += bound >= 1.0
+    assert 0.92 <= held / 800 <= 0.98
+
+
+def test_one_sequence_bounds_nothing() -> None:
+    assert upper_bound([(0.3, 100)]) is None
