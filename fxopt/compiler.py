@@ -22,7 +22,7 @@ from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
 from .decide.peaks import Points, points, shifted
 from .decide.propose import Proposal, Proposals, propose
-from .decide.quality import QUALITIES, Kind, Quality, Reference
+from .decide.quality import QUALITIES, Kind, Quality, Reference, class_axis
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.solve import weighed
 from .decide.statistics import Call, Statistics, collect
@@ -134,9 +134,9 @@ class Compiler:
         if "logits" not in names:
             return None
         index = names.index("logits")
-        if self.host is None and self.captured.width(index) == 1:
-            return None
-        return index
+        shape = () if self.host else self.captured.shape(index)
+        classes = shape[class_axis(len(shape))] if shape else None
+        return None if isinstance(classes, int) and classes == 1 else index
 
     @cached_property
     def looked_at(self) -> int:

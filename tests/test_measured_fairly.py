@@ -151,3 +151,27 @@ def test_scores_under_at_belong_to_the_whole_model() -> None:
     near, far = priors(0.0), priors(1000.0)
     assert near
     assert max(far, default=0.0) < 1e-2 * max(near)
+
+
+class Segmented(nn.Module):
+    """Logits [B, classes, H, W] of the points of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = layers()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.body(x).unflatten(-1, (8, 4, 4))}
+
+
+def test_an_image_s_points_are_told_apart_by_their_classes() -> None:
+    model, data = Segmented().eval(), [torch.randn(2, 128) for _ in range(6)]
+    opt = fxopt.optimize(
+        model, fxopt.Budget(kl=0.05, weights="40%"), data[0], calibration=data,
+        rewrites=["linear.quantized"],
+    )  # fmt: skip
+    rows = {row.name: row for row in opt.report.rows}
+    verified = torch.cat(data[4:])
+    p, q = (m(verified)["logits"].double().log_softmax(1) for m in (model, opt))
+    assert rows["kl"].measured == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    assert rows["kl"].measured > 0

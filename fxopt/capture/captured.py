@@ -71,12 +71,11 @@ class Captured:
         """The attention nodes in order: `past[i]` belongs to the i-th one that has a state."""
         return tuple(n for n in self.graph.graph.nodes if n.meta.get("op") == "attention")
 
-    def width(self, index: int) -> int | None:
-        """The size of the last dimension of an output, where it is a tensor and fixed."""
+    def shape(self, index: int) -> tuple[int | torch.SymInt, ...]:
+        """The shape of an output, with its symbols; () where it is no tensor."""
         outputs: Any = self.graph.graph.output_node().args[0]
         value = outputs[index].meta.get("val") if isinstance(outputs[index], fx.Node) else None
-        last = value.shape[-1] if isinstance(value, Tensor) and value.ndim else None
-        return last if isinstance(last, int) else None
+        return tuple(value.shape) if isinstance(value, Tensor) else ()
 
     @property
     def notes(self) -> list[str]:

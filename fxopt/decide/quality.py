@@ -236,7 +236,17 @@ def divergence(
     if kind == "loss_increase":
         rows, labels = quality.labels(batch, positions)
         return _loss(output, rows, labels) - _loss(target, rows, labels)
-    return kl_divergence(target.flatten(0, -2), output.flatten(0, -2))
+    return kl_divergence(by_row(target), by_row(output))
+
+
+def class_axis(dimensions: int) -> int:
+    """Where the classes of logits are: those of an image's points come as [B, classes, H, W]."""
+    return 1 if dimensions == 4 else -1
+
+
+def by_row(logits: Tensor) -> Tensor:
+    """Logits as [rows, classes]."""
+    return logits.movedim(class_axis(logits.ndim), -1).flatten(0, -2)
 
 
 def kl_divergence(target: Tensor, output: Tensor) -> Tensor:
@@ -252,7 +262,7 @@ def kl_divergence(target: Tensor, output: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    flat = logits.flatten(0, -2)
+    flat = by_row(logits)
     if len(rows) and int(rows[-1]) >= len(flat):
         raise FxoptError(
             f"Budget.loss_increase: labels for {int(rows[-1]) + 1} positions, but the model "

@@ -17,7 +17,7 @@ from ..ir.errors import FxoptError
 from ..ir.ops import attend
 from ..ir.site import GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
-from .quality import Quality
+from .quality import Quality, by_row
 
 T = TypeVar("T")
 Call = Callable[[list[Any]], Sequence[Any]]
@@ -153,7 +153,7 @@ def _sampled_score(output: Tensor, quality: Quality, generator: torch.Generator)
         # 1/2 <g, d>^2 estimates half of |J d|^2 / |y|^2: sqrt(2) makes it whole
         scale = 2**0.5 / output.detach().float().norm().clamp_min(1e-30)
         return (output * noise).sum() * scale, 1
-    log_p = output.flatten(0, -2).float().log_softmax(-1)
+    log_p = by_row(output).float().log_softmax(-1)
     labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
     return log_p.gather(1, labels.to(log_p.device)).sum(), log_p.shape[0]
 
