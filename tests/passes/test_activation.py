@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.capture import Captured, capture
+from fxopt.decide.statistics import Recorded
 from fxopt.emit.editor import GraphEditor
 from fxopt.ir.errors import PlanError
 from fxopt.ir.rewrite import Match, Refusal
@@ -98,12 +99,9 @@ def test_quantized_layers_are_chunked_too() -> None:
     match = Match(linear)
     candidate = rewrite.candidates(match, LONG)[0]
 
-    class Recorded:
-        weight, bias = captured()[0].mlp.up.weight.detach(), captured()[0].mlp.up.bias.detach()
-        inputs = {"x": torch.randn(64, 16)}  # noqa: RUF012
-        gram = torch.eye(16, dtype=torch.float64)
-
-    tensors = rewrite.prepare(match, candidate, Recorded())  # pyright: ignore
+    layer, gram = captured()[0].mlp.up, torch.eye(16, dtype=torch.float64)
+    recorded = Recorded(layer.weight.detach(), layer.bias.detach(), gram_sum=gram, gram_rows=1)
+    tensors = rewrite.prepare(match, candidate, recorded)
     with editor.applying(rewrite.name):
         rewrite.apply(match, candidate, tensors, editor)
     x = torch.randn(2, 30, 16)
