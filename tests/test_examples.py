@@ -42,7 +42,7 @@ def test_encoder_latency_reports_time_and_error(tmp_path: Path) -> None:
     assert text.rstrip().endswith("(2, 256, 256)")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_vision_keeps_its_own_metric(tmp_path: Path) -> None:
     text = printed("vision", tmp_path)
     for row in ("weights", "metric_drop"):
