@@ -40,6 +40,7 @@ def main() -> None:
         example_inputs={"input_ids": windows[:1]},
         workload=fxopt.Generate(batch=1, prompt=PROMPT, new_tokens=NEW_TOKENS),
         calibration=[{"input_ids": row[None]} for row in windows],
+        progress=True,  # lines where standard error is no terminal
     )
     print(opt.plan)
     print(opt.report)

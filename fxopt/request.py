@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def resolve(
         budget=budget,
         workload=chosen,
         example=example,
-        calibration=_calibration(calibration, example, names, fits),
+        calibration=_calibration(calibration, example, names, fits, drawn=example_inputs is None),
         keep=kept,
         rewrites=None if rewrites is None else listed(rewrites),
         at=at or None,
@@ -174,12 +174,19 @@ def _check_latency(budget: Budget, workload: Workload) -> None:
             )
 
 
-def _calibration(given: Any, example: Batch, names: Sequence[str], fits: bool) -> Calibration:
-    """Calibration split in three; one tensor or dict is one batch of sequences."""
+def _calibration(
+    given: Any, example: Batch, names: Sequence[str], fits: bool, *, drawn: bool
+) -> Calibration:
+    """Calibration split in three; one tensor or dict is one batch of sequences. `drawn` are
+    example inputs that nobody gave."""
     if given is None:
         if not fits and any(isinstance(v, Tensor) and not v.numel() for v in example.values()):
             return Calibration((), (), (), given=False)
-        return split([example], names, given=False)
+        made = split([example], names, given=False)
+        if not drawn:
+            return made
+        random = "calibration: the example inputs were drawn at random: errors are of such data"
+        return replace(made, notes=(*made.notes, random))
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise FxoptError(
             f"calibration: takes an iterable of inputs, such as [{{'input_ids': ids}}, ...], not "

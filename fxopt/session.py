@@ -12,12 +12,14 @@ from . import evidence
 from .compiler import Compiler
 from .decide.again import note_totals
 from .decide.decisions import refusals
+from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import BudgetError, RowResult
 from .ir.plan import Plan
+from .ir.units import format_value
 from .measure import Measurer
 from .replay import prepared_tensors
 from .show.report import Report
@@ -188,10 +190,12 @@ class Session:
 
 def _budget_error(best: Optimized, rows: list[RowResult]) -> BudgetError:
     worst = max((r for r in rows if r.limit is not None), key=lambda r: r.excess)
+    measured, limit = (format_value(v, worst.unit) for v in (worst.measured, worst.limit))
+    quality = next((r.name for r in rows if r.limit is not None and r.name in QUALITIES), None)
+    looser = f"{worst.name} or {quality}" if quality not in (None, worst.name) else worst.name
     return BudgetError(
-        f"no plan keeps the budget: {worst.name} measured {worst.measured:.4g} {worst.unit}, "
-        f"limit {worst.limit:.4g}; the nearest plan is in .best, its rows in .rows. Loosen "
-        f"{worst.name}, or the quality row, or allow more rewrites",
+        f"no plan keeps the budget: {worst.name} measured {measured}, limit {limit}; the nearest "
+        f"plan is in .best, its rows in .rows. Loosen {looser}, or allow more rewrites",
         rows,
         worst.name,
         best,

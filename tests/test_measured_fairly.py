@@ -175,3 +175,27 @@ def test_an_image_s_points_are_told_apart_by_their_classes() -> None:
     p, q = (m(verified)["logits"].double().log_softmax(1) for m in (model, opt))
     assert rows["kl"].measured == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
     assert rows["kl"].measured > 0
+
+
+def test_a_refused_budget_says_what_was_reached_as_people_write_it() -> None:
+    data = [torch.randn(4, 128) for _ in range(3)]
+    with pytest.raises(fxopt.BudgetError) as caught:
+        fxopt.optimize(
+            layers().eval(), fxopt.Budget(weights="1%", relative_error=0.5), data[0],
+            calibration=data, rewrites=["linear.quantized"],
+        )  # fmt: skip
+    assert "KiB, limit 1.29 KiB; the nearest plan is in .best" in str(caught.value)
+    assert "Loosen weights or relative_error, or allow more rewrites" in str(caught.value)
+
+
+def test_errors_of_inputs_that_nobody_gave_are_called_that() -> None:
+    config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=2, n_positions=40)
+    given: Any = {
+        "workload": None, "calibration": None, "keep": (), "rewrites": None, "at": None,
+        "seed": 0, "time_limit": None,
+    }  # fmt: skip
+    budget = fxopt.Budget(weights="60%")
+    request = resolve(transformers.GPT2LMHeadModel(config).eval(), budget, None, **given)
+    assert any("drawn at random" in note for note in request.calibration.notes)
+    request = resolve(layers().eval(), budget, torch.randn(4, 128), **given)
+    assert not any("drawn at random" in note for note in request.calibration.notes)

@@ -87,7 +87,8 @@ def _costs(plan: Plan, decision: Decision) -> list[str]:
     before, after = decision.kept, decision.cost
     texts = [_cost(name, before, after) for name in SAVED if name != "seconds"]
     calls = _calls(plan, decision)
-    time = _cost("seconds", before, after) + (f": {', '.join(calls)}" if calls else "")
+    time = _cost("seconds", before, after)
+    time += f": {', '.join(calls)}" if time and calls else ""
     known = {True: ", measured alone", False: ", predicted", None: ""}[decision.error_measured]
     error = "" if decision.error is None else f"error {decision.error:.3g}{known}"
     return [text for text in (time, *texts, error if decision.rewritten else "") if text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -73,3 +74,12 @@ def test_a_choice_by_hand_leaves_no_stale_comparison() -> None:
     assert "more of weights" not in text
     assert "replaced by hand" in text
     assert "not compared since the choice was changed by hand" in " ".join(text.split())
+
+
+def test_calls_without_a_time_are_not_listed() -> None:
+    plan = llama(2, 1)
+    decision = plan.decisions[0]
+    decision.cost, decision.alternatives = replace(decision.cost, seconds=0.0), []
+    assert decision.calls
+    text = explain.render(plan, decision.key, decision.family, colours=False, columns=100)
+    assert not any(line.strip().startswith(":") for line in text.splitlines())
