@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from . import evidence
 from .compiler import Compiler
@@ -32,6 +33,14 @@ MARGIN, MOST = 1.02, 10.0
 RUNNERS_UP = 4
 """Where nothing holds, so many of the nearest trials are verified, and the model as it is; the
 best is handed out."""
+
+
+class Verified(NamedTuple):
+    """A module as verified: how far it is beyond its worst row, and all rows."""
+
+    excess: float
+    module: Optimized
+    rows: list[RowResult]
 
 
 class Session:
@@ -88,24 +97,28 @@ class Session:
 
     def optimize(self) -> Optimized:
         """Search, verify on the part kept aside, correct and search again until it holds."""
-        tried: dict[Choice, tuple[float, Optimized, list[RowResult]]] = {}
+        tried: set[Choice] = set()
+        nearest: Verified | None = None  # the only module that is held: they can be large
         for _ in range(ATTEMPTS):
             found = self.search_best()
             if found.excess > 0:
                 break
-            excess, module, rows = tried[found.choice] = self._verified(found)
-            if excess <= 0:
-                return self._warned(module)
+            made = self._verified(found)
+            if made.excess <= 0:
+                return self._warned(made.module)
+            tried.add(found.choice)
+            nearest = _nearer(nearest, made)
             if time.monotonic() > self.compiler.request.deadline:
                 break
-            self._correct(found, rows)
+            self._correct(found, made.rows)
         for trial in self._nearest():
             if trial.choice not in tried:
-                excess, module, rows = tried[trial.choice] = self._verified(trial)
-                if excess <= 0:
-                    return self._warned(module)
-        _, module, rows = min(tried.values(), key=lambda one: one[0])
-        raise _budget_error(module, rows)
+                made = self._verified(trial)
+                if made.excess <= 0:
+                    return self._warned(made.module)
+                nearest = _nearer(nearest, made)
+        assert nearest is not None
+        raise _budget_error(nearest.module, nearest.rows)
 
     def _warned(self, module: Optimized) -> Optimized:
         """The module, once it is said what its plan's measurement leaves open."""
@@ -121,8 +134,8 @@ class Session:
         ranked = self.search.ranked()
         return [t for i, t in enumerate(ranked) if i < RUNNERS_UP or t.choice == none]
 
-    def _verified(self, trial: Trial) -> tuple[float, Optimized, list[RowResult]]:
-        """How far a trial is beyond its worst row, its module, and all rows, as verified."""
+    def _verified(self, trial: Trial) -> Verified:
+        """The module of a trial, and its rows on the part kept aside."""
         proposals = self.compiler.chosen(self.search, trial.choice)
         editor = self.compiler.realise(proposals)
         module = self.compiler.emit(editor)
@@ -134,7 +147,7 @@ class Session:
             rows = self.measurer.rows(trial.predicted, measured)
         module.plan = self.plan_of(trial, rows, editor, module)
         module.report = Report(rows, self._notes())
-        return excess, module, rows
+        return Verified(excess, module, rows)
 
     def _correct(self, trial: Trial, rows: Sequence[RowResult]) -> None:
         """The verify part was worse than the choose part: expect that of every choice."""
@@ -186,6 +199,10 @@ class Session:
         note_totals(made)
         made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
         return made
+
+
+def _nearer(one: Verified | None, other: Verified) -> Verified:
+    return other if one is None or other.excess < one.excess else one
 
 
 def _budget_error(best: Optimized, rows: list[RowResult]) -> BudgetError:

@@ -21,8 +21,6 @@ import numpy as np
 import pytest
 import torch
 
-from fxopt import compiler
-from fxopt.capture import Captured, capture
 from fxopt.cost_models import hardware
 from fxopt.cost_models.measured import Measured
 from fxopt.decide import runs
@@ -120,7 +118,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def captured_once() -> Iterator[None]:
     """Export a model once for all tests of the module, which give equal shapes equal weights."""
-    known: dict[Any, Captured] = {}
+    # not above: kernels may be imported only after `pytest_configure` has spoken to Triton
+    from fxopt import compiler
+
+    capture = compiler.capture
+    known: dict[Any, Any] = {}
 
     def remembered(model: torch.nn.Module, example: Any = None, *, at: str | None = None) -> Any:
         tensors = [*model.named_parameters(), *model.named_buffers(), *_leaves(example)]

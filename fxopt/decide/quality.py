@@ -175,13 +175,15 @@ class Reference:
                 break
             target = self._target(i)
             output = self._evaluate(module, batch, positions)
-            errors.append(divergence(self.quality, target, output, batch, positions))
-        values = torch.cat(errors).double() if errors else torch.zeros(0)
-        if not len(values):
+            found = divergence(self.quality, target, output, batch, positions)
+            if len(found):
+                errors.append(found)
+        if not errors:
             raise FxoptError(self._nothing())
+        values = torch.cat(errors).double()
         mean = self.quality.measured(values.mean().item())
         p99 = self.quality.measured(values.quantile(0.99).item()) if len(values) > 1 else mean
-        upper = upper_bound([(e.double().mean().item(), len(e)) for e in errors if len(e)])
+        upper = upper_bound([(e.double().mean().item(), len(e)) for e in errors])
         if upper is not None:
             upper = self.quality.measured(upper)
         return Measurement(mean, p99, len(values), upper, len(errors))
