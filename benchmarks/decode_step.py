@@ -1,45 +1,53 @@
-"""A whole decoding step through an exact and through a packed cache, each one CUDA graph.
+"""`opt.generate` through an exact and through packed caches, and Hugging Face's static cache.
 
-    python benchmarks/decode_step.py [--layers 8] [--batch 16] [--length 32768]
+    python benchmarks/decode_step.py [--layers 32] [--batch 16] [--length 32768] [--peer]
 
-A Llama of the 3.1-8B shape with random bf16 weights (which prove speed, never quality), with
-fewer layers where the exact cache would not fit. Prints milliseconds of a step, tokens a second
-and bytes of the cache, and how far the logits are from those through the exact cache.
+A Llama of the 3.1-8B shape with random bf16 weights, and caches that are filled with random
+numbers (both prove speed, never quality). Prints milliseconds of a decoded token with CUDA graphs
+(fxopt's default) and without, what `generate` takes for 64 tokens in all, and bytes of the cache.
+--peer adds the original through `StaticCache`, which `generate` compiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from kv_decode import fill
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fxopt
 from fxopt.compiler import Compiler
+from fxopt.kernels.kv_attention.layout import parse, split_state
 from fxopt.request import resolve
 
 LAYOUTS = ("k8v8g128r64s4", "k4v4g128r64s4", "k2v2g128r64s4")
-ROOM, STEPS = 64, 20
+ROOM, FEW, MANY = 512, 8, 72
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--width", type=int, default=4096, help="of the hidden state")
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--eager", action="store_true", help="also without CUDA graphs")
+    parser.add_argument("--peer", action="store_true", help="also Hugging Face's static cache")
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = llama(args.layers, args.width, args.length, device)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length), device=device)
-    workload = fxopt.Generate(batch=args.batch, prompt=args.length - ROOM, new_tokens=ROOM)
+    if args.peer:
+        report("static", model, static_cache(model, args.batch, args.length), ids)
+    workload = fxopt.Generate(batch=args.batch, prompt=args.length, new_tokens=ROOM)
     compiler = Compiler(
         resolve(
             model, fxopt.Budget(weights="100%"), {"input_ids": ids[:1, :64]}, workload=workload,
@@ -47,12 +55,67 @@ def main() -> None:
             time_limit=None,
         )
     )  # fmt: skip
-    exact: Tensor | None = None
     for layout in (None, *args.layouts):
-        logits, line = measured(stored(compiler, layout), ids)
-        exact = logits if exact is None else exact
-        apart = (logits - exact).abs().max().item() / exact.abs().max().item()
-        print(json.dumps({"layout": layout or "exact", **line, "logits_apart": apart}), flush=True)
+        module = stored(compiler, layout)
+        for graphs in (True, False) if args.eager else (True,):
+            module.cuda_graphs = graphs
+            name = f"{layout or 'exact'}{'' if graphs else ', eager'}"
+            report(name, module, packed_cache(module, args.batch, args.length), ids)
+
+
+def report(name: str, module: Any, cache: Any, ids: Tensor) -> None:
+    """Times `generate` from a filled cache; the difference of two lengths is free of its start."""
+    generated(module, cache, ids, FEW)
+    few, many = (generated(module, cache, ids, count) for count in (FEW, MANY))
+    seconds = (many - few) / (MANY - FEW)
+    states = getattr(cache, "states", None) or [[x.keys, x.values] for x in cache.layers]
+    line = {
+        "cache": name, "layers": len(cache.layers), "batch": len(ids), "length": ids.shape[1],
+        "token_ms": round(seconds * 1e3, 3), "tokens_s": round(len(ids) / seconds, 1),
+        "all_s": round(many, 3),
+        "cache_gib": round(sum(t.nbytes for state in states for t in state) / 2**30, 3),
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+    del states, cache
+    gc.collect()
+    if ids.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def generated(module: Any, cache: Any, ids: Tensor, count: int) -> float:
+    """Seconds of `generate` for `count` tokens behind those in `cache`."""
+    held = int(cache.get_seq_length())
+    tokens = torch.cat([ids, ids[:, : held + 1 - ids.shape[1]]], 1)
+    _wait(ids.device)
+    began = time.perf_counter()
+    module.generate(
+        tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, do_sample=False,
+        max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
+    )  # fmt: skip
+    _wait(ids.device)
+    return time.perf_counter() - began
+
+
+def packed_cache(module: Any, batch: int, length: int) -> Any:
+    cache = module.make_cache(batch, length + ROOM)
+    for layer in cache.layers:
+        for _, fmt, part in split_state(parse(layer.layout), layer.num_kv_heads, layer.state):
+            fill(part, fmt, length)
+    cache.length.set(length)
+    return cache
+
+
+def static_cache(model: Any, batch: int, length: int) -> Any:
+    config = model.config
+    cache: Any = StaticCache(config, max_cache_len=length + ROOM)
+    cache.early_initialization(
+        batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device
+    )
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(length)
+    return cache
 
 
 def llama(layers: int, width: int, length: int, device: torch.device) -> Any:
@@ -76,57 +139,6 @@ def stored(compiler: Compiler, layout: str | None) -> Any:
             f"no layout {layout}; there are {sorted({p.candidate.label for p in every})}"
         )
     return compiler.emit(compiler.realise(chosen, lambda _: {}))
-
-
-@torch.no_grad()
-def measured(module: Any, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    batch, length = ids.shape
-    cache = module.make_cache(batch, length + ROOM)
-    began = time.perf_counter()
-    module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    _wait(ids.device)
-    prefill = time.perf_counter() - began
-
-    def step() -> Tensor:
-        output = module(
-            input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        return output.logits
-
-    logits = step().float().clone()
-    seconds = timed(step, ids.device)
-    held = cache.nbytes
-    line = {
-        "layers": len(cache.layers), "batch": batch, "length": length,
-        "prefill_s": round(prefill, 2), "step_ms": round(seconds * 1e3, 3),
-        "tokens_s": round(batch / seconds, 1), "cache_gib": round(held / 2**30, 4),
-    }  # fmt: skip
-    return logits, line
-
-
-def timed(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds of one step: of a replayed CUDA graph, or of a plain call on a CPU."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        step()
-        return time.perf_counter() - began
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    graph.replay()
-    events[0].record()
-    for _ in range(STEPS):
-        graph.replay()
-    events[1].record()
-    _wait(device)
-    return events[0].elapsed_time(events[1]) / STEPS / 1e3
 
 
 def _wait(device: torch.device) -> None:

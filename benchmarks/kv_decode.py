@@ -27,10 +27,11 @@ from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image
 from fxopt.kernels.kv_attention.triton import decode
+from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed
 
 HEADS, KV, DIM = 32, 8, 128
-SHAPES = ((16, 32768), (64, 8192), (1, 131072))
+SHAPES = ((16, 32768), (64, 8192), (1, 131072), (1, 2048))
 LAYOUTS = ("k4v4g128r64s4", "k4v2g128r64s4", "k2v2g128r64s4", "k8v8g128r64s4", "k8v4g128r64s4")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 LINES: list[dict[str, Any]] = []
@@ -54,29 +55,13 @@ class Packed:
         self.bytes = batch * state_bytes(parse(layout), 1, KV, DIM, DIM, length, 2)
         self.start = torch.tensor(length, device="cuda")
         self.length = length
-        self._fill(batch)
+        fill(self.part, self.fmt, length)
         q = torch.randn(batch, heads, 1, DIM, device="cuda", dtype=torch.bfloat16)
         self.arguments = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
         self.new = {
             side: torch.randn(batch, KV, 1, DIM, device="cuda", dtype=torch.bfloat16)
             for side in ("key", "value")
         }
-
-    def _fill(self, batch: int) -> None:
-        """Contents a prefill could have stored, without the memory that one takes."""
-        for name, tensor in self.part.items():
-            if name == "block_start":
-                starts = torch.arange(len(tensor), device="cuda") * self.fmt.group
-                tensor.copy_(starts.clamp(max=self.fmt.packed(self.length)))
-            elif tensor.dtype == torch.uint8:
-                tensor.random_(0, 256)
-            elif name.endswith("_scale"):
-                side = self.fmt.key_bits if name.startswith("key") else self.fmt.value_bits
-                tensor.uniform_(0.7, 1.3).mul_(5 / 2**side)
-            elif name.endswith("_zero"):
-                tensor.uniform_(-2.8, -2.2)
-            else:
-                tensor.normal_()
 
     def step(self, **options: Any) -> Tensor:
         return decode_packed(
@@ -94,6 +79,23 @@ class Packed:
         chosen = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
         attention = attention_reference if dtype == torch.float64 else flash
         return attend_image(attention, chosen, new, wide, None, self.fmt, self.length)
+
+
+def fill(part: dict[str, Tensor], fmt: Blocks | None, length: int) -> None:
+    """Contents that a prefill of `length` tokens could have stored, without what one costs."""
+    for name, tensor in part.items():
+        if fmt is not None and name == "block_start":
+            starts = torch.arange(len(tensor), device=tensor.device) * fmt.group
+            tensor.copy_(starts.clamp(max=fmt.packed(length)))
+        elif fmt is not None and tensor.dtype == torch.uint8:
+            tensor.random_(0, 256)
+        elif fmt is not None and name.endswith("_scale"):
+            side = fmt.key_bits if name.startswith("key") else fmt.value_bits
+            tensor.uniform_(0.7, 1.3).mul_(5 / 2**side)
+        elif name.endswith("_zero"):
+            tensor.uniform_(-2.8, -2.2)
+        else:
+            tensor.normal_()
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -158,6 +160,19 @@ def exact_times(batch: int, length: int, heads: int = HEADS) -> dict[str, float]
     return found
 
 
+def own_exact(batch: int, length: int) -> float:
+    """Microseconds of the kernel that reads an exact cache in a captured decoding step."""
+    state = allocate(parse(""), batch, KV, DIM, DIM, length + 256, torch.bfloat16, "cuda")
+    _, _, part = split_state(parse(""), KV, state)[0]
+    fill(part, None, length)
+    q = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, batch, KV, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    arguments = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
+    start = torch.tensor(length, device="cuda")
+    new = {"key": k, "value": v}
+    return microseconds(lambda: decode_exact(arguments, new, part, start, None))
+
+
 def shapes(tuned: bool) -> None:
     """All layouts at all shapes."""
     for batch, length in SHAPES:
@@ -166,6 +181,9 @@ def shapes(tuned: bool) -> None:
         for name, time in exact.items():
             speed = round(whole / time / 1e6, 2)
             report(kernel=name, B=batch, T=length, us=round(time, 1), tbs=speed)
+        own = own_exact(batch, length)
+        ratio = round(min(exact.values()) / own, 2)
+        report(kernel="own exact", B=batch, T=length, us=round(own, 1), ratio=ratio)
         torch.cuda.empty_cache()
         for layout in LAYOUTS:
             case = Packed(layout, batch, length)

@@ -110,6 +110,7 @@ class Cache(HFCache):
         for layer in self.layers:
             layer.reserve(capacity)
         self.length.capacity = capacity
+        self.length.version += 1
 
     def advance(self, new_tokens: int) -> None:
         """Count tokens that the graph has appended."""

@@ -15,12 +15,14 @@ Spec = tuple[int, int, int, str]
 
 
 class Length:
-    """Tokens in the cache: `start` for the graph, `value` for Python; `capacity` is the room."""
+    """Tokens in the cache: `start` for the graph, `value` for Python; `capacity` is the room.
+    `version` changes with it and when tensors of the cache become others."""
 
     def __init__(self, capacity: int, device: torch.device | str | None) -> None:
         self.start = torch.zeros((), dtype=torch.int64, device=device)
         self.value = 0
         self.capacity = capacity
+        self.version = 0
 
     def set(self, value: int) -> None:
         self.value = value
@@ -109,6 +111,7 @@ class CacheLayer(CacheLayerMixin):
                 with torch.inference_mode(False):
                     self.state[place] = tensor.index_select(0, index.clone())
         self.batch_size = index.numel()
+        self.length.version += 1
 
     def truncate(self, length: int) -> None:
         """Forget packed tokens from position `length` on; a cut block keeps its own length."""
@@ -134,6 +137,8 @@ class CacheLayer(CacheLayerMixin):
                 if tensor.dim() in (1, 5):
                     shape[0 if tensor.dim() == 1 else 2] += extra
                 state.append(self._grown(name, tensor, shape))
+        if any(new is not old for new, old in zip(state, self.state, strict=True)):
+            self.length.version += 1
         self.state[:] = state
 
     def _grown(self, name: str, tensor: Tensor, shape: list[int]) -> Tensor:

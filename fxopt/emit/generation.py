@@ -13,6 +13,7 @@ from ..ir.errors import FxoptError
 from .binding import fill_text_inputs
 from .cache import Cache, usable
 from .module import OptimizedModule
+from .steps import Steps, replayable
 
 # Tokens beyond the prompt that a cache made by a plain call has room for.
 ROOM = 256
@@ -24,8 +25,12 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
     It holds no request state: the cache is made by `generate` with the capacity it needs, by a
     call with `use_cache=True`, or by `make_cache`, and is passed as `past_key_values`. Threads
     that generate at the same time share nothing but the weights.
+
+    On a GPU the decoding steps of a cache are replayed as a CUDA graph, without gradients and
+    autocast; `cuda_graphs = False` runs each as it is.
     """
 
+    cuda_graphs = True
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False
@@ -63,10 +68,7 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
         start = None if cache is None else cache.start
         past = 0 if cache is None else cache.get_seq_length()
         fill_text_inputs(inputs, self.program.positions, past, start)
-        if cache is not None:
-            # With the length, not `start` alone, no layer waits for the device to learn it.
-            inputs |= {"past": cache.states, "start": cache.length}
-        output = self._build_output(self.run_flat(inputs))
+        output = self._build_output(self._outputs(inputs, cache))
         if cache is not None:
             cache.advance(input_ids.shape[1])
         found = {"loss": self._loss(output, labels, loss_arguments), "past_key_values": cache}
@@ -75,6 +77,28 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
             loss = {"loss": found.pop("loss")} if "loss" in found else {}
             output = type(output)(**loss, **dict(output.items()), **found)
         return output.to_tuple() if return_dict is False else output
+
+    def _outputs(self, inputs: dict[str, Any], cache: Cache | None) -> tuple[Any, ...]:
+        if cache is None:
+            return self.run_flat(inputs)
+        if self.cuda_graphs and replayable(inputs["input_ids"], self._states):
+            # Lengths are read on the device: as numbers they would be those of the first replay.
+            held = {"past": cache.states, "start": cache.start}
+            return self._steps(lambda given: self.run_flat({**given, **held}), inputs, cache)
+        # With the length, not `start` alone, no layer waits for the device to learn it.
+        return self.run_flat(inputs | {"past": cache.states, "start": cache.length})
+
+    @cached_property
+    def _steps(self) -> Steps:
+        return Steps()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._steps.forget()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._steps.forget()  # `assign=True` brings other tensors
+        return super().load_state_dict(*args, **kwargs)
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache of `capacity` tokens for `batch` sequences, on the module's device."""
@@ -120,10 +144,6 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
     ) -> None:
         """The one place where `generate` knows how long the sequences can become."""
         capacity = max_cache_length + 1
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.all():
-            # It only grows by ones: asked once here, no step has to ask or to apply it.
-            del model_kwargs["attention_mask"]
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             cache.reserve(capacity)
@@ -133,6 +153,23 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
             model_kwargs["past_key_values"] = self.make_cache(batch_size * rows, capacity)
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The call of `generate` that reads the prompt, or what of it is not in the cache yet:
+        `generate` tells by the length of the mask, so that this call still needs it."""
+        output = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.all():
+            # It only grows by ones: asked once here, no step has to ask or to apply it.
+            del model_kwargs["attention_mask"]
+        return output
 
     def _loss(
         self, output: Any, labels: Tensor | None, arguments: Mapping[str, Any]

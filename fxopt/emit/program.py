@@ -28,6 +28,7 @@ class State(NamedTuple):
     """The cache of one attention: heads and sizes as the attention op sees them. `cross`: it is
     filled once, with the keys and values of another sequence."""
 
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
@@ -199,9 +200,11 @@ def _argument(parameter: inspect.Parameter) -> Argument:
 
 
 def _state(node: fx.Node) -> State:
-    key, value = tensor_facts(node.args[1]), tensor_facts(node.args[2])
+    query, key, value = (tensor_facts(node.args[i]) for i in range(3))
+    assert query is not None
     assert key is not None
     assert value is not None
     layout = str(node.kwargs.get("layout", ""))
-    sizes = (int(key.shape[1]), int(key.shape[3]), int(value.shape[3]))
+    heads = (int(query.shape[1]), int(key.shape[1]))
+    sizes = (*heads, int(key.shape[3]), int(value.shape[3]))
     return State(*sizes, layout, key.dtype, node.meta.get("cache") == "cross")

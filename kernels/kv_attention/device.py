@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.kv_append.triton import append
+from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
 from .heads import Arguments, Attend
@@ -38,7 +39,9 @@ def attend_and_append(
     new = {side: x.contiguous() for side, x in new.items()}
     rank = None if mask is None else _seen(mask, arguments)
     if decoding:
-        if fmt is not None and serves(arguments, new, part, fmt):
+        if fmt is None:
+            out = decode_exact(arguments, new, part, start, rank)
+        elif serves(arguments, new, part, fmt):
             out = decode_packed(arguments, new, part, start, rank, fmt)
         else:
             out = decode(arguments, new, part, start, rank, fmt)
@@ -57,7 +60,7 @@ def _reads_lengths(arguments: Arguments, mask: Tensor | None, length: int | None
     or a captured CUDA graph. Where it is, the library is as fast on what it can express, and
     the stateless kernel skips the keys outside of a window; it does not split a row's keys.
     """
-    if length is None and mask is None:
+    if length is None:
         return True
     extras = (mask, arguments.bias, arguments.sinks)
     plain = all(tensor is None for tensor in extras) and not arguments.softcap

@@ -69,7 +69,7 @@ def _cached_cuda(
     length: int | None = None,
 ) -> Tensor:
     kernels = None
-    if _triton.AVAILABLE and q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256:
+    if _served(q.dtype, (q.shape[3], v.shape[3])):
         from .device import attend_and_append
 
         kernels = partial(attend_and_append, attention_cuda)
@@ -77,6 +77,20 @@ def _cached_cuda(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length,
     )  # fmt: skip
+
+
+def _served(dtype: torch.dtype, dims: tuple[int, int]) -> bool:
+    return _triton.AVAILABLE and dtype != torch.float64 and max(dims) <= 256
+
+
+def decodes_on_device(rows: int, dims: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether `cached_attention` on a GPU learns lengths there alone, for `rows` queries a KV head
+    of `dims` (head_dim, value_dim): then it may be part of a CUDA graph."""
+    if not _served(dtype, dims):
+        return False
+    from .device import MOST_ROWS
+
+    return rows <= MOST_ROWS
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:

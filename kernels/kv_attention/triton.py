@@ -19,9 +19,6 @@ from fxopt.kernels._triton.common import DOT_UPCAST, dot, processors, tile
 from .heads import Arguments
 from .layout import Blocks
 
-# An exact cache is read in blocks that nothing separates.
-EXACT = Blocks(key_bits=16, value_bits=16, group=64, residual=0, sink=0)
-
 
 @triton.jit
 def _load_keys(
@@ -60,7 +57,7 @@ def _load_values(
 
 
 @triton.jit
-def _step(
+def softmax_step(
     b_q, b_k, b_v, b_m, b_l, b_acc, position, m_t, q_position, m_q,
     rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -95,6 +92,26 @@ def _step(
 
 
 @triton.jit
+def near_tiles(start, window, sink_tokens, sinks, TILE: tl.constexpr, HAS_RANK: tl.constexpr):
+    """How many tiles of keys no query sees: those between the `sinks` tiles of sink tokens and
+    the window of the first query. Padding moves sink tokens anywhere, so that none is left out."""
+    begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), 0)
+    if HAS_RANK:
+        begin = tl.where(sink_tokens > 0, 0, begin)
+    return tl.maximum(begin // TILE - sinks, 0)
+
+
+@triton.jit
+def blocks_used(block_start, packed, GROUP: tl.constexpr):
+    """Blocks that hold tokens. Those that a crop cut short hold fewer, so that more are in use
+    than `packed` tokens need."""
+    used = tl.cdiv(packed, GROUP)
+    while tl.load(block_start + used) < packed:
+        used += 1
+    return used
+
+
+@triton.jit
 def exact_tokens(
     b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
     q_position, m_q, rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens, N, RING,
@@ -126,7 +143,7 @@ def exact_tokens(
             m_k, m_w = m_t[:, None] & m_d[None, :], m_t[:, None] & m_v[None, :]
             b_k = tl.load(x_k + o_row * D + o_d[None, :], mask=m_k, other=0.0)
             b_v = tl.load(x_v + o_row * DV + o_v[None, :], mask=m_w, other=0.0)
-            b_m, b_l, b_acc = _step(
+            b_m, b_l, b_acc = softmax_step(
                 b_q, b_k, b_v, b_m, b_l, b_acc, first + o_x, m_t, q_position, m_q,
                 rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
                 CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
@@ -138,19 +155,18 @@ def exact_tokens(
 def _decode_kernel(
     q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows,
-    out, out_m, out_l, N, BLOCKS, TOKENS, RING, rank_b, bias_b, bias_h, bias_n, bias_t,
-    scale, softcap, blocks_per_split,
+    out, out_m, out_l, N, BLOCKS, RING, rank_b, bias_b, bias_h, bias_n, bias_t,
+    scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    EXACT: tl.constexpr, CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums of one KV head's queries over one share of the keys.
 
     q [B, H*G, N, D]; k, v [B, H, N, D]; out [splits, B*H, G*N, DV], out_m and out_l
-    [splits, B*H, G*N], all contiguous. Row r is query head r // N at new token r % N. `EXACT`:
-    key and value hold `start` tokens of TOKENS as they are, and there is nothing but them.
+    [splits, B*H, G*N], all contiguous. Row r is query head r // N at new token r % N.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
@@ -161,9 +177,8 @@ def _decode_kernel(
     )  # fmt: skip
     m_m, m_d, m_v = o_m < G * N, o_d < D, o_v < DV
     start = tl.load(start_ptr)
-    packed = start
-    if not EXACT:
-        packed = tl.load(block_start + BLOCKS)
+    packed = tl.load(block_start + BLOCKS)
+    used = blocks_used(block_start, packed, GROUP)
     p_q = q + (i_bh * G * N + o_m)[:, None] * D + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
     q_position = start + o_m % N
@@ -177,36 +192,31 @@ def _decode_kernel(
     b_m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     b_l = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    last = tl.num_programs(1) - 1
+    shares = tl.num_programs(1)
+    first = (i_s * used // shares).to(tl.int32)
+    end = ((i_s + 1) * used // shares).to(tl.int32)
 
-    for i_n in range(i_s * blocks_per_split, tl.minimum((i_s + 1) * blocks_per_split, BLOCKS)):
-        if EXACT:
-            low = start * 0 + i_n * GROUP
-            high = tl.minimum(start, low + GROUP)
-        else:
-            low = tl.load(block_start + i_n)
-            high = tl.load(block_start + i_n + 1)
-        if high > low:
-            i_block = i_bh * BLOCKS + i_n
-            i_token = i_bh * TOKENS + i_n * GROUP
-            m_t = o_t < high - low
-            p_k = key + i_token * (D if K_BITS == 16 else D * K_BITS // 8)
-            p_v = value + i_token * (DV if V_BITS == 16 else DV * V_BITS // 8)
-            b_k = _load_keys(
-                p_k, key_scale + i_block * D, key_zero + i_block * D, o_t, o_d, m_t, m_d,
-                D, K_BITS, b_q.dtype,
-            )  # fmt: skip
-            b_v = _load_values(
-                p_v, value_scale + i_block * GROUP, value_zero + i_block * GROUP, o_t, o_v,
-                m_t, m_v, DV, GROUP, V_BITS, b_q.dtype,
-            )  # fmt: skip
-            b_m, b_l, b_acc = _step(
-                b_q, b_k, b_v, b_m, b_l, b_acc, SINK + low + o_t, m_t, q_position, m_m,
-                rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
-                CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
-            )  # fmt: skip
+    for i_n in range(first, end):
+        low = tl.load(block_start + i_n)
+        m_t = o_t < tl.load(block_start + i_n + 1) - low
+        i_block = i_bh * BLOCKS + i_n
+        p_k = key + i_block * GROUP * (D if K_BITS == 16 else D * K_BITS // 8)
+        p_v = value + i_block * GROUP * (DV if V_BITS == 16 else DV * V_BITS // 8)
+        b_k = _load_keys(
+            p_k, key_scale + i_block * D, key_zero + i_block * D, o_t, o_d, m_t, m_d,
+            D, K_BITS, b_q.dtype,
+        )  # fmt: skip
+        b_v = _load_values(
+            p_v, value_scale + i_block * GROUP, value_zero + i_block * GROUP, o_t, o_v,
+            m_t, m_v, DV, GROUP, V_BITS, b_q.dtype,
+        )  # fmt: skip
+        b_m, b_l, b_acc = softmax_step(
+            b_q, b_k, b_v, b_m, b_l, b_acc, SINK + low + o_t, m_t, q_position, m_m,
+            rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
+            CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
 
-    if i_s == last:
+    if i_s == shares - 1:
         b_m, b_l, b_acc = exact_tokens(
             b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
             q_position, m_m, rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
@@ -258,45 +268,41 @@ def decode(
     part: dict[str, Tensor],
     start: Tensor,
     rank: Tensor | None,
-    fmt: Blocks | None,
+    fmt: Blocks,
     splits: int | None = None,
 ) -> Tensor:
-    """One head class: [B, N, heads, Dv] of its queries over the stored and the new tokens.
+    """One packed head class: [B, N, heads, Dv] of its queries over the stored and the new tokens.
 
     `rank` [B, T] is 0 where a key is hidden; where there are windows, it counts the others.
-    No `fmt` means that the class is stored exactly.
     """
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
-    rows, held = group * queries, fmt or EXACT
-    tokens = part["key"].shape[2] * (1 if fmt is None else fmt.group)
-    blocks = triton.cdiv(tokens, held.group)
+    rows, blocks = group * queries, part["key"].shape[2]
     wanted = 4 * processors(q.device) // max(1, batch * heads)
     splits = splits or max(1, min(64, blocks, wanted))
     partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))
     bias, none = arguments.bias, q
-    strides = (0, 0, 0, 0) if bias is None else _broadcast_strides(bias)
+    strides = (0, 0, 0, 0) if bias is None else broadcast_strides(bias)
     windows = window_table(arguments, heads)
     _decode_kernel[(batch * heads, splits)](
-        q, k, v, start, part.get("block_start", none), part.get("sink_key", none),
+        q, k, v, start, part["block_start"], part.get("sink_key", none),
         part.get("sink_value", none), part["key"], part.get("key_scale", none),
         part.get("key_zero", none), part["value"], part.get("value_scale", none),
-        part.get("value_zero", none), part.get("recent_key", none),
-        part.get("recent_value", none), none if rank is None else rank,
-        none if bias is None else bias, none if windows is None else windows,
-        partial, top, total, queries, blocks, tokens,
-        0 if fmt is None else part["recent_key"].shape[2],
+        part.get("value_zero", none), part["recent_key"], part["recent_value"],
+        none if rank is None else rank, none if bias is None else bias,
+        none if windows is None else windows,
+        partial, top, total, queries, blocks, part["recent_key"].shape[2],
         0 if rank is None else rank.stride(0), *strides,
-        arguments.scale, arguments.softcap, triton.cdiv(blocks, splits),
-        H=heads, G=group, D=dim, DV=value_dim, GROUP=held.group, SINK=held.sink,
-        K_BITS=held.key_bits, V_BITS=held.value_bits, EXACT=fmt is None,
-        CAUSAL=arguments.causal, HAS_RANK=rank is not None, HAS_BIAS=bias is not None,
-        HAS_WINDOW=windows is not None, HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
+        arguments.scale, arguments.softcap,
+        H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
+        K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
+        HAS_RANK=rank is not None, HAS_BIAS=bias is not None, HAS_WINDOW=windows is not None,
+        HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
-        BLOCK_T=held.group,
+        BLOCK_T=fmt.group,
     )  # fmt: skip
     combine(partial, top, total, arguments.sinks, out)
     return out
@@ -333,7 +339,7 @@ def _per_head(values: object, heads: int) -> list[int]:
     return listed * heads if len(listed) == 1 else listed
 
 
-def _broadcast_strides(bias: Tensor) -> tuple[int, ...]:
+def broadcast_strides(bias: Tensor) -> tuple[int, ...]:
     return tuple(
         0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)
     )

@@ -20,7 +20,13 @@ from torch import Tensor
 from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, processors, tile
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks
-from fxopt.kernels.kv_attention.triton import combine, exact_tokens, window_table
+from fxopt.kernels.kv_attention.triton import (
+    blocks_used,
+    combine,
+    exact_tokens,
+    near_tiles,
+    window_table,
+)
 
 BITS = (8, 4, 2)
 DIMS = (64, 128)
@@ -116,15 +122,24 @@ def _gathered(b_x, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _counted(i_n, sinks, skipped, HAS_WINDOW: tl.constexpr):
+    """The block that is `i_n`-th of those that are read."""
+    if HAS_WINDOW:
+        return i_n + tl.where(i_n < sinks, 0, skipped)
+    return i_n
+
+
+@triton.jit
 def _packed_share(
     q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
-    out, out_m, out_l, i_bh, i_out, first, end, start, BLOCKS, N, rows,
+    out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, start, BLOCKS, N, rows,
     scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmax sums over the blocks from `first` to `end`. Scores are in units of log 2.
+    """Partial softmax sums over the blocks from `first` to `end`, counted without the `skipped`
+    ones behind the first `sinks`. Scores are in units of log 2.
 
     Row n of a tile of scores is token 4 * (n % 8) + n // 8 of its 32: the four tokens whose
     weights a thread has in a column are neighbours, and go to the second product as one word.
@@ -148,12 +163,14 @@ def _packed_share(
     b_l, b_z = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     b_acc = tl.zeros((DV, R), tl.float32)
     # What no product depends on is not prefetched by the compiler: bounds and zeros of values.
-    low, high = tl.load(block_start + first), tl.load(block_start + tl.minimum(first + 1, BLOCKS))
+    i_x = _counted(first, sinks, skipped, HAS_WINDOW)
+    low, high = tl.load(block_start + i_x), tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
     p_zero = value_zero + i_bh * BLOCKS * GROUP + o_t
-    b_next = tl.load(p_zero + tl.minimum(first, BLOCKS - 1) * GROUP)
+    b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
 
     for i_n in range(first, end):
-        i_block = i_bh * BLOCKS + i_n
+        i_block = i_bh * BLOCKS + _counted(i_n, sinks, skipped, HAS_WINDOW)
+        i_x = _counted(i_n + 1, sinks, skipped, HAS_WINDOW)
         b_kb = tl.load(key + i_block * (GROUP * KW) + o_n[:, None] * KW + o_kw[None, :])
         b_vb = tl.load(value + i_block * (DV * VW) + o_v[:, None] * VW + o_vw[None, :])
         b_ks = tl.load(key_scale + i_block * D + o_d).to(tl.float32)
@@ -164,10 +181,10 @@ def _packed_share(
             b_kz += 128 * b_ks
         if V_BITS == 8:
             b_vz += 128 * b_vs
-        b_next = tl.load(p_zero + tl.minimum(i_n + 1, BLOCKS - 1) * GROUP)
+        b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
         # Two loads, though one is the other's: a loop that carries over two steps is not pipelined.
-        next_low = tl.load(block_start + i_n + 1)
-        next_high = tl.load(block_start + tl.minimum(i_n + 2, BLOCKS))
+        next_low = tl.load(block_start + i_x)
+        next_high = tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
 
         b_x = b_q * tl.reshape(b_ks, (K_PLANES, 1, KW))
         b_top = tl.max(tl.max(tl.abs(b_x), 2), 0)
@@ -279,16 +296,23 @@ def _decode_packed_kernel(
             D, DV, SINK, CAUSAL, HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
         )  # fmt: skip
     else:
-        # Blocks that a crop cut short hold fewer tokens: more of them are in use than it seems.
-        used = (packed + GROUP - 1) // GROUP
-        while tl.load(block_start + used) < packed:
-            used += 1
+        used = blocks_used(block_start, packed, GROUP)
+        sinks, skipped = 0, 0
+        if HAS_WINDOW:
+            apart = tl.minimum(tl.maximum(sink_tokens - SINK, 0), packed)
+            sinks = tl.cdiv(apart, GROUP).to(tl.int32)
+            while tl.load(block_start + sinks) < apart:
+                sinks += 1
+            # No block lies before where it would be if none were short.
+            skipped = near_tiles(start - SINK, window, sink_tokens, sinks, GROUP, HAS_RANK)
+            skipped = skipped.to(tl.int32)
+            used -= skipped
         shares = tl.num_programs(1) - 1
         first = ((i_s - 1) * used // shares).to(tl.int32)
         end = (i_s * used // shares).to(tl.int32)
         _packed_share(
             q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
-            out, out_m, out_l, i_bh, i_out, first, end, start, BLOCKS, N, rows,
+            out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, start, BLOCKS, N, rows,
             scale, softcap, window, sink_tokens, D, DV, GROUP, SINK, K_BITS, V_BITS,
             HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, ASM, R,
         )  # fmt: skip

@@ -95,6 +95,8 @@ def test_a_conversation_continues_from_its_cache(case):
             **options,
         )
         answers.append(second.sequences)
+        # what is in the cache is not read again
+        assert second.past_key_values.get_seq_length() == second.sequences.shape[1] - 1
     assert torch.equal(*answers)
 
 

@@ -21,7 +21,7 @@ PACKED = [f"{side}{part}" for side in ("key", "value") for part in ("", "_scale"
 
 
 def state() -> State:
-    return State(KV, DIM, DIM, LAYOUT, torch.float32)
+    return State(KV, KV, DIM, DIM, LAYOUT, torch.float32)
 
 
 def present(keys: Tensor, values: Tensor) -> list[Tensor]:

@@ -53,18 +53,18 @@ def filled(
 def error(
     layout: str, group: int, dims: tuple[int, int], length: int, *, kv: int = 1, queries: int = 1,
     hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int = 3,
-    scale: float = 1.0, sinks: Tensor | None = None,
+    scale: float = 1.0, sinks: Tensor | None = None, sink_tokens: int = 2,
 ) -> float:  # fmt: skip
     """Of the kernel, relative to float64 over the dequantised cache."""
     part, fmt = filled(layout, kv, dims, length, crop, scale)
     new = {"key": draw(1, kv, queries, dims[0]), "value": draw(1, kv, queries, dims[1])}
     q = 2 * draw(1, kv * group, queries, dims[0])
-    rest: Any = (sinks, dims[0] ** -0.5, True, [window], softcap, [2])
+    rest: Any = (sinks, dims[0] ** -0.5, True, [window], softcap, [sink_tokens])
     mask = torch.ones(1, length + queries, dtype=torch.long, device=DEVICE)
     mask[:, :hidden] = 0
     arguments = Arguments(q, None, *rest)
     assert serves(arguments, new, part, fmt)
-    rank = ranks(mask) if hidden or window else None
+    rank = ranks(mask) if hidden else None
     start = torch.tensor(length, device=DEVICE)
     out = decode_packed(arguments, new, part, start, rank, fmt, splits)
     wide = Arguments(q.double(), None, *rest)
@@ -83,6 +83,9 @@ def error(
         ("k8v4g64r8s4", 8, (64, 64), 301, {"sinks": torch.linspace(-1, 1, 8)}),
         ("k4v2g128r8s4", 4, (64, 64), 301, {"queries": 3, "hidden": 37}),
         ("k4v8g64r8s4", 3, (128, 64), 301, {"window": 100}),
+        ("k4v4g64r8s4", 3, (64, 64), 450, {"window": 70, "sink_tokens": 90}),
+        ("k4v4g64r8s4", 3, (64, 64), 450, {"window": 70, "hidden": 130}),
+        ("k4v4g64r8s0", 2, (64, 64), 420, {"window": 30, "sink_tokens": 100, "crop": 345}),
         ("k4v8g32r8s4", 16, (64, 64), 301, {"softcap": 3.0, "hidden": 150}),
         ("k4v4g64r0s4", 3, (64, 64), 241, {"crop": 100}),
         ("k4v4g64r64s4", 2, (64, 64), 60, {}),

@@ -102,6 +102,13 @@ def test_an_exact_cache_is_read_on_the_device(case: str) -> None:
     steps("", (16, 8), [2, 70, 1, 1, 3, 20, 8, 1], True, **CASES[case])
 
 
+@pytest.mark.parametrize("layout", ["", "k4v2g32r8s4"])
+@pytest.mark.parametrize("sink", [0, 3, 75])
+def test_what_a_window_hides_is_left_out(layout: str, sink: int) -> None:
+    """Without padding, where tiles between sink tokens and window are not read."""
+    steps(layout, (16, 8), [150, 1, 60, 3, 1], False, window=[17, 0], sink_tokens=[sink, 0])
+
+
 def test_short_blocks_of_a_crop() -> None:
     """Both sides continue from a state in which a block holds fewer tokens than its slots."""
     layout, fmt = "k4v4g32r0s2", parse("k4v4g32r0s2").classes[0].format
@@ -251,6 +258,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fxopt.kernels.kv_append import triton as append
 from fxopt.kernels.kv_attention import triton as decode
+from fxopt.kernels.kv_exact import triton as exact
 
 def build(kernel, pointers, **constants):
     names = kernel.arg_names
@@ -264,30 +272,34 @@ state = dict(
     key="*u8", key_scale=p, key_zero=p, value="*u8", value_scale=p, value_zero=p,
     recent_k=p, recent_v=p, rank="*i32", start_ptr=long, k=p, v=p,
 )
-for bits, value_bits, group in ((4, 2, 64), (16, 8, 32), (16, 16, 64)):
+shares = dict(out="*fp32", out_m="*fp32", out_l="*fp32", scale="fp32", softcap="fp32")
+masks = dict(bias=p, windows=long)
+every = dict(
+    CAUSAL=True, HAS_RANK=True, HAS_BIAS=True, HAS_WINDOW=True, HAS_SOFTCAP=True, UPCAST=False,
+)
+build(
+    exact._decode_exact_kernel, dict(state, key=p, value=p, q=p, **masks, **shares),
+    H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=64, BLOCK_N=16, STAGES=3,
+    **every,
+)
+for bits, value_bits, group in ((4, 2, 64), (16, 8, 32)):
     side = dict(K_BITS=bits, V_BITS=value_bits, GROUP=group, SINK=4)
     kind = dict(key=p) if bits == 16 else {}
-    kind |= dict(value=p) if value_bits == 16 else {}
     wide = 64 if bits == 16 else 32
     build(
         decode._decode_kernel,
-        dict(state, **kind, q=p, block_start=long, sink_k=p, sink_v=p, bias=p, windows=long,
-             out="*fp32", out_m="*fp32", out_l="*fp32", scale="fp32", softcap="fp32"),
-        H=8, G=4, D=64, DV=48, CAUSAL=True, HAS_RANK=True, HAS_BIAS=True, HAS_WINDOW=True,
-        HAS_SOFTCAP=True, EXACT=value_bits == 16, UPCAST=False,
-        BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, **side,
+        dict(state, **kind, q=p, block_start=long, sink_k=p, sink_v=p, **masks, **shares),
+        H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, **every, **side,
     )
-    if value_bits == 16:
-        continue
     build(
         append._pack_kernel, dict(state, **kind, counts=long),
         H=8, D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, **side,
     )
-for exact in (False, True):
+for alone in (False, True):
     build(
         append._append_kernel,
         dict(k=p, v=p, start_ptr=long, counts=long, sink_k=p, sink_v=p, recent_k=p, recent_v=p),
-        D=64, DV=48, SINK=4, EXACT=exact, BLOCK_T=32, BLOCK_D=64, BLOCK_V=64,
+        D=64, DV=48, SINK=4, EXACT=alone, BLOCK_T=32, BLOCK_D=64, BLOCK_V=64,
     )
 build(
     append._plan_kernel, dict(start_ptr=long, block_start=long, counts=long), GROUP=64, BLOCK=512,
