@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from ..ir.ops import attend
+from ..ir.ops import attend, rotate
 from .facts import facts, tensor_facts
 from .frames import Frame, floats, is_size_arithmetic, state_index
 from .layout import INDENT, WIDTH, assign, wrap
@@ -22,13 +22,16 @@ from .spelling import ATOM, Expr, literal, spell
 from .targets import op_name
 from .tree import Tree
 
-_HINTS = {"add": "x", "attend": "attention", "getitem": "item", "sym_size": "length"}
+_HINTS = {
+    "add": "x", "attend": "attention", "getitem": "item", "rotate": "rotated",
+    "sym_size": "length",
+}  # fmt: skip
 _PASSING = {"mul", "to", "unsqueeze", "view", "expand", "reshape", "contiguous", "slice", "getitem",
             "transpose", "permute", "index", "select"}  # fmt: skip
 # Names that generated code reads.
 _TAKEN = {
     "self", "F", "nn", "torch", "math", "operator", "zip", "float", "slice", "getattr",
-    attend.__name__,
+    attend.__name__, rotate.__name__,
 }  # fmt: skip
 
 

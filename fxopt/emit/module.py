@@ -19,6 +19,7 @@ from .norms import fuse_norms
 from .output import builder
 from .program import CapturedModel, Program, edited_tree, program
 from .registry import register_ops
+from .rotary import fuse_rotary
 from .source import generate
 from .surface import HuggingFaceSurface
 from .tree import CONTAINERS
@@ -218,6 +219,7 @@ def emit(
     """
     tree, graph = edited_tree(model, captured.graph, editor.graph)
     fuse_norms(graph)
+    fuse_rotary(graph)
     name = type(model).__name__
     config = getattr(model, "config", None)
     made = program(captured, graph, tree, name, {**captured.constants, **(constants or {})})

@@ -39,7 +39,7 @@ def fuse_norms(graph: fx.Graph) -> None:
             fused = graph.call_function(aten.rms_norm.default, arguments)
         fused.meta = dict(norm.result.meta)
         norm.result.replace_all_uses_with(fused)
-        _erase(graph, norm.result)
+        erase(graph, norm.result)
 
 
 def _match(root: fx.Node) -> _Norm | None:
@@ -105,11 +105,11 @@ def _other(product: fx.Node, factor: fx.Node) -> Any:
     return product.args[1] if product.args[0] is factor else product.args[0]
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
+def erase(graph: fx.Graph, node: fx.Node) -> None:
     """Drop a call that nothing reads any more, and what only it read."""
     if node.users or node.op != "call_function":
         return
     sources = node.all_input_nodes
     graph.erase_node(node)
     for source in sources:
-        _erase(graph, source)
+        erase(graph, source)

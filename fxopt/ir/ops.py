@@ -72,6 +72,19 @@ def attend(
     )  # fmt: skip
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) of channel pairs i and i + D / 2.
+
+    x [B, H, N, D]; cos and sin [B or 1, 1, N, D] of its dtype. On a GPU it is one kernel, whose
+    result is contiguous and to the bit that of the formula below.
+    """
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, cos, sin))
+    if x.is_cuda and not needs_gradient and not torch.compiler.is_compiling():
+        return torch.ops.fxopt.rotate.default(x, cos, sin)
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
 def attend_as_decoded(
     q: Tensor,
     k: Tensor,

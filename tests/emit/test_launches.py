@@ -242,3 +242,73 @@ def test_what_is_no_norm_stays(spelling: str) -> None:
     opt = emit(captured, GraphEditor(captured), model)
     assert "rms_norm" not in opt.source
     assert torch.equal(opt(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "neox"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embeddings_are_one_call_and_keep_every_bit(name: str, dtype: torch.dtype) -> None:
+    from tests.emit.test_packed_generation import captured
+
+    model, found = captured(name, dtype)
+    opt = emit(found, GraphEditor(found), model)
+    assert opt.source.count("rotate(") >= 2
+    ids = torch.randint(1, 96, (2, 13))
+    with torch.no_grad():
+        expected = found.graph(**bound(found, ids))[0]
+        assert torch.equal(opt(ids).logits, expected)
+
+
+def bound(found: Any, ids: Tensor) -> dict[str, Any]:
+    """Arguments of a captured graph for whole sequences without padding."""
+    places = torch.arange(ids.shape[1]).expand(ids.shape)
+    kept = torch.arange(ids.shape[1])
+    given = {"input_ids": ids, "position_ids": places, "logits_to_keep": kept}
+    given["past"] = [None] * len(found.attentions)
+    return {
+        n: given.get(n) for n in (p.target for p in found.graph.graph.find_nodes(op="placeholder"))
+    }
+
+
+class Turned(nn.Module):
+    """A rotation, and what is none: pairs of another kind, or factors of another dtype."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.scale = nn.Parameter(torch.randn(8), requires_grad=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x * self.scale
+        low, high = x[..., :4], x[..., 4:]
+        match self.kind:
+            case "swapped":
+                turned = torch.cat([low, -high], -1)
+            case "other sign":
+                turned = torch.cat([-low, high], -1)
+            case "interleaved":
+                turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+            case _:
+                turned = torch.cat([-high, low], -1)
+        if self.kind == "wide":
+            cos, sin = cos.double(), sin.double()
+        if self.kind == "reversed":
+            return sin * turned + cos * x
+        return x * cos + turned * sin
+
+
+@pytest.mark.parametrize(
+    ("kind", "joined"),
+    [
+        ("plain", True), ("reversed", True), ("swapped", False), ("other sign", False),
+        ("interleaved", False), ("wide", False),
+    ],
+)  # fmt: skip
+def test_only_a_rotation_is_taken_for_one(kind: str, joined: bool) -> None:
+    model = Turned(kind)
+    inputs = {
+        "x": torch.randn(2, 3, 5, 8), "cos": torch.randn(2, 1, 5, 8), "sin": torch.randn(2, 1, 5, 8)
+    }  # fmt: skip
+    found = capture(model, inputs)
+    opt = emit(found, GraphEditor(found), model)
+    assert ("rotate(" in opt.source) is joined
+    torch.testing.assert_close(opt(**inputs), model(**inputs), rtol=0, atol=0)
