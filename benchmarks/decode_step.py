@@ -71,7 +71,8 @@ def report(name: str, module: Any, cache: Any, ids: Tensor) -> None:
     seconds = (many - few) / (MANY - FEW)
     states = getattr(cache, "states", None) or [[x.keys, x.values] for x in cache.layers]
     line = {
-        "cache": name, "step_ms": replayed(module, ids.device), "layers": len(cache.layers), "batch": len(ids), "length": ids.shape[1],
+        "cache": name, "step_ms": replayed(module, ids.device),
+        "layers": len(cache.layers), "batch": len(ids), "length": ids.shape[1],
         "token_ms": round(seconds * 1e3, 3), "tokens_s": round(len(ids) / seconds, 1),
         "all_s": round(many, 3),
         "cache_gib": round(sum(t.nbytes for state in states for t in state) / 2**30, 3),
