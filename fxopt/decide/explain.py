@@ -114,10 +114,10 @@ class Explainer:
         if row == "error":
             more = self._amount(row, other.error - mine.error)
             return f"errs {more} more" + (
-                f", and {self.quality} binds" if full else f" than {self.quality} has room for"
+                f", and {self.quality} is used up" if full else f" than {self.quality} has room for"
             )
         left = self._amount(row, swap.missing[row])
-        rest = "which binds" if full else f"of which {left} are left"
+        rest = "which is used up" if full else f"of which {left} are left"
         return f"needs {self._amount(row, swap.added[row])} more of {row}, {rest}"
 
     def _worse(self, mine: Choice, other: Choice, more: float) -> str:
@@ -177,8 +177,8 @@ class Explainer:
         if not binding:
             return text
         if len(binding) == len(rows):
-            return text + (", which binds" if len(rows) == 1 else ", which bind")
-        return f"{text}; {' and '.join(binding)} binds"
+            return text + (", which is used up" if len(rows) == 1 else ", which are used up")
+        return f"{text}; {' and '.join(binding)} is used up"
 
     def _price(self, saved: Mapping[str, float], spent: float) -> str:
         """What the saved bytes are worth elsewhere, against what the site takes more itself."""

@@ -88,14 +88,14 @@ OPTIONS: Options = {
 def test_each_alternative_is_answered_with_an_amount_and_a_row() -> None:
     (first, second) = decided(table(a=OPTIONS, b=OPTIONS), (1, 0), weights=145, error=2e-3)
     said = reasons(first)
-    assert first.reason.startswith("saves 60 KiB of weights, which binds: worth ")
+    assert first.reason.startswith("saves 60 KiB of weights, which is used up: worth ")
     assert first.reason.endswith(" elsewhere, for 1 ms here")
-    assert said["keep"].startswith("needs 60 KiB more of weights, which binds: worth ")
+    assert said["keep"].startswith("needs 60 KiB more of weights, which is used up: worth ")
     assert said["keep"].endswith(" elsewhere, to save 1 ms here; frees 0.001 nats of kl")
     freed = "takes 20 ms against 6 ms; the 0.0009 nats of kl that it frees are worth "
     assert said["slow8"].startswith(freed)
     assert said["tiny4"].startswith("errs 0.008 nats more than kl has room for: worth ")
-    assert said["wide8"].startswith("needs 20 KiB more of weights, which binds")
+    assert said["wide8"].startswith("needs 20 KiB more of weights, which is used up")
     assert second.reason.startswith("no candidate pays; the nearest, ")
 
 
@@ -105,7 +105,7 @@ def test_a_row_that_is_full_binds_and_one_with_room_says_how_much() -> None:
         "needs 60 KiB more of weights, of which 10 KiB are left"
     )
     (first, _) = decided(table(a=OPTIONS, b=OPTIONS), (1, 1), weights=80, error=2.01e-3)
-    assert reasons(first)["tiny4"].startswith("errs 0.008 nats more, and kl binds")
+    assert reasons(first)["tiny4"].startswith("errs 0.008 nats more, and kl is used up")
 
 
 def test_dominated_and_equal_options() -> None:
@@ -139,7 +139,7 @@ def test_what_an_option_would_free_is_said_of_every_row() -> None:
     options: Options = {"keep": (5, 100, 0), "small8": (6, 40, 1e-3), "less8": (6, 20, 9e-3)}
     (first, second) = decided(table(a=options, b=options), (1, 1), weights=80, error=2.01e-3)
     for decision in (first, second):
-        assert reasons(decision)["less8"].startswith("errs 0.008 nats more, and kl binds")
+        assert reasons(decision)["less8"].startswith("errs 0.008 nats more, and kl is used up")
         assert reasons(decision)["less8"].endswith("; frees 20 KiB of weights")
         assert reasons(decision)["keep"].endswith("; frees 0.001 nats of kl")
 
@@ -182,7 +182,7 @@ def test_faster_sites_say_so_and_slow_ones_are_useless_where_only_time_counts() 
 
 def test_least_error_is_explained_in_errors() -> None:
     (first, second) = decided(table(a=OPTIONS, b=OPTIONS), (1, 0), "error", weights=145)
-    assert first.reason.startswith("saves 60 KiB of weights, which binds: worth ")
+    assert first.reason.startswith("saves 60 KiB of weights, which is used up: worth ")
     assert first.reason.endswith(" for 0.001 nats here")
     assert reasons(first)["tiny4"].startswith("errs 0.009 nats against 0.001 nats")
     assert reasons(second)["small8"].startswith("errs 0.001 nats against 0 nats")

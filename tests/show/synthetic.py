@@ -124,7 +124,7 @@ def _decision(chance: random.Random, key: str, family: str, weights: int) -> Dec
     if chance.random() < 0.6:
         chosen = chance.choice(options)
         decision.choose(chosen.rewrite, chosen.label)
-        decision.reason = "saves 64 KiB of weights, which binds: worth 1.5 ms elsewhere"
+        decision.reason = "saves 64 KiB of weights, which is used up: worth 1.5 ms elsewhere"
     for other in decision.alternatives:
         other.reason = _reason(other, decision)
     return decision
@@ -142,11 +142,11 @@ def _reason(other: Alternative, decision: Decision) -> str:
     size = format_value(abs(more), "bytes")
     errs = (other.error or 0.0) - (decision.error or 0.0)
     if more > 0:
-        return f"needs {size} more of weights, which binds" + (
+        return f"needs {size} more of weights, which is used up" + (
             f"; {slower}" if times[0] > times[1] else ""
         )
     if errs > 0:
-        return f"errs {errs:.3g} nats more, and kl binds"
+        return f"errs {errs:.3g} nats more, and kl is used up"
     if times[0] > times[1]:
         return f"{slower}; the {size} of weights that it frees are worth 1.2 µs"
     return "better by costs corrected after the choice; not solved again"

@@ -4,6 +4,7 @@ and nothing that colour alone tells."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from fxopt.ir.budget import Budget
+from fxopt.ir.errors import RowResult
 from fxopt.ir.plan import Plan
 from tests.show.browser import Tab, needs_browser
 from tests.show.synthetic import llama
@@ -175,6 +177,15 @@ def test_scatter_says_its_points(tab: Show, small: Plan) -> None:
     assert "trial 1, does not hold at 11.1 GiB, 900 ms" in label
     assert "with weights up to 6.98 GiB (predicted) at 6.52 GiB, 800 ms" in label
     assert "not solved" in shown.text(".figures:not(.tried)")
+
+
+def test_trials_that_were_not_timed_stand_by_what_the_plan_measured(tab: Show) -> None:
+    """The plan was predicted 1 s and took 2 s, so that a trial predicted 900 ms stands at 1.8 s."""
+    plan = llama(2, 2)
+    plan.totals.append(RowResult("latency", None, 1.0, 2.0, "s", before=2.5))
+    label = tab(plan).page.get_attribute("#scatter svg[role=img]", "aria-label") or ""
+    assert re.search(r"this plan at [0-9.]+ GiB, 2 s", label)
+    assert re.search(r"trial 1, does not hold at [0-9.]+ GiB, 1.8 s", label)
 
 
 def crowded() -> Plan:

@@ -6,22 +6,33 @@ const APART = 18; // of points, in the units of the plot
 // The rows in which solved outlooks and trials are told apart: letters and numbers, as in the tables.
 const letterOf = (index) => String.fromCharCode(97 + (index % 26)) + (index >= 26 ? String(Math.floor(index / 26)) : "");
 
+const isNumber = (value) => typeof value === "number";
+const named = (rows, name) => rows.find((one) => one.name === name);
+
 function pointsOf(x, y) {
   const points = [];
+  const taken = data.trials.find((trial) => trial.taken)?.rows ?? [];
+  const mine = data.rows.concat(taken.filter((row) => !data.rows.some((one) => one.name === row.name)));
+  // A trial that was not measured in a row where this plan was: this plan's value, changed as the
+  // prediction changes, as looser limits are told.
+  const expected = (row) => {
+    const [now, then] = [named(mine, row.name)?.measured, named(taken, row.name)?.predicted];
+    return isNumber(now) && isNumber(then) && then !== 0 ? row.predicted * (now / then) : row.predicted;
+  };
   const valueOf = (rows, name, fields) => {
-    const row = rows.find((one) => one.name === name);
-    return row ? fields.map((field) => row[field]).find((value) => typeof value === "number") : undefined;
+    const row = named(rows, name);
+    if (!row) return undefined;
+    if (fields.includes("expected") && !isNumber(row.measured) && isNumber(row.predicted)) return expected(row);
+    return fields.map((field) => row[field]).find(isNumber);
   };
   const add = (rows, fields, kind, name, label) => {
     const at = [valueOf(rows, x, fields), valueOf(rows, y, fields)];
     if (at.every((value) => value !== undefined)) points.push({ x: at[0], y: at[1], kind, name, label });
   };
-  const taken = data.trials.find((trial) => trial.taken)?.rows ?? [];
-  const mine = data.rows.concat(taken.filter((row) => !data.rows.some((one) => one.name === row.name)));
   add(mine, ["measured", "predicted"], "taken", "this plan", "this plan");
   add(mine, ["before"], "original", "the original", "the original");
   data.trials.forEach((trial, index) => {
-    if (!trial.taken) add(trial.rows, ["measured", "predicted"], trial.holds ? "holds" : "fails", `trial ${index + 1}${trial.holds ? "" : ", does not hold"}`, String(index + 1));
+    if (!trial.taken) add(trial.rows, ["measured", "expected"], trial.holds ? "holds" : "fails", `trial ${index + 1}${trial.holds ? "" : ", does not hold"}`, String(index + 1));
   });
   data.looser.forEach((looser, index) => add(looser.rows, ["predicted"], "looser", `with ${looser.row} up to ${format(looser.limit, unitOf(looser.row))} (predicted)`, letterOf(index)));
   return points;
