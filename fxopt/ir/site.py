@@ -71,12 +71,19 @@ class TemporaryInfo:
 class SavedInfo:
     """A tensor that the forward of a training step makes and its backward reads.
 
-    `bytes` of its memory; `calls` are the ops that make it again from what else is saved.
+    `output` is its place among the results of its op. `bytes` of its memory, which is that of this
+    tensor alone where `whole`; `calls` are the ops that make it again from what else is saved,
+    `blocked` says why they cannot run twice.
     """
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
+    device: str
     bytes: int
+    whole: bool
+    output: int = 0
+    blocked: str | None = None
     calls: tuple[OpCall, ...] = field(default=(), compare=False, repr=False)
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import fx, nn
 
 from ..cost_models.hardware import probe
-from ..decide.propose import Proposal
 from ..ir.budget import Budget
 from ..ir.cost import Cost
 from ..ir.errors import RowResult
 from ..ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from ..ir.units import format_value
 from ..ir.workload import Train
+from .forms import Form
 from .measure import device_of
 from .planned import Layout
+from .sites import Offer
 
 
 def plan_of(
@@ -47,50 +48,77 @@ def _decisions(layout: Layout) -> list[Decision]:
 
 
 def _decision(layout: Layout, key: str, owner: fx.Node) -> Decision:
-    saved, plan = layout.saved, layout.plan
-    where = ("activation", key)
-    offered = saved.proposals.by_site.get(where, [])
-    bytes_ = saved.step.bytes[owner]
-    alone = saved.alone[key]
-    if owner in plan.dropped:
-        proposal = offered[0]
+    offers = layout.saved.offers.get(owner, [])
+    bytes_ = layout.saved.step.bytes[owner]
+    chosen = layout.plan.choices.get(owner)
+    taken = next((offer for offer in offers if offer.treatment == chosen), None)
+    reason = "slower, and the budget holds without it"
+    if taken is not None:
+        reason = "with it the plan would take longer, or err more"
+    others = [_alternative(layout, offer, reason) for offer in offers if offer is not taken]
+    if taken is None:
         return Decision(
             key=key,
             family="activation",
-            rewrite=proposal.rewrite.name,
-            version=proposal.rewrite.version,
-            cost=Cost(seconds=alone),
+            cost=Cost(temporary_bytes=bytes_),
             error=0.0,
-            reason=f"{_size(bytes_)} less to save; alone it takes {_time(alone)} to run again",
-            alternatives=[Alternative(rewrite=KEEP, cost=Cost(temporary_bytes=bytes_), error=0.0)],
+            reason=_kept(layout, key, owner),
+            alternatives=others,
+            locked=("activation", key) in layout.saved.proposals.kept,
         )
-    refused = saved.proposals.refused.get(where)
-    if refused:
-        reason = refused[0][1]
-    elif owner in plan.stops:
-        reason = "what later ops run again from; without it their second run would not end here"
-    elif not plan.dropped:
-        reason = "the budget holds with everything saved"
-    else:
-        reason = f"{_size(bytes_)} for {_time(alone)}: other tensors make room for less"
+    kept = Alternative(rewrite=KEEP, cost=Cost(temporary_bytes=bytes_), error=0.0)
     return Decision(
         key=key,
         family="activation",
-        cost=Cost(temporary_bytes=bytes_),
-        error=0.0,
-        reason=reason,
-        alternatives=[_alternative(p, alone) for p in offered],
-        locked=where in saved.proposals.kept,
+        rewrite=taken.proposal.rewrite.name,
+        version=taken.proposal.rewrite.version,
+        label=taken.proposal.candidate.label,
+        parameters=dict(taken.proposal.candidate.parameters),
+        cost=taken.cost,
+        error=_error(layout, taken),
+        reason=_taken(taken, bytes_),
+        alternatives=[kept, *others],
     )
 
 
-def _alternative(proposal: Proposal, alone: float) -> Alternative:
+def _kept(layout: Layout, key: str, owner: fx.Node) -> str:
+    """Why a tensor is saved as it is."""
+    saved, plan = layout.saved, layout.plan
+    if not saved.offers.get(owner):
+        refused = saved.proposals.refused.get(("activation", key), [("", "nothing serves it")])
+        return "; ".join(dict.fromkeys(reason for _, reason in refused))
+    if owner in plan.stops:
+        return "what later ops run again from; without it their second run would not end here"
+    if not plan.choices:
+        return "the budget holds with everything saved"
+    alone = _time(saved.alone[key])
+    return f"{_size(saved.step.bytes[owner])} for {alone}: other tensors make room for less"
+
+
+def _taken(offer: Offer, bytes_: int) -> str:
+    if not isinstance(offer.treatment, Form):
+        return (
+            f"{_size(bytes_)} less to save; alone it takes {_time(offer.cost.seconds)} to run again"
+        )
+    packed = f"{_size(offer.treatment.bytes)} saved in place of {_size(bytes_)}"
+    return f"{packed}; there and back it takes {_time(offer.cost.seconds)}"
+
+
+def _error(layout: Layout, offer: Offer) -> float:
+    """The relative error of the gradients that is expected of this tensor alone."""
+    form = offer.treatment
+    return layout.scale * form.error**0.5 if isinstance(form, Form) else 0.0
+
+
+def _alternative(layout: Layout, offer: Offer, reason: str) -> Alternative:
     return Alternative(
-        rewrite=proposal.rewrite.name,
-        version=proposal.rewrite.version,
-        cost=Cost(seconds=alone),
-        error=0.0,
-        reason="slower, and the budget holds without it",
+        rewrite=offer.proposal.rewrite.name,
+        version=offer.proposal.rewrite.version,
+        label=offer.proposal.candidate.label,
+        parameters=dict(offer.proposal.candidate.parameters),
+        cost=offer.cost,
+        error=_error(layout, offer),
+        reason=reason,
     )
 
 

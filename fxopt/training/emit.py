@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch._functorch.partitioners import (
 )
 from torch.fx.graph import CodeGen
 
+from ..ir.saved import Image
+from .forms import parts_of
 from .random import is_random, replayed, rng_state
 from .schedule import Schedule
 from .step import NORM, aten
@@ -19,9 +22,9 @@ from .step import NORM, aten
 def partition(
     joint: fx.GraphModule, scheduled: Schedule, num_fwd_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Write the second runs into the joint graph, and cut it where the backward begins."""
-    copies = _write(joint.graph, scheduled)
-    forward = {*scheduled.step.forward, *joint.graph.find_nodes(op="placeholder")}
+    """Write images and second runs into the joint graph, and cut it where the backward begins."""
+    copies, packed = _write(joint.graph, scheduled)
+    forward = {*scheduled.step.forward, *joint.graph.find_nodes(op="placeholder"), *packed}
     states = [n for n in joint.graph.nodes if n.target is rng_state]
     inside = {*scheduled.step.backward, *copies.values()}
     read = {source for node in inside for source in node.all_input_nodes}
@@ -35,17 +38,45 @@ def partition(
     return parts
 
 
-def _write(graph: fx.Graph, scheduled: Schedule) -> dict[fx.Node, fx.Node]:
-    """Insert the second runs, and let the backward read them; forward node -> its second run."""
+def _write(graph: fx.Graph, scheduled: Schedule) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
+    """Insert what the schedule adds, and let the backward read it.
+
+    Returns what stands for forward nodes in the backward, and the parts of images.
+    """
     copies: dict[fx.Node, fx.Node] = {}
+    packed: dict[fx.Node, list[fx.Node]] = {}
     for item in scheduled.items:
-        if item.again:
-            assert item.before is not None
-            with graph.inserting_before(item.before):
+        if item.kind == "run":
+            if item.node not in scheduled.again:
+                _reread(item.node, copies)
+            continue
+        assert item.before is not None
+        with graph.inserting_before(item.before):
+            if item.kind == "pack":
+                packed[item.node] = _pack(graph, item.node, scheduled.images[item.node].image)
+            elif item.kind == "unpack":
+                image = scheduled.images[item.node].image
+                copies[item.node] = _unpack(graph, item.node, image, packed[item.node])
+            else:
                 copies[item.node] = _copy(graph, item.node, copies)
-        elif item.node not in scheduled.again:
-            _reread(item.node, copies)
-    return copies
+    return copies, [part for parts in packed.values() for part in parts]
+
+
+def _pack(graph: fx.Graph, node: fx.Node, image: Image) -> list[fx.Node]:
+    whole = graph.call_function(image.pack, (node, *image.pack_arguments))
+    whole.meta["val"] = parts_of(image, node.meta["val"])
+    parts: list[fx.Node] = []
+    for i, value in enumerate(whole.meta["val"]):
+        part = graph.call_function(operator.getitem, (whole, i))
+        part.meta["val"] = value
+        parts.append(part)
+    return parts
+
+
+def _unpack(graph: fx.Graph, node: fx.Node, image: Image, parts: list[fx.Node]) -> fx.Node:
+    copy = graph.call_function(image.unpack, (*parts, *image.unpack_arguments))
+    copy.meta = {**node.meta, "partitioner_tag": "is_backward"}
+    return copy
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:

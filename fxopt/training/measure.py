@@ -16,6 +16,7 @@ from .capture import scalar_loss
 
 Inputs = Mapping[str, Any]
 SEED = 0
+GRADIENT = "gradient of "
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,15 @@ class Outcome:
 
     tensors: dict[str, Tensor]
 
-    def difference(self, other: Outcome) -> tuple[str, float]:
-        """The tensor that differs most, relative to its norm, and by how much; 0.0: bit-equal."""
+    def difference(self, other: Outcome, *, gradients: bool = True) -> tuple[str, float]:
+        """The tensor that differs most, relative to its norm, and by how much; 0.0: bit-equal.
+
+        Without `gradients` those are left out.
+        """
         worst = ("", 0.0)
         for name in self.tensors.keys() | other.tensors.keys():
+            if name.startswith(GRADIENT) and not gradients:
+                continue
             mine, theirs = self.tensors.get(name), other.tensors.get(name)
             if mine is None or theirs is None:
                 return name, float("inf")
@@ -36,6 +42,13 @@ class Outcome:
                 off = ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
                 worst = max(worst, (name, off), key=lambda found: found[1])
         return worst
+
+    def gradient_error(self, other: Outcome) -> float:
+        """The norm of the difference of all gradients, relative to the norm of these."""
+        names = [name for name in self.tensors if name.startswith(GRADIENT)]
+        pairs = [(self.tensors[n].double(), other.tensors[n].double()) for n in names]
+        off = sum(((a - b).norm() ** 2).item() for a, b in pairs)
+        return (off / max(sum((a.norm() ** 2).item() for a, _ in pairs), 1e-60)) ** 0.5
 
 
 def step(module: nn.Module, inputs: Inputs) -> Any:
@@ -54,7 +67,7 @@ def outcome(module: nn.Module, inputs: Inputs) -> Outcome:
         output = step(module, inputs)
         found = {f"output {i}": t for i, t in enumerate(_tensors(output))}
         gradients = ((n, p.grad) for n, p in module.named_parameters())
-        found |= {f"gradient of {n}": g for n, g in gradients if g is not None}
+        found |= {f"{GRADIENT}{n}": g for n, g in gradients if g is not None}
         found |= {f"buffer {n}": b for n, b in module.named_buffers()}
         found["random state"] = torch.get_rng_state()
         return Outcome({name: t.detach().to("cpu", copy=True) for name, t in found.items()})

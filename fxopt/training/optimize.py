@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ..decide.verify import weight_bytes
 from ..ir.budget import Budget
 from ..ir.errors import BudgetError, FxoptError, RowResult
 from ..ir.plan import Plan
+from ..ir.rewrite import Rewrite
 from ..ir.units import format_value
 from ..ir.workload import Train
 from ..show.report import Report
@@ -22,6 +25,7 @@ from .module import Inputs, Run, TrainingModule, bound, clone
 from .planned import Further, Layout, Pick, Request, as_decided, fastest, planned
 
 ROWS = ("memory", "activations")
+ERROR = "relative_error"
 LEAST = 0.01
 """The least share by which the limit is tightened after a measured excess."""
 TOLERANCE = {torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -41,8 +45,10 @@ def optimize(
 
     `memory` is parameters and buffers plus the most bytes that a step ever has alive beyond
     them: activations, temporaries, gradients (`.grad` empty before) and the outputs, which the
-    caller holds. `activations` is that peak without the bytes of all gradients. Raises
-    BudgetError (with `.best`) naming the op at the peak when no plan is small enough.
+    caller holds. `activations` is that peak without the bytes of all gradients. With a
+    `relative_error` row the backward may read rounded tensors: the norm of what the gradients of
+    all parameters are off by, relative to theirs in eager, on the example. Raises BudgetError (with
+    `.best`) naming the op at the peak when no plan is small enough.
     """
     session = _Session(model, budget, example, workload, keep, rewrites, time_limit)
     return session.optimize()
@@ -60,7 +66,7 @@ def plan(
 ) -> Plan:
     """The decision alone: nothing is measured but the original, and nothing is verified."""
     session = _Session(model, budget, example, workload, keep, rewrites, time_limit)
-    _, layout = session.planned(fastest(session.limit))
+    _, layout = session.planned(session.pick)
     made = session.plan_of(layout, {})
     if layout.plan.peak > session.limit:
         made.notes.append("no plan was found that keeps every row; this is the smallest")
@@ -96,7 +102,7 @@ class _Session:
         time_limit: float | None,
     ) -> None:
         _check(budget, workload, example)
-        wanted = tuple(r for r in passes.load(rewrites) if workload.kind in r.workloads)
+        wanted = _wanted(budget, workload, rewrites)
         self.request = Request(workload, wanted, tuple(keep), time_limit)
         self.budget = budget
         self.model = clone(model).train()
@@ -106,17 +112,35 @@ class _Session:
         self.notes: list[str] = []
         self.before = self._original()
         self.reserve = 1.0
+        self.scale = 1.0
 
     def _original(self) -> int | None:
         """The peak of the original's step, None where the device cannot hold it."""
         try:
             return measure.peak(self.model, self.inputs)
         except torch.OutOfMemoryError:
+            if self.budget.relative_error:
+                raise FxoptError(
+                    "Budget.relative_error: the original's step does not fit the device, so there "
+                    "are no gradients to compare with; leave the row out (plans are exact then), "
+                    "or plan for a smaller batch"
+                ) from None
             self.notes.append("the original's step does not fit the device: nothing to compare")
             return None
 
     def planned(self, pick: Pick) -> tuple[Run, Layout]:
-        return planned(self.model, self.inputs, self.request, pick)
+        run, layout = planned(self.model, self.inputs, self.request, pick)
+        return run, replace(layout, scale=self.scale)
+
+    @property
+    def pick(self) -> Pick:
+        """The fastest plan within the rows, by what is known so far."""
+        return fastest(self.limit, self.error)
+
+    @property
+    def error(self) -> float:
+        """The error that plans may be expected to make, before `scale`."""
+        return (self.budget.relative_error or 0.0) / self.scale
 
     @property
     def limit(self) -> float:
@@ -126,31 +150,63 @@ class _Session:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The rows in bytes. Shares refer to the original's step on the example."""
+        """The rows as numbers. Shares refer to the original's step on the example."""
         known = self._rows(self.before)
         return self.budget.absolute({name: v for name, v in known if v is not None})
 
     def optimize(self) -> TrainingModule:
-        """Plan, run and measure; where more was alive than counted, ask for less."""
+        """Plan, run and measure; where more was alive, or erred, than counted, ask for less.
+
+        Where the prior of errors leaves no plan that is small enough, what one errs is measured
+        first.
+        """
+        corrected = not self.budget.relative_error
         while True:
-            run, layout = self.planned(fastest(self.limit))
+            run, layout = self.planned(self.pick)
+            bold = layout.plan.peak > self.limit and not corrected
+            if bold:
+                run, layout = self.planned(fastest(self.limit, math.inf))
             module, rows = self.verified(run, layout)
-            excess = max(row.excess for row in rows if row.limit is not None)
-            if excess <= 0:
+            excess = {row.name: row.excess for row in rows if row.limit is not None}
+            error, peak = excess.pop(ERROR, 0.0), max(excess.values())
+            if max(error, peak) <= 0:
                 return module
-            if layout.plan.peak > self.limit:
+            if error > 0 and not layout.plan.error:
+                raise self._not_eager(module, rows)
+            if bold:
+                corrected = True
+                self._correct(layout, rows)
+            elif error > 0:
+                self.scale *= 1 + max(error, LEAST)
+            elif layout.plan.peak <= self.limit:
+                self.reserve /= 1 + max(peak, LEAST)
+            else:
                 raise self._too_small(module, layout, rows)
-            self.reserve /= 1 + max(excess, LEAST)
+
+    def _correct(self, layout: Layout, rows: list[RowResult]) -> None:
+        """Let the prior of errors say of this plan what was measured."""
+        measured = next(row.measured for row in rows if row.name == ERROR)
+        if layout.error and measured:
+            self.scale *= measured / layout.error
+
+    def _not_eager(self, module: TrainingModule, rows: list[RowResult]) -> BudgetError:
+        return BudgetError(
+            f"no plan keeps {ERROR}: with nothing rounded the gradients differ from eager's by "
+            f"{next(r.measured for r in rows if r.name == ERROR):.2g}, by the order of sums in "
+            "other kernels; allow more than that. The plan is in .best",
+            rows, ERROR, module,
+        )  # fmt: skip
 
     def verified(self, run: Run, layout: Layout) -> tuple[TrainingModule, list[RowResult]]:
         """The module of a layout, its rows measured and its gradients compared with eager's."""
         ceiling = max(self.limit, float(layout.plan.peak))
-        module = TrainingModule(self.model, Further(self.request, ceiling))
+        module = TrainingModule(self.model, Further(self.request, ceiling, self.error))
         module.adopt(self.inputs, run)
         notes = list(self.notes)
         measured: dict[str, float] = {"peak": measure.peak(module, self.inputs)}
         if self.before is not None:
-            notes.append(self._compared(module))
+            note, measured[ERROR] = self._compared(module, rounded=layout.plan.error > 0)
+            notes.append(note)
             timing = measure.seconds(self.model, module, self.inputs)
             measured |= {"before": timing.first, "latency": timing.second}
         made = self.plan_of(layout, measured)
@@ -158,10 +214,12 @@ class _Session:
         module.plan, module.report = made, Report(made.totals, notes)
         return module, made.totals
 
-    def _compared(self, module: TrainingModule) -> str:
-        """A note on losses and gradients against eager's; FxoptError where they are not its."""
+    def _compared(self, module: TrainingModule, *, rounded: bool) -> tuple[str, float]:
+        """A note on losses and gradients against eager's, and the error of all gradients together;
+        FxoptError where those are not eager's that should be."""
         eager = measure.outcome(self.model, self.inputs)
-        name, off = eager.difference(measure.outcome(module, self.inputs))
+        found = measure.outcome(module, self.inputs)
+        name, off = eager.difference(found, gradients=not rounded)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         if off > TOLERANCE.get(dtype, 1e-3):
             raise FxoptError(
@@ -169,9 +227,13 @@ class _Session:
                 "the example inputs; does the forward depend on values, on time or on random "
                 "numbers of its own? Optimise the submodules around that part"
             )
+        error = eager.gradient_error(found)
+        if rounded:
+            worst, by = eager.difference(found)
+            return f"the backward reads rounded tensors: {worst} is off most, by {by:.2g}", error
         if off == 0.0:
-            return "outputs, gradients, buffers and random state are bit-equal to eager's"
-        return f"{name} differs most from eager's, by a relative {off:.2g}"
+            return "outputs, gradients, buffers and random state are bit-equal to eager's", error
+        return f"{name} differs most from eager's, by a relative {off:.2g}", error
 
     def _rows(self, peak: float | None) -> list[tuple[str, float | None]]:
         """What the rows say of a step's peak beyond parameters and buffers."""
@@ -180,7 +242,8 @@ class _Session:
         return list(zip(ROWS, (self.weights + peak, peak - self.gradients), strict=True))
 
     def plan_of(self, layout: Layout, measured: Mapping[str, float]) -> Plan:
-        """The plan of a layout; `measured` has "peak", "before" and "latency" where known."""
+        """The plan of a layout; `measured` has "peak", "relative_error", "before" and "latency"
+        where known."""
         peaks = (layout.plan.peak, measured.get("peak"), self.before)
         rows = [
             RowResult(name, self.limits.get(name), predicted, found, "bytes", before)
@@ -188,6 +251,9 @@ class _Session:
                 *(self._rows(peak) for peak in peaks), strict=True
             )
         ]
+        if self.budget.relative_error:
+            allowed, error = self.limits[ERROR], measured.get(ERROR)
+            rows.append(RowResult(ERROR, allowed, layout.error, error, "", 0.0))
         if "latency" in measured:
             slow = measured["before"] + layout.plan.seconds
             rows.append(
@@ -199,23 +265,43 @@ class _Session:
         self, module: TrainingModule, layout: Layout, rows: list[RowResult]
     ) -> BudgetError:
         worst = max((r for r in rows if r.limit is not None), key=lambda r: r.excess)
+        more = f", a larger {ERROR}" if self.budget.relative_error else ""
         return BudgetError(
             f"no plan keeps {worst.name}: the smallest measured "
             f"{format_value(worst.measured, 'bytes')}, the limit is "
             f"{format_value(worst.limit, 'bytes')}. Its peak stands at {layout.widest}, with "
             f"{format_value(self.weights, 'bytes')} of parameters and buffers and "
             f"{format_value(self.gradients, 'bytes')} of gradients beside the "
-            "activations; give more memory or a smaller batch. The smallest plan is in .best",
+            f"activations; give more memory{more} or a smaller batch. "
+            "The smallest plan is in .best",
             rows, worst.name, module,
         )  # fmt: skip
 
 
+def _wanted(budget: Budget, workload: Train, rewrites: Sequence[str] | None) -> tuple[Rewrite, ...]:
+    """The rewrites of training steps that the budget allows."""
+    found = [r for r in passes.load(rewrites) if workload.kind in r.workloads]
+    wanted = tuple(r for r in found if r.exact or budget.relative_error)
+    if found and not wanted:
+        raise FxoptError(
+            f"rewrites: {', '.join(r.name for r in found)} rounds what the backward reads, which "
+            "the budget must allow: add relative_error, for example relative_error=0.01"
+        )
+    return wanted
+
+
 def _check(budget: Budget, workload: Train, example: Mapping[str, Any]) -> None:
-    refused = [row for row in budget.rows() if row not in ROWS]
+    refused = [row for row in budget.rows() if row not in (*ROWS, ERROR)]
     if refused:
         raise FxoptError(
-            f"Budget.{refused[0]}: the workload fxopt.Train takes the rows memory and activations "
-            "(in this version every plan is exact, and the fastest within them is taken)"
+            f"Budget.{refused[0]}: the workload fxopt.Train takes the rows memory and activations, "
+            "and relative_error, without which every plan is exact (the fastest within them is "
+            "taken)"
+        )
+    if not budget.cost_rows:
+        raise FxoptError(
+            "Budget.relative_error: fxopt.Train rounds what is saved to keep a byte row; add "
+            'memory or activations, for example activations="40%"'
         )
     first = next((v for v in example.values() if isinstance(v, Tensor)), None)
     if first is None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -18,18 +17,18 @@ from torch.utils._python_dispatch import (
 from ..cost_models.hardware import probe
 from ..cost_models.measured import Measured
 from ..ir.errors import BudgetError, PlanError
-from ..ir.plan import Plan
+from ..ir.plan import Decision, Plan
 from ..ir.rewrite import Rewrite
 from ..ir.units import format_value
 from ..ir.workload import Train
-from ..passes.activation.recompute import MARK
 from .capture import joint
 from .emit import executable, partition
+from .forms import Choices, Treatment
 from .measure import device_of
 from .module import Inputs, Run
 from .schedule import Schedule
 from .search import StepPlan, frontier, laid_out
-from .sites import Saved, applied, saved_tensors
+from .sites import Saved, saved_tensors
 from .step import Step, node_key
 
 Pick = Callable[[Saved, float], StepPlan]
@@ -49,13 +48,19 @@ class Request:
 @dataclass(frozen=True)
 class Layout:
     """How a planned step came about. `widest` is the op at which its peak stands, `structure`
-    names the traced graph."""
+    names the traced graph; errors were found to be `scale` times what the prior says."""
 
     saved: Saved
     plan: StepPlan
     calls: Schedule
     widest: str
     structure: str
+    scale: float = 1.0
+
+    @property
+    def error(self) -> float:
+        """The relative error of the gradients that is expected."""
+        return self.scale * self.plan.error
 
 
 def planned(model: nn.Module, inputs: Inputs, request: Request, pick: Pick) -> tuple[Run, Layout]:
@@ -71,8 +76,6 @@ def planned(model: nn.Module, inputs: Inputs, request: Request, pick: Pick) -> t
             saved = saved_tensors(step, costs, request.rewrites, request.workload, request.keep)
             costs.save()
         plan = pick(saved, deadline)
-        chosen = [p for p in _proposals(saved) if saved.owners[p.site.key] in plan.dropped]
-        plan = replace(plan, dropped=applied(saved, chosen, MARK))
         calls = laid_out(step, plan)
         nodes = (*step.forward, *step.backward)
         widest = node_key(nodes[int(calls.live().argmax())])
@@ -86,13 +89,14 @@ def planned(model: nn.Module, inputs: Inputs, request: Request, pick: Pick) -> t
 
 @dataclass(frozen=True)
 class Further:
-    """Plans the steps of inputs that come later: under the same byte limit."""
+    """Plans the steps of inputs that come later: under the same limits."""
 
     request: Request
     limit: float
+    error: float = 0.0
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Run:
-        run, layout = planned(model, inputs, self.request, fastest(self.limit))
+        run, layout = planned(model, inputs, self.request, fastest(self.limit, self.error))
         if layout.plan.peak > self.limit:
             shapes = {n: tuple(t.shape) for n, t in inputs.items() if isinstance(t, torch.Tensor)}
             raise BudgetError(
@@ -104,11 +108,15 @@ class Further:
         return run
 
 
-def fastest(limit: float) -> Pick:
-    """The fastest plan whose peak is below `limit` bytes, else the one with the lowest peak."""
+def fastest(limit: float, error: float = 0.0) -> Pick:
+    """The fastest plan whose peak is below `limit` bytes, else the one with the lowest peak; of
+    those from which no larger error than `error` is expected."""
 
     def pick(saved: Saved, deadline: float) -> StepPlan:
-        plans = frontier(saved.step, saved.seconds, saved.droppable, deadline=deadline)
+        plans = frontier(
+            saved.step, saved.seconds, saved.droppable, saved.forms,
+            error=error, deadline=deadline,
+        )  # fmt: skip
         return next((p for p in plans if p.peak <= limit), plans[-1])
 
     return pick
@@ -127,15 +135,39 @@ def as_decided(plan: Plan) -> Pick:
                 f"the plan was made for another step: it says nothing of {missing[:3]} and speaks "
                 f"of {unknown[:3]}; make it again with fxopt.plan for this model and these inputs"
             )
-        dropped = frozenset(known[k] for k, d in said.items() if d.rewritten)
+        choices: Choices = {known[k]: _treatment(saved, d) for k, d in said.items() if d.rewritten}
         stops = frozenset(saved.others[k] for k in said if k in saved.others)
-        return StepPlan(dropped, stops, 0, 0.0).counted(saved.step, saved.seconds)
+        made = StepPlan(choices, stops).counted(saved.step, saved.seconds)
+        _check_starts(saved, made)
+        return made
 
     return pick
 
 
-def _proposals(saved: Saved) -> Sequence[Any]:
-    return [p for offered in saved.proposals.by_site.values() for p in offered]
+def _treatment(saved: Saved, decision: Decision) -> Treatment:
+    """What a decision asks for."""
+    offers = saved.offers.get(saved.owners.get(decision.key), [])  # pyright: ignore
+    wanted = decision.rewrite, decision.label
+    found = next((offer.treatment for offer in offers if offer.name == wanted), None)
+    if found is None:
+        offered = [" ".join(offer.name).strip() for offer in offers]
+        raise PlanError(
+            f"the plan says {' '.join(wanted).strip()} of {decision.key}, where this step offers "
+            f"{', '.join(offered) or 'nothing'}; make the plan again, or choose another there"
+        )
+    return found
+
+
+def _check_starts(saved: Saved, plan: StepPlan) -> None:
+    """PlanError where ops would run again from memory that was rounded."""
+    rounded = {owner for owner, form in plan.images.items() if form.error}
+    found = laid_out(saved.step, plan).starts() & rounded
+    if found:
+        names = [key for key, owner in saved.owners.items() if owner in found]
+        raise PlanError(
+            f"the plan rounds {names[:3]}, from which it computes other tensors again: their "
+            "error would grow unseen; keep one or the other"
+        )
 
 
 def _costs(model: nn.Module) -> Measured:

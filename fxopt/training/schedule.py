@@ -1,51 +1,61 @@
-"""The step with some saved tensors computed again: what runs when, and what is alive meanwhile."""
+"""The step with saved tensors computed again or stored otherwise: what runs when, what is alive."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from torch import Tensor, fx
 
+from .forms import Form
 from .step import Step, storage_of
+
+Kind = Literal["run", "again", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One call of the step. `again` marks the second run of a forward node, in the backward;
-    `before` is the backward node that it runs for."""
+    """One call of the step.
+
+    "again" is the second run of a forward node, in the backward; "pack" makes the image of the
+    memory that `node` owns, "unpack" the memory again. `before` is the node that such a call
+    stands before, and runs for.
+    """
 
     node: fx.Node
-    again: bool = False
+    kind: Kind = "run"
     before: fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The calls of a step in order. `again` are the forward nodes that run twice."""
+    """The calls of a step in order. `again` are the forward nodes that run twice, `images` the
+    owners that wait in another form."""
 
     step: Step
     items: tuple[Item, ...]
     again: frozenset[fx.Node]
+    images: Mapping[fx.Node, Form] = field(default_factory=dict[fx.Node, Form])
 
     def live(self) -> np.ndarray:
         """Bytes alive at each node of the unchanged step, in its order.
 
-        Runs of forward nodes in the backward count at the backward node that they run for.
-        Parameters and inputs are not counted; gradients and outputs are, to the end.
+        Other calls count at the node that they stand before. Parameters and inputs are not
+        counted; gradients and outputs are, to the end.
         """
-        step = self.step
-        begin, last = _ranges(step, self.items, self.again)
+        begin, last = _ranges(self)
         change = np.zeros(len(self.items) + 1)
         for key, start in begin.items():
-            change[start] += step.bytes.get(key[0], 0)
-            change[last[key] + 1] -= step.bytes.get(key[0], 0)
-        alive = np.cumsum(change)[:-1] + _unread(step, self.items)
+            size = self._bytes(key)
+            change[start] += size
+            change[last[key] + 1] -= size
+        alive = np.cumsum(change)[:-1] + _unread(self.step, self.items) + self._workspaces()
         starts = [0]
         for i, item in enumerate(self.items[:-1]):
-            if not item.again:
+            if item.kind == "run":
                 starts.append(i + 1)
         return np.maximum.reduceat(alive, starts)
 
@@ -57,22 +67,54 @@ class Schedule:
             if n in self.again and n.target is not operator.getitem and not self.step.is_view(n)
         ]
 
+    def starts(self) -> frozenset[fx.Node]:
+        """The owners of the forward's memory that second runs start from."""
+        step, made = self.step, {*self.again, *self.images}
+        found: set[fx.Node] = set()
+        for node in self.again:
+            for source in step.reads[node]:
+                owner = step.owner.get(source)
+                own = owner is step.owner.get(node) and owner in self.images
+                if owner in step.inside and not own and (owner in self.images or owner not in made):
+                    found.add(owner)
+        return frozenset(found)
 
-def schedule(step: Step, dropped: Collection[fx.Node], stops: Collection[fx.Node] = ()) -> Schedule:
+    def _bytes(self, key: tuple[fx.Node, str]) -> int:
+        owner, state = key
+        return self.images[owner].bytes if state == "image" else self.step.bytes.get(owner, 0)
+
+    def _workspaces(self) -> np.ndarray:
+        extra = np.zeros(len(self.items))
+        for i, item in enumerate(self.items):
+            if item.kind == "pack":
+                extra[i] = self.images[item.node].packing
+            elif item.kind == "unpack":
+                extra[i] = self.images[item.node].unpacking
+        return extra
+
+
+def schedule(
+    step: Step,
+    dropped: Collection[fx.Node],
+    stops: Collection[fx.Node] = (),
+    images: Mapping[fx.Node, Form] | None = None,
+) -> Schedule:
     """Run `dropped` owners again, each just before the backward first needs it.
 
     What they are computed from is saved where the step saves it anyway, where it is one of
-    `stops`, or where its op cannot run twice; else it is computed again as well.
+    `stops`, or where its op cannot run twice; else it is computed again as well. `images` are
+    packed once the forward has read them, and unpacked just before the backward first needs them.
     """
+    images = images or {}
     kept = ({*step.saved, *step.outputs, *stops} - set(dropped)) | step.outputs
     forward, reads = step.inside, step.reads
     blocked: dict[fx.Node, bool] = {}
 
-    def computed_again(node: fx.Node) -> bool:
+    def made_again(node: fx.Node) -> bool:
         if node not in forward:
             return False
         owner = step.owner.get(node)
-        if owner is None:
+        if owner is None or owner in images:
             return True
         if owner.op == "placeholder" or owner in kept:
             return False
@@ -81,61 +123,91 @@ def schedule(step: Step, dropped: Collection[fx.Node], stops: Collection[fx.Node
             blocked[op] = step.blocked(op) is not None
         return not blocked[op]
 
-    items = [Item(node) for node in step.forward]
-    again: set[fx.Node] = set()
+    items = _forward(step, images)
+    made: set[fx.Node] = set()
     place = {node: i for i, node in enumerate(step.forward)}
     for node in step.backward:
         needed: set[fx.Node] = set()
         waiting = list(reads[node])
         while waiting:
             source = waiting.pop()
-            if source in again or source in needed or not computed_again(source):
+            if source in made or source in needed or not made_again(source):
                 continue
             needed.add(source)
-            waiting += reads[source]
-        _with_parts(needed, computed_again)
-        items += [Item(n, True, node) for n in sorted(needed, key=place.__getitem__)]
-        again |= needed
+            if source not in images:
+                waiting += reads[source]
+        _with_parts(needed, lambda n: made_again(n) and n not in images)
+        for source in sorted(needed, key=place.__getitem__):
+            items.append(Item(source, "unpack" if source in images else "again", node))
+        made |= needed
         items.append(Item(node))
-    return Schedule(step, tuple(items), frozenset(again))
+    return Schedule(step, tuple(items), frozenset(made - set(images)), images)
 
 
-def _with_parts(needed: set[fx.Node], computed_again: Callable[[fx.Node], bool]) -> None:
+def _forward(step: Step, images: Mapping[fx.Node, Form]) -> list[Item]:
+    """The forward; each of `images` is packed after the last op that reads its memory."""
+    place = {node: i for i, node in enumerate(step.forward)}
+    packed: dict[int, list[fx.Node]] = {}
+    for owner in images:
+        maker = step.maker(owner)
+        # other results of the op are taken before
+        near = [u for u in maker.users if _is_part(u, maker)]
+        near += [u for n in step.views[owner] for u in (n, *n.users)]
+        packed.setdefault(max(place[n] for n in near if n in place), []).append(owner)
+    items: list[Item] = []
+    following = (*step.forward[1:], *step.backward[:1])
+    for i, (node, after) in enumerate(zip(step.forward, following, strict=True)):
+        items.append(Item(node))
+        items += [Item(owner, "pack", after) for owner in packed.get(i, ())]
+    return items
+
+
+def _with_parts(needed: set[fx.Node], made_again: Callable[[fx.Node], bool]) -> None:
     """Parts of a result are taken at once, so that the rest of it can go."""
     for node in list(needed):
         if not isinstance(node.meta.get("val"), Tensor):
-            needed.update(u for u in node.users if _is_part(u, node) and computed_again(u))
+            needed.update(u for u in node.users if _is_part(u, node) and made_again(u))
 
 
-Key = tuple[fx.Node, bool]
+State = Literal["first", "again", "image"]
+Key = tuple[fx.Node, State]
+"""A piece of memory by the node that owns it: as the forward made it, as the backward made it
+again, or its image."""
 
 
-def _ranges(
-    step: Step, items: tuple[Item, ...], again: frozenset[fx.Node]
-) -> tuple[dict[Key, int], dict[Key, int]]:
+def _ranges(laid: Schedule) -> tuple[dict[Key, int], dict[Key, int]]:
     """Where each piece of memory is made and last needed; results and outputs to the end."""
-    forward, end = step.inside, len(items) - 1
+    step, end = laid.step, len(laid.items) - 1
+    opening = sum(item.kind == "pack" for item in laid.items) + len(step.forward)
     begin: dict[Key, int] = {}
     last: dict[Key, int] = {}
-    for i, item in enumerate(items):
-        copied = item.again
-        sources = (*step.reads[item.node], item.node)
-        in_backward = copied or item.node not in forward
-        for source in sources:
-            owner = step.owner.get(source)
-            if owner is None or (owner.op == "placeholder" and not _is_tangent(owner)):
-                continue
-            # a view of kept memory may be taken again: the memory is the first run's
-            key = (owner, in_backward and owner in again)
-            if owner.op == "placeholder":
-                begin.setdefault(key, len(step.forward))
-            begin.setdefault(key, i)
+    for i, item in enumerate(laid.items):
+        for key in _touched(laid, item):
+            begin.setdefault(key, opening if key[0].op == "placeholder" else i)
             last[key] = i
-    for key in last:
+    for owner, state in last:
         # the caller holds what it gave and what it was given
-        if not key[1] and (key[0] in step.outputs or key[0].op == "placeholder"):
-            last[key] = end
+        if state == "first" and (owner in step.outputs or owner.op == "placeholder"):
+            last[owner, state] = end
     return begin, last
+
+
+def _touched(laid: Schedule, item: Item) -> list[Key]:
+    """The memory that a call reads or makes; of the placeholders only gradients count."""
+    if item.kind == "pack":
+        return [(item.node, "first"), (item.node, "image")]
+    if item.kind == "unpack":
+        return [(item.node, "image"), (item.node, "again")]
+    step, found = laid.step, list[Key]()
+    in_backward = item.kind == "again" or item.node not in step.inside
+    for source in (*step.reads[item.node], item.node):
+        owner = step.owner.get(source)
+        if owner is None or (owner.op == "placeholder" and not _is_tangent(owner)):
+            continue
+        # a view of kept memory may be taken again: the memory is the first run's
+        again = in_backward and (owner in laid.again or owner in laid.images)
+        found.append((owner, "again" if again else "first"))
+    return found
 
 
 def _unread(step: Step, items: tuple[Item, ...]) -> np.ndarray:

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..decide.propose import Proposal, Proposals, propose
-from ..ir.cost import CostModel, OpCall
+from ..decide.verify import peak_live_bytes
+from ..ir.cost import Cost, CostModel, OpCall
 from ..ir.errors import PlanError
 from ..ir.rewrite import Rewrite
+from ..ir.saved import AGAIN, MARK, Image
 from ..ir.site import SavedInfo, Site
 from ..ir.workload import Train, scenarios
+from .forms import Form, Treatment, parts_of
 from .pricing import op_call
 from .schedule import schedule
 from .step import Step, node_key
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a rewrite would do with one saved tensor. `cost`: the seconds that it adds if no other
+    tensor is rewritten, and the bytes that stay."""
+
+    proposal: Proposal
+    treatment: Treatment
+    cost: Cost
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Rewrite and label, unique among the offers of a site."""
+        return self.proposal.rewrite.name, self.proposal.candidate.label
 
 
 @dataclass
@@ -35,12 +56,21 @@ class Saved:
     seconds: dict[fx.Node, float]
     alone: dict[str, float]
     proposals: Proposals
+    offers: dict[fx.Node, list[Offer]]
 
     @property
     def droppable(self) -> frozenset[fx.Node]:
         """Owners that some rewrite may compute again."""
-        offered = self.proposals.by_site
-        return frozenset(o for k, o in self.owners.items() if offered.get(("activation", k)))
+        return frozenset(o for o, found in self.offers.items() if any(_again(f) for f in found))
+
+    @property
+    def forms(self) -> dict[fx.Node, list[Form]]:
+        """What owners may wait in instead."""
+        found = {
+            owner: [f.treatment for f in offers if isinstance(f.treatment, Form)]
+            for owner, offers in self.offers.items()
+        }
+        return {owner: forms for owner, forms in found.items() if forms}
 
 
 def saved_tensors(
@@ -52,7 +82,7 @@ def saved_tensors(
 ) -> Saved:
     """Price the forward's ops and ask every rewrite about every saved tensor."""
     calls = {n: op_call(n) for n in schedule(step, step.saved).runs_again()}
-    seconds = {node: _seconds(model, call) for node, call in calls.items()}
+    seconds = {node: _seconds(model, [call]) for node, call in calls.items()}
     own = dict.fromkeys(step.owner[n] for n in step.forward if n in step.owner)
     rest = [o for o in own if o in step.forward and o not in set(step.saved)]
     keyed = _keyed([*step.saved, *rest])
@@ -62,12 +92,16 @@ def saved_tensors(
     sites = {k: _site(step, k, o, [calls[n] for n in again[k]]) for k, o in owners.items()}
     alone = {key: sum(seconds[n] for n in nodes) for key, nodes in again.items()}
     found = propose(list(sites.values()), rewrites, scenarios(workload), workload.kind, keep)
-    return Saved(step, owners, others, sites, seconds, alone, found)
+    saved = Saved(step, owners, others, sites, seconds, alone, found, {})
+    saved.offers = {
+        owners[key]: [_offer(saved, p, model, workload) for p in proposals]
+        for (_, key), proposals in found.by_site.items()
+    }
+    return saved
 
 
-def _seconds(model: CostModel, call: OpCall) -> float:
-    cost = model(call)
-    return cost.seconds if cost is not None else 0.0
+def _seconds(model: CostModel, calls: Iterable[OpCall]) -> float:
+    return sum(cost.seconds for cost in map(model, calls) if cost is not None)
 
 
 def _runs(step: Step, owner: fx.Node) -> list[fx.Node]:
@@ -76,11 +110,81 @@ def _runs(step: Step, owner: fx.Node) -> list[fx.Node]:
 
 def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site:
     value: Tensor = owner.meta["val"]
-    shape = tuple(map(int, value.shape))
-    info = SavedInfo(shape, value.dtype, step.bytes[owner], tuple(calls))
-    return Site(
-        "activation", key, owner.name, info, op=key, blocked=step.blocked(step.maker(owner))
+    info = SavedInfo(
+        tuple(map(int, value.shape)),
+        tuple(map(int, value.stride())),
+        value.dtype,
+        value.device.type,
+        step.bytes[owner],
+        value.numel() * value.element_size() == step.bytes[owner] and _dense(value),
+        int(owner.args[1]) if owner.target is operator.getitem else 0,  # pyright: ignore
+        step.blocked(step.maker(owner)),
+        tuple(calls),
     )
+    return Site("activation", key, owner.name, info, op=key)
+
+
+def _dense(value: Tensor) -> bool:
+    """Whether a tensor that is as large as its memory has each place of it once."""
+    with torch.no_grad():
+        return value.stride() == torch.empty_like(value).stride()
+
+
+def _offer(saved: Saved, proposal: Proposal, model: CostModel, workload: Train) -> Offer:
+    """What applying a proposal asks for, priced."""
+    rewrite, match, candidate = proposal.rewrite, proposal.match, proposal.candidate
+    key = proposal.site.key
+    owner = saved.owners[key]
+    rewrite.apply(match, candidate, {}, Marks(saved))
+    mark = owner.meta.pop(MARK, None)
+    if mark == AGAIN:
+        return Offer(proposal, AGAIN, Cost(seconds=saved.alone[key]))
+    if not isinstance(mark, Image):
+        raise PlanError(f"{rewrite.name} marks {key} with {mark!r}: it takes AGAIN or an Image")
+    (scenario,) = scenarios(workload)
+    calls = rewrite.lower(match, candidate, scenario)
+    form = _form(saved.step, owner, mark, candidate.label or rewrite.name, calls, model)
+    return Offer(proposal, form, Cost(seconds=form.seconds, temporary_bytes=form.bytes))
+
+
+def _form(
+    step: Step,
+    owner: fx.Node,
+    image: Image,
+    label: str,
+    calls: Sequence[OpCall],
+    model: CostModel,
+) -> Form:
+    """An image, priced by the `calls` that pack and unpack it.
+
+    A prior of its error: tensors err independently of each other, and a step that has all of its
+    saved bytes rounded alike gives gradients that are off by as much as the tensors.
+    """
+    value: Tensor = owner.meta["val"]
+    parts = [p for p in parts_of(image, value) if p.device.type == value.device.type]
+    packing, unpacking = map(_workspace, calls) if value.device.type == "cpu" else (0, 0)
+    share = step.bytes[owner] / sum(step.bytes[o] for o in step.saved)
+    return Form(
+        image,
+        label,
+        sum(p.untyped_storage().nbytes() for p in parts),
+        packing,
+        unpacking,
+        _seconds(model, calls),
+        share * image.rounding**2,
+    )
+
+
+@lru_cache
+def _workspace(call: OpCall) -> int:
+    """Bytes that an op takes on a CPU beside what it returns; kernels on CUDA take none."""
+    assert call.run is not None
+    taken = peak_live_bytes(call.run("cpu"), torch.device("cpu"))
+    return taken - int(call.bytes_written)
+
+
+def _again(offer: Offer) -> bool:
+    return offer.treatment == AGAIN
 
 
 def _keyed(owners: Iterable[fx.Node]) -> dict[str, fx.Node]:
@@ -123,11 +227,3 @@ def _refusal(site: Site, what: str) -> PlanError:
         f"{site.key}: a rewrite asked to {what} in a training step, where rewrites mark what is "
         "computed again; leave the rewrite out with rewrites="
     )
-
-
-def applied(saved: Saved, proposals: Iterable[Proposal], mark: str) -> frozenset[fx.Node]:
-    """The owners that `proposals` mark when they are applied."""
-    editor = Marks(saved)
-    for proposal in proposals:
-        proposal.rewrite.apply(proposal.match, proposal.candidate, {}, editor)
-    return frozenset(owner for owner in saved.owners.values() if owner.meta.get(mark))

@@ -80,6 +80,15 @@ class Step:
         return frozenset(self.forward)
 
     @cached_property
+    def views(self) -> dict[fx.Node, list[fx.Node]]:
+        """The forward nodes that lie in the memory of each owner, the owner first."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.forward:
+            if node in self.owner:
+                found.setdefault(self.owner[node], []).append(node)
+        return found
+
+    @cached_property
     def bytes(self) -> dict[fx.Node, int]:
         """Bytes of the memory of each owner, placeholders included."""
         return {

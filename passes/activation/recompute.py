@@ -18,11 +18,9 @@ from torch import Tensor
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.saved import AGAIN, MARK
 from fxopt.ir.site import Family, SavedInfo, Site
 from fxopt.ir.workload import Scenario
-
-MARK = "fxopt_recompute"
-"""Metadata of a node whose memory is made again in the backward."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Recompute:
     def match(self, site: Site) -> Match | Refusal:
         if not isinstance(site.info, SavedInfo):
             return Refusal("not a tensor that is saved for the backward")
-        return Refusal(site.blocked) if site.blocked is not None else Match(site)
+        return Refusal(site.info.blocked) if site.info.blocked else Match(site)
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
         return [Candidate(self.name, "", {})]
@@ -73,4 +71,4 @@ class Recompute:
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         """Mark the node; where the second run stands follows from all marks together."""
-        editor.node(match.site).meta[MARK] = True
+        editor.node(match.site).meta[MARK] = AGAIN
