@@ -1,12 +1,16 @@
 """Peak and seconds of a training step under budgets: fxopt beside eager and PyTorch's own knob.
 
     python benchmarks/training.py [--model llama] [--layers 4] [--batch 2] [--seq 256]
+    python benchmarks/training.py --error 0.02 --lowest 0.2 --no-stock
+    python benchmarks/training.py --rewrites activation.offload activation.recompute
 
 One JSON line a run. `predicted` is fxopt's count, `peak` what was alive as measured (storages on a
 CPU, the allocator's statistic on CUDA) beyond parameters and buffers, `equal` whether loss,
-gradients and random state are eager's bit for bit. `stock` is `torch.compile(backend="aot_eager")`
-under `torch._functorch.config.activation_memory_budget`, the strongest knob that needs no change
-to a model; its peak is measured on CUDA only, since counting storages turns compilation off.
+gradients and random state are eager's bit for bit, and `gradients` by how much all gradients are
+off together; `by` counts tensors by what happens to them. `stock` is
+`torch.compile(backend="aot_eager")` under `torch._functorch.config.activation_memory_budget`, the
+strongest knob that needs no change to a model; its peak is measured on CUDA only, since counting
+storages turns compilation off.
 Random weights: speed and bytes, never quality.
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from typing import Any
 
 import torch
@@ -35,6 +40,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--budgets", type=int, default=6)
+    parser.add_argument("--lowest", type=float, default=0.4)
+    parser.add_argument("--error", type=float, help="the relative_error row")
+    parser.add_argument("--rewrites", nargs="*")
+    parser.add_argument("--no-stock", action="store_true")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -43,14 +52,15 @@ def main() -> None:
     inputs = {"input_ids": ids, "labels": ids}
     eager = measure.outcome(model, inputs)
     report("eager", model, model, inputs, eager)
-    shares = torch.linspace(1.0, 0.4, args.budgets).tolist()
+    shares = torch.linspace(1.0, args.lowest, args.budgets).tolist()
     for share in shares:
         try:
             opt: Any = fxopt.optimize(
                 model,
-                fxopt.Budget(activations=f"{share:.0%}"),
+                fxopt.Budget(activations=f"{share:.0%}", relative_error=args.error),
                 inputs,
                 workload=fxopt.Train(args.batch, args.seq),
+                rewrites=args.rewrites,
             )
         except fxopt.BudgetError as error:
             opt = error.best
@@ -61,8 +71,9 @@ def main() -> None:
         report(
             "fxopt", model, opt, inputs, eager,
             budget=round(share, 2), predicted=predicted, held=opt.report.kept,
+            by=Counter(f"{d.rewrite} {d.label}".strip() for d in opt.plan.decisions),
         )  # fmt: skip
-    for share in shares:
+    for share in [] if args.no_stock else shares:
         torch.compiler.reset()
         with functorch.patch(activation_memory_budget=share):
             stock: Any = torch.compile(model, backend="aot_eager")
@@ -109,6 +120,7 @@ def report(
         "equal": off == 0.0,
         "worst": worst,
         "off": float(f"{off:.2g}"),
+        "gradients": float(f"{eager.gradient_error(measure.Outcome(found)):.2g}"),
     }
     print(json.dumps({**line, **facts}), flush=True)
 

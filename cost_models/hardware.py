@@ -23,7 +23,8 @@ class Device:
     """What one device can do. Rates are achieved ones, measured, not the vendor's.
 
     `bandwidth` in bytes/s (read plus written), `matmul_rate` in flop/s by dtype name,
-    `launch_seconds` for one eager op, `memory_bytes` in all, `threads` for a CPU.
+    `launch_seconds` for one eager op, `memory_bytes` in all, `threads` for a CPU. `host_link` in
+    bytes/s between the device and pinned host memory, the slower direction; 0 for a CPU.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Device:
     memory_bytes: int
     threads: int
     probed: str
+    host_link: float = 0.0
 
     def rate(self, dtype: str) -> float:
         """flop/s of a large matrix product; an unknown dtype counts as the slowest."""
@@ -75,7 +77,9 @@ def probe(device: torch.device | str = "cpu", *, refresh: bool = False) -> Devic
     path = cache_folder() / f"device-{_slug(name)}.json"
     stored = None if refresh else read_json(path)
     if isinstance(stored, dict) and stored.get("torch") == torch.__version__:
-        return Device(**stored["facts"])
+        known = Device(**stored["facts"])
+        if known.host_link or known.kind == "cpu":
+            return known
     facts = _measure(device, name)
     write_json(path, {"torch": torch.__version__, "facts": asdict(facts)})
     return facts
@@ -144,7 +148,27 @@ def _measure(device: torch.device, name: str) -> Device:
         memory_bytes=_memory(device),
         threads=torch.get_num_threads(),
         probed=date.today().isoformat(),
+        host_link=_host_link(device) if cuda else 0.0,
     )
+
+
+def _host_link(device: torch.device) -> float:
+    """bytes/s of copies of 256 MiB between the device and pinned host memory."""
+    there = torch.ones(2**28, dtype=torch.uint8, device=device)
+    here = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    out = time_call(lambda: here.copy_(there, non_blocking=True), device)
+    back = time_call(lambda: there.copy_(here, non_blocking=True), device)
+    return there.nbytes / max(out, back)
+
+
+def host_memory() -> int:
+    """Bytes that the host can still give, without swapping where it says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    known = {line.split(":")[0]: line.split() for line in lines}
+    return 1024 * int(known["MemAvailable"][1])
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -22,8 +22,9 @@ class Roofline:
     def __call__(self, call: OpCall) -> Cost:
         arithmetic = call.flops / self.device.rate(self.dtype)
         traffic = (call.bytes_read + call.bytes_written) / self.device.bandwidth
+        link = call.host_bytes / (self.device.host_link or self.device.bandwidth)
         return Cost(
-            seconds=max(arithmetic, traffic) + call.launches * self.device.launch_seconds,
+            seconds=max(arithmetic, traffic, link) + call.launches * self.device.launch_seconds,
             weight_bytes=call.weight_bytes,
             state_bytes=call.state_bytes,
             temporary_bytes=call.temporary_bytes,

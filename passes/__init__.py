@@ -28,6 +28,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.activation.chunked:Chunked",
     "fxopt.passes.activation.last_logits:LastLogits",
     "fxopt.passes.activation.recompute:Recompute",
+    "fxopt.passes.activation.offload:Offload",
     "fxopt.passes.activation.quantized_saved:QuantizedSaved",
 )
 ON_REQUEST = frozenset(

@@ -46,6 +46,7 @@ class OpCall:
     state_bytes: int = 0
     temporary_bytes: int = 0
     launches: int = 1
+    host_bytes: float = 0.0
     run: Callable[[Any], Callable[[], Any]] | None = field(default=None, compare=False, repr=False)
 
 

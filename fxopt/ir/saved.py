@@ -17,10 +17,15 @@ AGAIN: Final = "again"
 class Image:
     """Another form in which a piece of memory waits for the backward.
 
-    `pack(x, *pack_arguments)`, after the last op of the forward that reads x, returns the parts
-    that are saved; `unpack(*parts, *unpack_arguments)`, before the first op of the backward that
-    reads it, a tensor like x, with its strides. `rounding` is the relative error of that tensor
-    that is to be expected (root mean square); 0: none.
+    `pack(x, *pack_arguments)`, after the last op of the forward that reads x, returns a tuple of
+    the tensors that are saved, the parts; `unpack(*parts, *unpack_arguments)`, before the first op
+    of the backward that reads it, a tensor like x, with its strides. `rounding` is the relative
+    error of that tensor that is to be expected (root mean square); 0: none.
+
+    With `release` and `fetch` there is one part, returned alone, which is made and read back while
+    other ops run:
+    `release(part, x)` returns the part once x is needed no more; `fetch(part, *unpack_arguments)`
+    begins to make the tensor, and `unpack(fetched, part)` returns it.
     """
 
     pack: Callable[..., Any]
@@ -28,3 +33,5 @@ class Image:
     unpack: Callable[..., Any]
     unpack_arguments: tuple[Any, ...]
     rounding: float = 0.0
+    release: Callable[..., Any] | None = None
+    fetch: Callable[..., Any] | None = None

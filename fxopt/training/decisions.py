@@ -96,12 +96,16 @@ def _kept(layout: Layout, key: str, owner: fx.Node) -> str:
 
 
 def _taken(offer: Offer, bytes_: int) -> str:
-    if not isinstance(offer.treatment, Form):
-        return (
-            f"{_size(bytes_)} less to save; alone it takes {_time(offer.cost.seconds)} to run again"
-        )
-    packed = f"{_size(offer.treatment.bytes)} saved in place of {_size(bytes_)}"
-    return f"{packed}; there and back it takes {_time(offer.cost.seconds)}"
+    """What a choice does with a tensor of so many bytes, and what for."""
+    form, seconds = offer.treatment, _time(offer.cost.seconds)
+    if not isinstance(form, Form):
+        return f"{_size(bytes_)} less to save; alone it takes {seconds} to run again"
+    if form.host:
+        where = f"{_size(form.host)} wait in host memory"
+        return f"{where}; alone it takes {seconds} of standing still for copies"
+    return (
+        f"{_size(form.bytes)} saved in place of {_size(bytes_)}; there and back it takes {seconds}"
+    )
 
 
 def _error(layout: Layout, offer: Offer) -> float:

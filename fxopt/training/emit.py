@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -15,7 +16,7 @@ from torch.fx.graph import CodeGen
 from ..ir.saved import Image
 from .forms import parts_of
 from .random import is_random, replayed, rng_state
-from .schedule import Schedule
+from .schedule import Item, Schedule
 from .step import NORM, aten
 
 
@@ -23,10 +24,12 @@ def partition(
     joint: fx.GraphModule, scheduled: Schedule, num_fwd_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Write images and second runs into the joint graph, and cut it where the backward begins."""
-    copies, packed = _write(joint.graph, scheduled)
-    forward = {*scheduled.step.forward, *joint.graph.find_nodes(op="placeholder"), *packed}
+    written = _Written()
+    _write(joint.graph, scheduled, written)
+    forward = {*scheduled.step.forward, *joint.graph.find_nodes(op="placeholder")}
+    forward |= {part for parts in written.parts.values() for part in parts}
     states = [n for n in joint.graph.nodes if n.target is rng_state]
-    inside = {*scheduled.step.backward, *copies.values()}
+    inside = {*scheduled.step.backward, *written.copies.values(), *written.fetched.values()}
     read = {source for node in inside for source in node.all_input_nodes}
     saved = [n for n in joint.graph.nodes if n in read and (n in forward or n in states)]
     saved = [n for n in saved if not str(n.target).startswith("tangents")]
@@ -38,45 +41,69 @@ def partition(
     return parts
 
 
-def _write(graph: fx.Graph, scheduled: Schedule) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
-    """Insert what the schedule adds, and let the backward read it.
+@dataclass(frozen=True)
+class _Written:
+    """What was inserted: what stands for forward nodes in the backward, the parts of images that
+    are saved, and tensors on their way back, by forward node."""
 
-    Returns what stands for forward nodes in the backward, and the parts of images.
-    """
-    copies: dict[fx.Node, fx.Node] = {}
-    packed: dict[fx.Node, list[fx.Node]] = {}
+    copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    parts: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
+    fetched: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+
+
+def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
+    """Insert what the schedule adds, and let the backward read it."""
     for item in scheduled.items:
         if item.kind == "run":
             if item.node not in scheduled.again:
-                _reread(item.node, copies)
+                _reread(item.node, written.copies)
             continue
         assert item.before is not None
         with graph.inserting_before(item.before):
-            if item.kind == "pack":
-                packed[item.node] = _pack(graph, item.node, scheduled.images[item.node].image)
-            elif item.kind == "unpack":
-                image = scheduled.images[item.node].image
-                copies[item.node] = _unpack(graph, item.node, image, packed[item.node])
+            if item.kind == "again":
+                written.copies[item.node] = _copy(graph, item.node, written.copies)
             else:
-                copies[item.node] = _copy(graph, item.node, copies)
-    return copies, [part for parts in packed.values() for part in parts]
+                _image(graph, item, scheduled.images[item.node].image, written)
+
+
+def _image(graph: fx.Graph, item: Item, image: Image, written: _Written) -> None:
+    """Insert one call that makes, or reads, an image."""
+    node = item.node
+    if item.kind == "pack":
+        written.parts[node] = _pack(graph, node, image)
+        return
+    parts = written.parts[node]
+    if item.kind == "release":
+        written.parts[node] = [_like(graph, parts[0], image.release, (*parts, node))]
+    elif item.kind == "fetch":
+        arguments = (*parts, *image.unpack_arguments)
+        written.fetched[node] = _like(graph, node, image.fetch, arguments)
+    elif image.fetch:
+        arguments = (written.fetched[node], *parts)
+        written.copies[node] = _like(graph, node, image.unpack, arguments)
+    else:
+        arguments = (*parts, *image.unpack_arguments)
+        written.copies[node] = _like(graph, node, image.unpack, arguments)
 
 
 def _pack(graph: fx.Graph, node: fx.Node, image: Image) -> list[fx.Node]:
     whole = graph.call_function(image.pack, (node, *image.pack_arguments))
-    whole.meta["val"] = parts_of(image, node.meta["val"])
-    parts: list[fx.Node] = []
-    for i, value in enumerate(whole.meta["val"]):
-        part = graph.call_function(operator.getitem, (whole, i))
+    values = parts_of(image, node.meta["val"])
+    if image.fetch:
+        whole.meta["val"] = values[0]
+        return [whole]
+    parts = [graph.call_function(operator.getitem, (whole, i)) for i in range(len(values))]
+    whole.meta["val"] = values
+    for part, value in zip(parts, values, strict=True):
         part.meta["val"] = value
-        parts.append(part)
     return parts
 
 
-def _unpack(graph: fx.Graph, node: fx.Node, image: Image, parts: list[fx.Node]) -> fx.Node:
-    copy = graph.call_function(image.unpack, (*parts, *image.unpack_arguments))
-    copy.meta = {**node.meta, "partitioner_tag": "is_backward"}
-    return copy
+def _like(graph: fx.Graph, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> fx.Node:
+    """A call whose result is like that of `node`."""
+    call = graph.call_function(target, arguments)
+    call.meta = {"val": node.meta["val"]}
+    return call
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -18,7 +18,8 @@ class Form:
 
     `bytes` while it waits on the device; `packing` and `unpacking` are bytes that these take
     beside what they make; `seconds` is what both take. `error` is the square of the relative error
-    of the gradients that is expected of it, which adds up over tensors; 0: exact.
+    of the gradients that is expected of it, which adds up over tensors; 0: exact. `host` bytes lie
+    in host memory, and `transfer` seconds take them there beside other calls, and as many back.
     """
 
     image: Image
@@ -28,6 +29,8 @@ class Form:
     unpacking: int = 0
     seconds: float = 0.0
     error: float = 0.0
+    host: int = 0
+    transfer: float = 0.0
 
 
 Treatment = Form | Literal["again"]
@@ -48,4 +51,5 @@ def images(choices: Choices) -> dict[fx.Node, Form]:
 def parts_of(image: Image, value: Any) -> tuple[Any, ...]:
     """What packing the fake tensor `value` returns."""
     with torch.no_grad():
-        return tuple(image.pack(value, *image.pack_arguments))
+        packed = image.pack(value, *image.pack_arguments)
+    return packed if isinstance(packed, tuple) else (packed,)

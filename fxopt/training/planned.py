@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
 )
 
-from ..cost_models.hardware import probe
+from ..cost_models.hardware import host_memory, probe
 from ..cost_models.measured import Measured
 from ..ir.errors import BudgetError, PlanError
 from ..ir.plan import Decision, Plan
@@ -30,6 +30,9 @@ from .schedule import Schedule
 from .search import StepPlan, frontier, laid_out
 from .sites import Saved, saved_tensors
 from .step import Step, node_key
+
+HOST_SHARE = 0.5
+"""Of what the host can still give, the most that a plan may take."""
 
 Pick = Callable[[Saved, float], StepPlan]
 """Takes the saved tensors and a deadline (of `time.monotonic`), gives the plan to run."""
@@ -73,7 +76,10 @@ def planned(model: nn.Module, inputs: Inputs, request: Request, pick: Pick) -> t
         structure = _structure(step)
         with _disable_current_modes(), no_python_dispatcher():
             costs = _costs(model)
-            saved = saved_tensors(step, costs, request.rewrites, request.workload, request.keep)
+            saved = saved_tensors(
+                step, costs, request.rewrites, request.workload, request.keep, costs.prior
+            )
+            saved.host = HOST_SHARE * host_memory()
             costs.save()
         plan = pick(saved, deadline)
         calls = laid_out(step, plan)
@@ -115,7 +121,7 @@ def fastest(limit: float, error: float = 0.0) -> Pick:
     def pick(saved: Saved, deadline: float) -> StepPlan:
         plans = frontier(
             saved.step, saved.seconds, saved.droppable, saved.forms,
-            error=error, deadline=deadline,
+            error=error, host=saved.host, deadline=deadline,
         )  # fmt: skip
         return next((p for p in plans if p.peak <= limit), plans[-1])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor, fx
 
 from .forms import Form
+from .link import Copies, copies
 from .step import Step, storage_of
 
-Kind = Literal["run", "again", "pack", "unpack"]
+Kind = Literal["run", "again", "pack", "release", "fetch", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Item:
     """One call of the step.
 
     "again" is the second run of a forward node, in the backward; "pack" makes the image of the
-    memory that `node` owns, "unpack" the memory again. `before` is the node that such a call
-    stands before, and runs for.
+    memory that `node` owns, "unpack" the memory again; where these run beside other calls they end
+    with "release" and begin with "fetch". `before` is the node that such a call stands before.
     """
 
     node: fx.Node
@@ -39,6 +40,8 @@ class Schedule:
     items: tuple[Item, ...]
     again: frozenset[fx.Node]
     images: Mapping[fx.Node, Form] = field(default_factory=dict[fx.Node, Form])
+    wait: float = 0.0
+    """Seconds that the step stands still for copies."""
 
     def live(self) -> np.ndarray:
         """Bytes alive at each node of the unchanged step, in its order.
@@ -141,7 +144,36 @@ def schedule(
             items.append(Item(source, "unpack" if source in images else "again", node))
         made |= needed
         items.append(Item(node))
-    return Schedule(step, tuple(items), frozenset(made - set(images)), images)
+    again = frozenset(made - set(images))
+    if not any(form.image.fetch for form in images.values()):
+        return Schedule(step, tuple(items), again, images)
+    placed = _copies(step, items, images)
+    return Schedule(step, tuple(_with_copies(items, placed)), again, images, placed.wait)
+
+
+def _copies(step: Step, items: Sequence[Item], images: Mapping[fx.Node, Form]) -> Copies:
+    """Where the copies of those images begin and end that are made beside other calls."""
+    beside = {owner for owner, form in images.items() if form.image.fetch}
+
+    def of(kind: Kind) -> dict[fx.Node, fx.Node]:
+        return {i.node: i.before for i in items if i.kind == kind and i.node in beside and i.before}
+
+    done, needed = of("pack"), of("unpack")
+    return copies(
+        step.forward, step.backward, step.pace, done, needed, lambda o: images[o].transfer
+    )
+
+
+def _with_copies(items: Sequence[Item], placed: Copies) -> Iterator[Item]:
+    extra: dict[fx.Node, list[Item]] = {}
+    for owner, node in placed.release.items():
+        extra.setdefault(node, []).append(Item(owner, "release", node))
+    for owner, node in placed.fetch.items():
+        extra.setdefault(node, []).append(Item(owner, "fetch", node))
+    for item in items:
+        if item.kind != "pack":
+            yield from extra.pop(item.before or item.node, ())
+        yield item
 
 
 def _forward(step: Step, images: Mapping[fx.Node, Form]) -> list[Item]:
@@ -178,7 +210,8 @@ again, or its image."""
 def _ranges(laid: Schedule) -> tuple[dict[Key, int], dict[Key, int]]:
     """Where each piece of memory is made and last needed; results and outputs to the end."""
     step, end = laid.step, len(laid.items) - 1
-    opening = sum(item.kind == "pack" for item in laid.items) + len(step.forward)
+    early = ("pack", "release")
+    opening = sum(item.kind in early for item in laid.items) + len(step.forward)
     begin: dict[Key, int] = {}
     last: dict[Key, int] = {}
     for i, item in enumerate(laid.items):
@@ -194,9 +227,9 @@ def _ranges(laid: Schedule) -> tuple[dict[Key, int], dict[Key, int]]:
 
 def _touched(laid: Schedule, item: Item) -> list[Key]:
     """The memory that a call reads or makes; of the placeholders only gradients count."""
-    if item.kind == "pack":
+    if item.kind in ("pack", "release"):
         return [(item.node, "first"), (item.node, "image")]
-    if item.kind == "unpack":
+    if item.kind in ("fetch", "unpack"):
         return [(item.node, "image"), (item.node, "again")]
     step, found = laid.step, list[Key]()
     in_backward = item.kind == "again" or item.node not in step.inside

@@ -27,6 +27,7 @@ from .step import Step
 LIMITS = 10
 CHUNKS = 24
 REPAIRS = 2
+WAITS = 17
 CLOSE = 1.01
 START, MANY = "from ", 1e4
 """Rows of what second runs start from: rounding it counts as much as more starts than there are."""
@@ -54,6 +55,11 @@ class StepPlan:
         return again(self.choices)
 
     @property
+    def host(self) -> int:
+        """Bytes in host memory."""
+        return sum(form.host for form in self.images.values())
+
+    @property
     def images(self) -> dict[fx.Node, Form]:
         """The owners that wait in another form."""
         return images(self.choices)
@@ -70,23 +76,27 @@ def frontier(
     forms: Mapping[fx.Node, Sequence[Form]] | None = None,
     *,
     error: float = 0.0,
+    host: float = float("inf"),
     deadline: float = float("inf"),
 ) -> list[StepPlan]:
     """Plans from the fastest to the smallest; each next has a lower peak and takes longer.
 
     `droppable` are the saved owners that may be computed again, `seconds` what each op takes,
-    `forms` what owners may wait in instead, `error` the most that may be expected of a plan.
-    After `deadline` (of `time.monotonic`) no further way to cut the forward is tried.
+    `forms` what owners may wait in instead, `error` the most that may be expected of a plan, `host`
+    the bytes that it may take there. After `deadline` (of `time.monotonic`) no further way to cut
+    the forward is tried.
     """
     offers = Offers(step, seconds, frozenset(droppable), forms or {})
+    movable = {o for o, found in offers.forms.items() if not all(f.error for f in found)}
+    limits = {"error": error**2, "host": host}
     found = [_plan(step, seconds, {}, frozenset())]
-    for segments in segmentations(step, {*droppable, *offers.forms}):
-        found += _of_segments(offers, segments, error)
+    for segments in segmentations(step, {*droppable, *offers.forms}, movable):
+        found += _of_segments(offers, segments, limits)
         if time.monotonic() > deadline:
             break
     best: list[StepPlan] = []
     for plan in sorted(found, key=lambda p: (p.seconds, p.peak)):
-        fits = plan.error <= error * (1 + 1e-9)
+        fits = plan.error <= error * (1 + 1e-9) and plan.host <= host
         if fits and (not best or plan.peak < best[-1].peak):
             best.append(plan)
     return best
@@ -103,7 +113,7 @@ def _plan(step: Step, seconds: Seconds, choices: Choices, stops: frozenset[fx.No
     return StepPlan(choices, stops, peak, found.sums["seconds"], error)
 
 
-def _of_segments(offers: Offers, segments: Segments, error: float) -> list[StepPlan]:
+def _of_segments(offers: Offers, segments: Segments, limits: Mapping[str, float]) -> list[StepPlan]:
     """Plans for limits between the least and the most that these segments can reach."""
     if not segments.parts:
         return []
@@ -121,9 +131,10 @@ def _of_segments(offers: Offers, segments: Segments, error: float) -> list[StepP
         )
         for g, (options, lives) in enumerate(zip(effects, changes, strict=True))
     )
-    # squares of errors add up
-    fixed = [Row("error", error**2)] if offers.forms and error < np.inf else []
+    fixed = [Row(n, v) for n, v in limits.items() if offers.forms and v < np.inf]
     fixed += _exact_starts(groups)
+    if waiting := _waiting(step, groups):
+        groups, fixed = (*groups, waiting), [*fixed, Row("link", _span(step))]
     low = _lowest(base, changes)
     found = [_plan(step, seconds, _joined(options[-1] for options in choices), stops)]
     for limit in np.geomspace(max(low, 1.0), float(base.max()), LIMITS):
@@ -133,7 +144,8 @@ def _of_segments(offers: Offers, segments: Segments, error: float) -> list[StepP
             solution = solve(asked, time_limit=2.0)
             if solution is None:
                 break
-            chosen = _joined(each[o] for each, o in zip(choices, solution.choice, strict=True))
+            picked = zip(choices, solution.choice[: len(choices)], strict=True)
+            chosen = _joined(each[o] for each, o in picked)
             found.append(_plan(step, seconds, chosen, stops))
             if found[-1].peak <= CLOSE * limit:
                 break
@@ -151,6 +163,20 @@ def _option(effect: _Effect, change: np.ndarray) -> Option:
     starts = {f"{START}{owner.name}": 1.0 for owner in effect.starts}
     rounded = {f"{START}{owner.name}": MANY for owner in effect.rounded}
     return Option("", {**effect.sums, **peaks, **starts, **rounded})
+
+
+def _span(step: Step) -> float:
+    """Seconds of the forward, beside which copies to the host run for nothing."""
+    return sum(step.pace.get(node, 0.0) for node in step.forward)
+
+
+def _waiting(step: Step, groups: Sequence[Group]) -> Group | None:
+    """How long the step stands still, each way, for copies that all ops together do not cover."""
+    longest = sum(max(o.amount("link") for o in group.options) for group in groups)
+    if longest <= _span(step):
+        return None
+    waits = np.linspace(0, longest, WAITS)
+    return Group("wait", tuple(Option("", {"link": -w, "seconds": 2 * w}) for w in waits))
 
 
 def _exact_starts(groups: Sequence[Group]) -> list[Row]:
@@ -191,9 +217,12 @@ def _effect(step: Step, seconds: Seconds, choices: Choices, stops: frozenset[fx.
     stored = images(choices)
     calls = schedule(step, again(choices), stops, stored)
     added = sum(seconds[n] for n in calls.runs_again()) + sum(f.seconds for f in stored.values())
+    # squares of errors add up
+    rows = {"error": "error", "host": "host", "link": "transfer"}
+    sums = {row: float(sum(getattr(f, n) for f in stored.values())) for row, n in rows.items()}
     return _Effect(
         calls.live(),
-        {"seconds": added, "error": sum(f.error for f in stored.values())},
+        {"seconds": added + calls.wait, **sums},
         calls.starts(),
         frozenset(owner for owner, form in stored.items() if form.error),
     )

@@ -33,7 +33,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a forward. `sites` are the saved owners that may be dropped in it."""
+    """Part of a forward, or a cut. `sites` are the saved owners that are decided in it."""
 
     sites: tuple[fx.Node, ...]
 
@@ -46,12 +46,16 @@ class Segments:
     stops: frozenset[fx.Node]
 
 
-def segmentations(step: Step, droppable: Collection[fx.Node]) -> list[Segments]:
-    """Ways to cut the forward, the undivided one first; `droppable` are the owners in question.
+def segmentations(
+    step: Step, droppable: Collection[fx.Node], movable: Collection[fx.Node] = ()
+) -> list[Segments]:
+    """Ways to cut the forward, the undivided one first; `droppable` are the owners in question,
+    `movable` those that may wait elsewhere unchanged, though second runs start from them.
 
     Small steps are also taken tensor by tensor, as if each stood alone.
     """
-    found = [_divide(step, cut, droppable) for cut in dict.fromkeys([(), *_cut_sets(step)])]
+    cut_sets = dict.fromkeys([(), *_cut_sets(step)])
+    found = [_divide(step, cut, droppable, movable) for cut in cut_sets]
     if len(droppable) <= ALONE:
         single = tuple(Segment((owner,)) for owner in step.saved if owner in droppable)
         found.append(Segments(single, frozenset()))
@@ -112,7 +116,12 @@ def _even(step: Step, found: Sequence[Cut], parts: int) -> tuple[int, ...]:
     return tuple(sorted(nearest))
 
 
-def _divide(step: Step, positions: Sequence[int], droppable: Collection[fx.Node]) -> Segments:
+def _divide(
+    step: Step,
+    positions: Sequence[int],
+    droppable: Collection[fx.Node],
+    movable: Collection[fx.Node],
+) -> Segments:
     """What a later part reads of an earlier one stays: computing again ends there."""
     part = {node: bisect_right(positions, i) for i, node in enumerate(step.forward)}
     stops: set[fx.Node] = set()
@@ -125,4 +134,5 @@ def _divide(step: Step, positions: Sequence[int], droppable: Collection[fx.Node]
     for owner in step.saved:
         if owner not in stops and owner in droppable:
             sites[part[owner]].append(owner)
-    return Segments(tuple(Segment(tuple(s)) for s in sites if s), frozenset(stops))
+    alone = [[owner] for owner in step.saved if owner in stops and owner in movable]
+    return Segments(tuple(Segment(tuple(s)) for s in [*sites, *alone] if s), frozenset(stops))

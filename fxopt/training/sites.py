@@ -46,7 +46,7 @@ class Saved:
     """The saved tensors of a step: owner by site key, seconds of each op, what is offered.
 
     `alone` is what dropping one tensor and no other costs, in seconds a step. `others` are the
-    owners by key that the step does not save, but a plan may.
+    owners by key that the step does not save, but a plan may. `host` bytes may lie there.
     """
 
     step: Step
@@ -57,6 +57,7 @@ class Saved:
     alone: dict[str, float]
     proposals: Proposals
     offers: dict[fx.Node, list[Offer]]
+    host: float = float("inf")
 
     @property
     def droppable(self) -> frozenset[fx.Node]:
@@ -79,8 +80,12 @@ def saved_tensors(
     rewrites: Sequence[Rewrite],
     workload: Train,
     keep: Iterable[str],
+    prior: CostModel | None = None,
 ) -> Saved:
-    """Price the forward's ops and ask every rewrite about every saved tensor."""
+    """Price the forward's ops and ask every rewrite about every saved tensor.
+
+    `prior` prices the ops that nobody would run again, which need not be timed.
+    """
     calls = {n: op_call(n) for n in schedule(step, step.saved).runs_again()}
     seconds = {node: _seconds(model, [call]) for node, call in calls.items()}
     own = dict.fromkeys(step.owner[n] for n in step.forward if n in step.owner)
@@ -92,12 +97,21 @@ def saved_tensors(
     sites = {k: _site(step, k, o, [calls[n] for n in again[k]]) for k, o in owners.items()}
     alone = {key: sum(seconds[n] for n in nodes) for key, nodes in again.items()}
     found = propose(list(sites.values()), rewrites, scenarios(workload), workload.kind, keep)
+    step.pace = _pace(step, prior or model) | seconds
     saved = Saved(step, owners, others, sites, seconds, alone, found, {})
     saved.offers = {
         owners[key]: [_offer(saved, p, model, workload) for p in proposals]
         for (_, key), proposals in found.by_site.items()
     }
     return saved
+
+
+def _pace(step: Step, model: CostModel) -> dict[fx.Node, float]:
+    """Seconds of every op of the step; views and parts of results take none."""
+    return {
+        n: 0.0 if n.target is operator.getitem or step.is_view(n) else _seconds(model, [op_call(n)])
+        for n in (*step.forward, *step.backward)
+    }
 
 
 def _seconds(model: CostModel, calls: Iterable[OpCall]) -> float:
@@ -114,7 +128,7 @@ def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site
         tuple(map(int, value.shape)),
         tuple(map(int, value.stride())),
         value.dtype,
-        value.device.type,
+        str(value.device),
         step.bytes[owner],
         value.numel() * value.element_size() == step.bytes[owner] and _dense(value),
         int(owner.args[1]) if owner.target is operator.getitem else 0,  # pyright: ignore
@@ -144,7 +158,8 @@ def _offer(saved: Saved, proposal: Proposal, model: CostModel, workload: Train) 
     (scenario,) = scenarios(workload)
     calls = rewrite.lower(match, candidate, scenario)
     form = _form(saved.step, owner, mark, candidate.label or rewrite.name, calls, model)
-    return Offer(proposal, form, Cost(seconds=form.seconds, temporary_bytes=form.bytes))
+    alone = schedule(saved.step, (), (), {owner: form}).wait + form.seconds
+    return Offer(proposal, form, Cost(seconds=alone, temporary_bytes=form.bytes))
 
 
 def _form(
@@ -161,24 +176,32 @@ def _form(
     saved bytes rounded alike gives gradients that are off by as much as the tensors.
     """
     value: Tensor = owner.meta["val"]
-    parts = [p for p in parts_of(image, value) if p.device.type == value.device.type]
+    host, here = 0, 0
+    for part in parts_of(image, value):
+        size = part.untyped_storage().nbytes()
+        there = part.device.type != value.device.type
+        host, here = (host + size, here) if there else (host, here + size)
     packing, unpacking = map(_workspace, calls) if value.device.type == "cpu" else (0, 0)
     share = step.bytes[owner] / sum(step.bytes[o] for o in step.saved)
+    seconds = _seconds(model, calls)
     return Form(
         image,
         label,
-        sum(p.untyped_storage().nbytes() for p in parts),
+        here,
         packing,
         unpacking,
-        _seconds(model, calls),
+        0.0 if image.fetch else seconds,
         share * image.rounding**2,
+        host,
+        seconds / 2 if image.fetch else 0.0,
     )
 
 
 @lru_cache
 def _workspace(call: OpCall) -> int:
     """Bytes that an op takes on a CPU beside what it returns; kernels on CUDA take none."""
-    assert call.run is not None
+    if call.run is None:
+        return 0
     taken = peak_live_bytes(call.run("cpu"), torch.device("cpu"))
     return taken - int(call.bytes_written)
 

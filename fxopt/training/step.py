@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,8 @@ class Step:
     outputs: frozenset[fx.Node]
     changed: frozenset[fx.Node]
     """Placeholders that the step writes to: running statistics, inputs changed in place."""
+    pace: dict[fx.Node, float] = field(default_factory=dict[fx.Node, float])
+    """Seconds that each node takes, where it was asked: copies beside them are placed by it."""
 
     @classmethod
     def of(cls, graph: fx.Graph, num_fwd_outputs: int) -> Step:

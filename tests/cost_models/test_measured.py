@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_roofline_takes_the_slower_of_arithmetic_and_traffic() -> None:
     )
     assert Roofline(DEVICE, "bfloat16")(call(flops=4e9)).seconds == pytest.approx(2 + 1e-6)
     assert Roofline(DEVICE, "int3")(call(flops=1e9)).seconds == pytest.approx(1 + 1e-6)
+
+
+def test_what_crosses_to_the_host_takes_the_link() -> None:
+    linked = replace(DEVICE, host_link=1e7)
+    assert Roofline(linked)(call(bytes_read=1e9, host_bytes=1e9)).seconds == pytest.approx(
+        100 + 1e-6
+    )
+    assert Roofline(DEVICE)(call(host_bytes=3e9)).seconds == pytest.approx(3 + 1e-6)
 
 
 def test_costs_add() -> None:

@@ -99,7 +99,7 @@ def test_a_limit_takes_the_fastest_plan_below_it(small: Example) -> None:
 
     saved: Any = Saved()
     saved.step, saved.seconds, saved.droppable = step, made_up_seconds(step), droppable(step)
-    saved.forms = {}
+    saved.forms, saved.host = {}, float("inf")
     assert fastest(middle.peak)(saved, float("inf")) == middle
     assert fastest(middle.peak - 1)(saved, float("inf")).peak < middle.peak
     assert fastest(0)(saved, float("inf")) == plans[-1]

@@ -1,0 +1,103 @@
+"""A tensor saved for the backward -> a copy in host memory, saved instead.
+
+    h = gelu(x);  saved: h                     backward: reads h
+    h = gelu(x);  host = offload(h)            # after the last op of the forward that reads h
+    ...                                        # the copy runs beside these
+    landed(host, h);  saved: host              # the memory of h is free from here
+                                               backward: h' = reload(host), some ops early;
+                                               ...; arrived(h'); reads h'
+
+Exact. Pays where the link to the host has time left: what it carries beside the ops between costs
+nothing, the rest is waited for. Not on a CPU, whose memory is the host's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.saved import MARK, Image
+from fxopt.ir.site import Family, SavedInfo, Site
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.offload_activation import arrived, landed, offload, reload
+
+
+@dataclass(frozen=True)
+class Offload:
+    """`least` is the smallest tensor, in bytes, that is worth the launch of its copies."""
+
+    least: int = 2**20
+
+    name: ClassVar[str] = "activation.offload"
+    family: ClassVar[Family] = "activation"
+    workloads: ClassVar[frozenset[str]] = frozenset({"train"})
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = True
+    paper: ClassVar[str] = "https://arxiv.org/abs/2407.12117"
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def match(self, site: Site) -> Match | Refusal:
+        info = site.info
+        if not isinstance(info, SavedInfo):
+            return Refusal("not a tensor that is saved for the backward")
+        if info.device == "cpu":
+            return Refusal("it lies in host memory: a copy there would free nothing")
+        if not info.whole:
+            return Refusal("its memory is more than the tensor, and the rest may be read as well")
+        return Match(site)
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        return [Candidate(self.name, "host", {})] if _info(match).bytes >= self.least else []
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        return f"{_info(match).bytes} bytes: less than {self.least} are not worth two copies"
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        """The copies there and back."""
+        info = _info(match)
+        size, bytes_ = math.prod(info.shape), float(info.bytes)
+        key = f"{str(info.dtype).removeprefix('torch.')}[{size}]"
+        return [
+            OpCall("offload", f"offload/{key}", 0.0, bytes_, 0.0, host_bytes=bytes_),
+            OpCall("reload", f"reload/{key}", 0.0, 0.0, bytes_, host_bytes=bytes_),
+        ]
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """The recorded output `inputs["y"]`: a copy changes nothing."""
+        return inputs["y"]
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None:
+        """Mark the node; where copies begin and end follows from the whole plan."""
+        info = _info(match)
+        editor.node(match.site).meta[MARK] = Image(
+            offload,
+            (),
+            arrived,
+            (info.shape, info.stride, info.device),
+            release=landed,
+            fetch=reload,
+        )
+
+
+def _info(match: Match) -> SavedInfo:
+    assert isinstance(match.site.info, SavedInfo)
+    return match.site.info
