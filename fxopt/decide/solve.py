@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,22 @@ def total(problem: Problem, choice: Sequence[int], row: str) -> float:
     return amount
 
 
+def totals(problem: Problem, choice: Sequence[int]) -> Callable[[str], float]:
+    """`total` for many rows of one choice, each option looked at once."""
+    sums: dict[str, float] = {}
+    for group, o in zip(problem.groups, choice, strict=True):
+        for name, amount in group.options[o].amounts.items():
+            sums[name] = sums.get(name, 0.0) + amount
+
+    def of(row: str) -> float:
+        whole = row_of(row)
+        if problem.pairs or (whole != row and whole in sums):
+            return total(problem, choice, row)
+        return sums.get(row, 0.0)
+
+    return of
+
+
 def value(problem: Problem, choice: Sequence[int]) -> float:
     """The objective of `choice`."""
     return sum(w * total(problem, choice, row) for row, w in problem.objective.items())
@@ -115,8 +131,9 @@ def value(problem: Problem, choice: Sequence[int]) -> float:
 def violation(problem: Problem, choice: Sequence[int]) -> float:
     """The largest relative excess over any row; 0 or less when all hold."""
     worst = 0.0
+    amounts = totals(problem, choice)
     for row in problem.rows:
-        amount = total(problem, choice, row.name) + row.constant
+        amount = amounts(row.name) + row.constant
         scale = max(abs(row.limit), ROUNDING)
         worst = max(worst, (amount - row.limit) / scale)
     if tuple(choice) in problem.cuts or problem.forbidden & set(enumerate(choice)):
@@ -250,11 +267,30 @@ def columns_of(problem: Problem) -> dict[tuple[int, int], int]:
 def line_of(
     problem: Problem, index: Mapping[tuple[int, int], int], row: str, width: int
 ) -> np.ndarray:
-    line = np.zeros(width)
+    return _line(_by_name(problem, index), len(index), row, width)
+
+
+def _by_name(problem: Problem, index: Mapping[tuple[int, int], int]) -> dict[str, dict[int, float]]:
+    """What each column adds, by the names of amounts."""
+    found: dict[str, dict[int, float]] = {}
     for (g, o), column in index.items():
-        line[column] = problem.groups[g].options[o].amount(row)
+        for name, amount in problem.groups[g].options[o].amounts.items():
+            found.setdefault(name, {})[column] = amount
     for p, pair in enumerate(problem.pairs):
-        line[len(index) + p] = pair.amounts.get(row, 0.0)
+        for name, amount in pair.amounts.items():
+            found.setdefault(name, {})[len(index) + p] = amount
+    return found
+
+
+def _line(
+    by_name: Mapping[str, Mapping[int, float]], options: int, row: str, width: int
+) -> np.ndarray:
+    """The coefficients of a row; what an option adds to the whole row it adds at every point."""
+    line = np.zeros(width)
+    for name in dict.fromkeys((row_of(row), row)):
+        for column, amount in by_name.get(name, {}).items():
+            if name == row or column < options:
+                line[column] = amount
     return line
 
 
@@ -281,13 +317,14 @@ def constraints(
 
     for g, group in enumerate(problem.groups):
         add({index[g, o]: 1.0 for o in range(len(group.options))}, 1, 1)
+    by_name = _by_name(problem, index)
     for row in problem.rows:
-        line = line_of(problem, index, row.name, width)
+        line = _line(by_name, len(index), row.name, width)
         scale = scale_of(row, line)
         if relax:
             line[-1] = -row.limit
         limit = (0.0 if relax else row.limit) - row.constant
-        add(dict(enumerate(line / scale)), -np.inf, limit / scale)
+        add({int(c): line[c] / scale for c in np.flatnonzero(line)}, -np.inf, limit / scale)
     for p, pair in enumerate(problem.pairs):
         x, y, both = index[pair.first], index[pair.second], len(index) + p
         add({both: 1, x: -1, y: -1}, -1, np.inf)

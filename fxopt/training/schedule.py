@@ -15,6 +15,8 @@ from .link import Copies, copies
 from .step import Step, storage_of
 
 Kind = Literal["run", "again", "pack", "release", "fetch", "unpack"]
+CALLS = ("run", "again")
+"""The kinds that run nodes of the unchanged step."""
 
 
 @dataclass(frozen=True)
@@ -255,11 +257,25 @@ def _unread(step: Step, items: tuple[Item, ...]) -> np.ndarray:
             if source in step.owner:
                 held.pop(storage_of(source.meta["val"]), None)
         total = sum(t.untyped_storage().nbytes() for t in held.values())
-        extra[i], j = total, i + 1
-        while j < len(items) and _is_part(items[j].node, item.node):
-            total -= step.bytes.get(step.owner[items[j].node], 0)
-            extra[j], j = total, j + 1
+        extra[i] = total
+        for j in _until_parted(items, i):
+            if items[j].kind in CALLS:
+                total -= step.bytes.get(step.owner[items[j].node], 0)
+            extra[j] = total
     return extra
+
+
+def _until_parted(items: tuple[Item, ...], whole: int) -> list[int]:
+    """The items up to the last one that takes a part of a result; images may be made between."""
+    found: list[int] = []
+    taken = 0
+    for j in range(whole + 1, len(items)):
+        own = items[j].kind in CALLS
+        if own and not _is_part(items[j].node, items[whole].node):
+            break
+        found.append(j)
+        taken = len(found) if own else taken
+    return found[:taken]
 
 
 def _is_part(node: fx.Node, whole: fx.Node) -> bool:

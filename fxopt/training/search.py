@@ -89,9 +89,10 @@ def frontier(
     offers = Offers(step, seconds, frozenset(droppable), forms or {})
     movable = {o for o, found in offers.forms.items() if not all(f.error for f in found)}
     limits = {"error": error**2, "host": host}
+    known: Known = {}
     found = [_plan(step, seconds, {}, frozenset())]
     for segments in segmentations(step, {*droppable, *offers.forms}, movable):
-        found += _of_segments(offers, segments, limits)
+        found += _of_segments(offers, segments, limits, known)
         if time.monotonic() > deadline:
             break
     best: list[StepPlan] = []
@@ -113,13 +114,14 @@ def _plan(step: Step, seconds: Seconds, choices: Choices, stops: frozenset[fx.No
     return StepPlan(choices, stops, peak, found.sums["seconds"], error)
 
 
-def _of_segments(offers: Offers, segments: Segments, limits: Mapping[str, float]) -> list[StepPlan]:
+def _of_segments(
+    offers: Offers, segments: Segments, limits: Mapping[str, float], known: Known
+) -> list[StepPlan]:
     """Plans for limits between the least and the most that these segments can reach."""
     if not segments.parts:
         return []
     step, seconds, stops = offers.step, offers.seconds, segments.stops
     base = _effect(step, seconds, {}, stops).live
-    known: Known = {}
     choices = [offers.plans(p.sites, stops, known) for p in segments.parts]
     effects = [[_effect(step, seconds, c, stops) for c in options] for options in choices]
     changes = [[effect.live - base for effect in options] for options in effects]

@@ -13,7 +13,7 @@ from fxopt.kernels._register import register
 
 from . import reference
 
-PIECE = 8192
+PIECE = 32768
 """Values that are packed at a time where the reference runs: temporaries stay small."""
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fxopt.kernels.offload_activation import REFERENCE, arrived, landed, offload, reload
+from fxopt.kernels.offload_activation import REFERENCE, arrived, landed, offload, op, reload
 from fxopt.kernels.offload_activation.op import pool_of
 from fxopt.kernels.offload_activation.pool import Pool
 
@@ -58,6 +61,55 @@ def test_host_memory_is_allocated_once_and_lent_while_it_is_held() -> None:
     gc.collect()
     assert {again.data_ptr(), pool.take(1000, pin=False).data_ptr()} == places
     assert pool.bytes == 2008
+
+
+class Recorded:
+    """Streams and events that write down what they are asked, instead of a device's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        log = self.log
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                log.append(f"{stream.name} marks {id(self)}")
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event: Event) -> None:
+                log.append(f"{self.name} waits for {id(event)}")
+
+        @contextmanager
+        def on(stream: Stream) -> Generator[None]:
+            log.append(f"on {stream.name}")
+            yield
+            log.append(f"off {stream.name}")
+
+        main, side = Stream("main"), Stream("side")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(op, "_stream_of", lambda _: side)
+
+
+def test_each_copy_waits_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of waits, without a device; what it is for is tested on one."""
+    recorded = Recorded(monkeypatch)
+    source, target, cpu = torch.randn(5), torch.zeros(5), torch.device("cpu")
+    op._copy(target, source, cpu)
+    assert torch.equal(target, source)
+    first, *between, marked = recorded.log
+    assert first == "side waits for main"
+    assert between == ["on side", "off side"]
+    op._wait(target, cpu)
+    assert recorded.log[-1] == f"main waits for {marked.split()[-1]}"
+    with pytest.raises(KeyError):
+        op._wait(target, cpu)
 
 
 @pytest.mark.gpu

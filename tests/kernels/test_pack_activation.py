@@ -124,14 +124,14 @@ def test_layouts(x: Tensor) -> None:
 def test_pieces_give_what_the_reference_gives_at_once(
     dtype: torch.dtype, bits: int, group: int
 ) -> None:
-    x = torch.randn(3, 9001).to(dtype)
+    x = torch.randn(3, 49001).to(dtype)
     codes, top = pack_activation(x, bits, group)
     for mine, whole in zip((codes, top), REFERENCE(x, bits, group), strict=True):
         assert torch.equal(mine, whole)
     arguments = (codes, top, x.shape, x.stride(), bits, group)
     assert torch.equal(unpack_activation(*arguments), reference.unpack_activation(*arguments))
     taken = peak_live_bytes(lambda: pack_activation(x, bits, group), torch.device("cpu"))
-    assert taken - packed_bytes(x.numel(), dtype, bits, group) < 64 * 8192
+    assert taken - packed_bytes(x.numel(), dtype, bits, group) < 40 * 32768
 
 
 @pytest.mark.parametrize("bits", [4, 8])

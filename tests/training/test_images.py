@@ -118,7 +118,8 @@ def test_bytes_and_an_exact_forward(example: Example, _: int) -> None:
     # int4 rounds to a tenth, and gradients pass several tensors; dropout's noise has two values,
     # which come back as they were
     assert error < (0.5 if plan.error else 1e-30)
-    assert measure.peak(module, example[1]) == pytest.approx(plan.peak, rel=1e-4, abs=128)
+    # a second batch norm returns less than the first: no running statistics
+    assert measure.peak(module, example[1]) == pytest.approx(plan.peak, rel=1e-4, abs=256)
 
 
 class Layers(nn.Module):
@@ -161,6 +162,15 @@ def test_gradients_are_those_of_hooks_that_round(bits: int, dtype: torch.dtype) 
     module(x).backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)
+
+
+def test_results_that_are_not_taken_yet_count_beside_a_workspace() -> None:
+    """Codes are made between an op that returns several tensors and what takes them."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 1, 1))
+    inputs = {"input": torch.randn(4, 1, 64, 64)}
+    module, plan, _ = treated((model.train(), inputs), all_in("int4"))
+    assert len(plan.images) > 1
+    assert measure.peak(module, inputs) == pytest.approx(plan.peak, rel=1e-4)
 
 
 def test_offloaded_steps_are_eager_ones(example: Example) -> None:
