@@ -341,6 +341,7 @@ def test_a_budget_with_an_error_row_holds_as_measured(tmp_path: Path) -> None:
     assert measure.outcome(replayed, inputs).difference(measure.outcome(opt, inputs)) == ("", 0.0)
 
 
+@pytest.mark.slow
 def test_what_errs_too_much_is_replaced_or_refused() -> None:
     model, inputs = Expensive(), {"x": torch.randn(1024, 256)}
     tight = fxopt.Budget(activations="75%", relative_error=1e-7)
