@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +25,23 @@ class Outcome:
 
     tensors: dict[str, Tensor]
 
+    @property
+    def outputs(self) -> frozenset[str]:
+        """Names of the tensors that the model returned."""
+        return frozenset(name for name in self.tensors if name.startswith("output "))
+
+    def without(self, names: Collection[str]) -> Outcome:
+        """The same but for some tensors."""
+        return Outcome({n: t for n, t in self.tensors.items() if n not in names})
+
     def difference(self, other: Outcome, *, gradients: bool = True) -> tuple[str, float]:
         """The tensor that differs most, relative to its norm, and by how much; 0.0: bit-equal.
 
-        Without `gradients` those are left out.
+        A gradient that is nothing but rounding, as that of an attention's key bias, is compared
+        with the rounding of all gradients instead. Without `gradients` those are left out.
         """
         worst = ("", 0.0)
+        rounding = self._rounding()
         for name in self.tensors.keys() | other.tensors.keys():
             if name.startswith(GRADIENT) and not gradients:
                 continue
@@ -39,9 +50,19 @@ class Outcome:
                 return name, float("inf")
             if not torch.equal(mine, theirs):
                 a, b = mine.double(), theirs.double()
-                off = ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
+                least = rounding * a.numel() ** 0.5 if name.startswith(GRADIENT) else 0.0
+                off = ((a - b).norm() / a.norm().clamp_min(max(least, 1e-30))).item()
                 worst = max(worst, (name, off), key=lambda found: found[1])
         return worst
+
+    def _rounding(self) -> float:
+        """Root mean square of all gradients' elements, times the spacing of their dtype."""
+        gradients = [t for name, t in self.tensors.items() if name.startswith(GRADIENT)]
+        count = sum(t.numel() for t in gradients)
+        if not count:
+            return 0.0
+        squares = sum(t.double().square().sum().item() for t in gradients)
+        return (squares / count) ** 0.5 * max(torch.finfo(t.dtype).eps for t in gradients)
 
     def gradient_error(self, other: Outcome) -> float:
         """The norm of the difference of all gradients, relative to the norm of these."""
@@ -65,7 +86,7 @@ def outcome(module: nn.Module, inputs: Inputs) -> Outcome:
     with untouched(module):
         torch.manual_seed(SEED)
         output = step(module, inputs)
-        found = {f"output {i}": t for i, t in enumerate(_tensors(output))}
+        found = {f"output {name}": t for name, t in _named(output)}
         gradients = ((n, p.grad) for n, p in module.named_parameters())
         found |= {f"{GRADIENT}{n}": g for n, g in gradients if g is not None}
         found |= {f"buffer {n}": b for n, b in module.named_buffers()}
@@ -127,6 +148,22 @@ def _clear(module: nn.Module) -> None:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _named(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of an output by keys and places, so that one that is None shifts no other."""
+    items: Any = None
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, list | tuple):
+        items = enumerate(output)
+    if items is not None:
+        for key, value in items:
+            yield from _named(value, f"{name}.{key}" if name else str(key))
+        return
+    leaves = [output] if isinstance(output, Tensor) else _tensors(output)
+    for i, leaf in enumerate(leaves):
+        yield (f"{name}.{i}" if name and len(leaves) > 1 else name or str(i)), leaf
 
 
 def _differentiable(output: Any) -> list[Tensor]:

@@ -62,6 +62,15 @@ def test_outcomes_are_told_apart(small: Example) -> None:
     assert 0 < off < 1
 
 
+def test_a_gradient_of_rounding_alone_is_no_difference() -> None:
+    large = torch.tensor([1.0, -2.0])
+    first = measure.Outcome({"gradient of a": large, "gradient of b": torch.tensor([3e-10])})
+    second = measure.Outcome({"gradient of a": large, "gradient of b": torch.tensor([-2e-10])})
+    assert 0 < first.difference(second)[1] < 1e-2
+    third = measure.Outcome({"gradient of a": large, "gradient of b": torch.tensor([1e-3])})
+    assert third.difference(second) == ("gradient of b", pytest.approx(1.0))
+
+
 def test_batch_statistics_move_once(conv: Example) -> None:
     model, inputs = conv
     module, _, again = dropping(model, inputs, 1.0)
