@@ -27,6 +27,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.linear.quantized_low_rank:QuantizedLowRank",
     "fxopt.passes.activation.chunked:Chunked",
     "fxopt.passes.activation.last_logits:LastLogits",
+    "fxopt.passes.activation.cut_cross_entropy:CutCrossEntropy",
     "fxopt.passes.activation.recompute:Recompute",
     "fxopt.passes.activation.offload:Offload",
     "fxopt.passes.activation.quantized_saved:QuantizedSaved",

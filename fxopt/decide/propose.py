@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..ir.cost import Cost, CostModel, OpCall
 from ..ir.names import select
 from ..ir.rewrite import Candidate, Match, Refusal, Rewrite
-from ..ir.site import GroupInfo, Site
+from ..ir.site import GroupInfo, LossHeadInfo, Site
 from ..ir.workload import Scenario
 
 Baseline = Callable[[Site, Scenario], list[OpCall]]
@@ -106,7 +106,7 @@ def _served(rewrite: Rewrite) -> str:
 
 
 def _group_kind(site: Site) -> str:
-    return site.info.kind if isinstance(site.info, GroupInfo) else ""
+    return site.info.kind if isinstance(site.info, GroupInfo | LossHeadInfo) else ""
 
 
 def _matching(sites: Sequence[Site], patterns: Iterable[str]) -> list[Site]:

@@ -106,7 +106,8 @@ class Editor(Protocol):
 class Rewrite(Protocol):
     """A frozen dataclass whose fields are its options. Nothing is kept on `self` between calls.
 
-    One of groups has a class variable `groups` besides, the kind of `GroupInfo` that it serves. Its
+    One of groups has a class variable `groups` besides, the kind of `GroupInfo` that it serves
+    (also the kind of `LossHeadInfo`: the others are not asked about it). Its
     `emulate` is called for each output of the group, with the inputs of that member and its index
     as `inputs["member"]`.
     """

@@ -88,6 +88,24 @@ class SavedInfo:
 
 
 @dataclass(frozen=True)
+class LossHeadInfo:
+    """Logits [rows, classes] = x [rows, features] @ weight.T that a cross-entropy reads.
+
+    `trains`: the weight has a gradient. `again`: gradients need logits a second time, since the
+    loss is one a token, or float16. `returned`: the model hands the logits out as well.
+    """
+
+    rows: int
+    features: int
+    classes: int
+    dtype: torch.dtype
+    trains: bool = True
+    again: bool = False
+    returned: bool = False
+    kind: Literal["loss_head"] = "loss_head"
+
+
+@dataclass(frozen=True)
 class GroupInfo:
     """Linears that a rewrite of groups decides together, or leaves to be decided apart.
 
@@ -107,7 +125,7 @@ class GroupInfo:
         return range(count) if self.kind == "shared_input" else range(count - 1, count)
 
 
-SiteInfo = LinearInfo | AttentionInfo | TemporaryInfo | SavedInfo | GroupInfo
+SiteInfo = LinearInfo | AttentionInfo | TemporaryInfo | SavedInfo | LossHeadInfo | GroupInfo
 
 
 @dataclass(frozen=True)

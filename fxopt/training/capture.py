@@ -17,11 +17,15 @@ from torch._functorch.aot_autograd import (
     aot_compile_joint_with_descriptors,
     aot_export_joint_with_descriptors,
 )
+from torch.fx import traceback
 from torch.fx.traceback import annotate
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ..ir.errors import CaptureError
+from ..ir.site import Site
+from ..passes.activation.cut_cross_entropy import LOSS, scale_in_place
+from .heads import Heads
 from .huggingface import value_free_masks
 from .random import eager_dropout
 
@@ -42,23 +46,27 @@ class Joint:
 
     `graph` has all forward nodes before all backward nodes; each placeholder and each output has
     a descriptor of PyTorch's (`meta["desc"]`). `loss` says that gradients start from the scalar
-    named `loss` alone.
+    named `loss` alone. `heads` are the logits of losses, as sites.
     """
 
     graph: fx.GraphModule
     loss: bool
+    heads: list[Site]
     build: Callable[[Partition, Compiler], Callable[..., Any]]
 
 
 @contextmanager
-def joint(model: nn.Module, inputs: Mapping[str, Any]) -> Generator[Joint]:
+def joint(
+    model: nn.Module, inputs: Mapping[str, Any], cut: Mapping[str, int] | None = None
+) -> Generator[Joint]:
     """Trace one step of `model(**inputs)` in the modes that its modules are in.
 
+    Heads whose keys are in `cut` have their loss computed without logits, so many rows at a time.
     `Joint.build` works inside the context only. CaptureError when the step cannot be traced:
     values decide what is run, say, or an input that needs a gradient is changed in place.
     """
     tensors = {n: v for n, v in inputs.items() if _holds_tensor(v)}
-    step = _Step(model, {n: v for n, v in inputs.items() if n not in tensors})
+    step = _Step(model, {n: v for n, v in inputs.items() if n not in tensors}, cut or {})
     with ExitStack() as stack:
         try:
             with _module_names(model), value_free_masks(inputs):
@@ -76,6 +84,7 @@ def joint(model: nn.Module, inputs: Mapping[str, Any]) -> Generator[Joint]:
                 "step; are all parameters frozen, or is the model called under no_grad?"
             )
         eager_dropout(graph.graph)
+        scale_in_place(graph.graph)
 
         def build(partition: Partition, compiler: Compiler) -> Callable[..., Any]:
             def parts(
@@ -98,7 +107,7 @@ def joint(model: nn.Module, inputs: Mapping[str, Any]) -> Generator[Joint]:
                 *(held[n] for n in names), **{n: arguments[n] for n in given}
             )
 
-        yield Joint(graph, step.loss, build)
+        yield Joint(graph, step.loss, step.heads, build)
 
 
 class _Step(nn.Module):
@@ -108,16 +117,23 @@ class _Step(nn.Module):
     as the logits.
     """
 
-    def __init__(self, model: nn.Module, constants: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, constants: Mapping[str, Any], cut: Mapping[str, int]
+    ) -> None:
         super().__init__()
         self.model = model
         self.constants = constants
+        self.cut = cut
         self.loss = False
+        self.heads: list[Site] = []
 
     def forward(self, **tensors: Any) -> Any:
-        output = self.model(**tensors, **self.constants)
+        with Heads(self.cut, LOSS, _present_module) as heads:
+            output = self.model(**tensors, **self.constants)
         loss = scalar_loss(output)
         self.loss = loss is not None
+        output = heads.without_logits(output, self.loss)
+        self.heads = heads.sites
         if loss is None:
             return output
         return pytree.tree_map_only(Tensor, lambda t: t if t is loss else t.detach(), output)
@@ -134,6 +150,11 @@ def scalar_loss(output: Any) -> Tensor | None:
 def module_of(node: fx.Node) -> str:
     """Qualified name of the module whose forward made a forward node; "" for the model."""
     return node.meta.get("custom", {}).get(MODULE, "")
+
+
+def _present_module() -> str:
+    """The qualified name of the module whose forward runs, while a step is traced."""
+    return traceback.get_current_meta().get("custom", {}).get(MODULE, "")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from ..ir.units import format_value
 from ..ir.workload import Train
 from .forms import Form
+from .losses import head_decisions, head_notes
 from .measure import device_of
 from .planned import Layout
 from .sites import Offer
@@ -36,10 +37,10 @@ def plan_of(
         workload=workload,
         hardware={"device": facts.name, "kind": facts.kind, "torch": str(torch.__version__)},
         fingerprint_structure=layout.structure,
-        decisions=[*_decisions(layout), *_further(layout)],
+        decisions=[*head_decisions(layout), *_decisions(layout), *_further(layout)],
         refusals=_refusals(layout),
         totals=rows,
-        notes=list(notes),
+        notes=[*notes, *head_notes(layout)],
     )
 
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dispatch.python import no_python_dispatcher
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import (
     _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
 )
 
 from ..cost_models.hardware import host_memory, probe
 from ..cost_models.measured import Measured
-from ..ir.errors import BudgetError, PlanError
+from ..ir.errors import PlanError
 from ..ir.plan import Decision, Plan
 from ..ir.rewrite import Rewrite
-from ..ir.units import format_value
 from ..ir.workload import Train
 from .capture import joint
 from .emit import executable, partition
 from .forms import Choices, Treatment
+from .heads import Cut, HeadCut
 from .measure import device_of
 from .module import Inputs, Run
 from .schedule import Schedule
@@ -58,6 +60,8 @@ class Layout:
     calls: Schedule
     widest: str
     structure: str
+    cut: Cut = field(default_factory=dict[str, HeadCut])
+    """How the losses of heads are computed without logits, by the key of the head."""
     scale: float = 1.0
 
     @property
@@ -66,52 +70,37 @@ class Layout:
         return self.scale * self.plan.error
 
 
-def planned(model: nn.Module, inputs: Inputs, request: Request, pick: Pick) -> tuple[Run, Layout]:
-    """Trace the step of `model` in its present modes, pick a plan and lay it out."""
+def planned(
+    model: nn.Module, inputs: Inputs, request: Request, pick: Pick, cut: Cut
+) -> tuple[Run, Layout]:
+    """Trace the step of `model` in its present modes, pick a plan and lay it out.
+
+    The losses of the heads in `cut` are computed without logits.
+    """
     found: list[Layout] = []
     deadline = time.monotonic() + (request.time_limit or float("inf"))
 
-    def cut(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def halves(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         step = Step.of(graph.graph, count)
         structure = _structure(step)
         with _disable_current_modes(), no_python_dispatcher():
-            costs = _costs(model)
+            costs = costs_of(model)
             saved = saved_tensors(
-                step, costs, request.rewrites, request.workload, request.keep, costs.prior
-            )
+                step, costs, request.rewrites, request.workload, request.keep, costs.prior,
+                heads=traced.heads, cut=cut,
+            )  # fmt: skip
             saved.host = HOST_SHARE * host_memory()
             costs.save()
         plan = pick(saved, deadline)
         calls = laid_out(step, plan)
         nodes = (*step.forward, *step.backward)
         widest = node_key(nodes[int(calls.live().argmax())])
-        found.append(Layout(saved, plan, calls, widest, structure))
+        found.append(Layout(saved, plan, calls, widest, structure, cut))
         return partition(graph, calls, count)
 
-    with joint(model, inputs) as traced:
-        run = traced.build(cut, executable)
+    with joint(model, inputs, {key: head.chunk for key, head in cut.items()}) as traced:
+        run = traced.build(halves, executable)
     return run, found[0]
-
-
-@dataclass(frozen=True)
-class Further:
-    """Plans the steps of inputs that come later: under the same limits."""
-
-    request: Request
-    limit: float
-    error: float = 0.0
-
-    def __call__(self, model: nn.Module, inputs: Inputs) -> Run:
-        run, layout = planned(model, inputs, self.request, fastest(self.limit, self.error))
-        if layout.plan.peak > self.limit:
-            shapes = {n: tuple(t.shape) for n, t in inputs.items() if isinstance(t, torch.Tensor)}
-            raise BudgetError(
-                f"inputs {shapes} need {format_value(layout.plan.peak, 'bytes')} in a step at "
-                f"the least (at {layout.widest}), more than the budget that the module was "
-                "optimised for; call fxopt.optimize with the largest inputs as example_inputs",
-                [], "memory", None,
-            )  # fmt: skip
-        return run
 
 
 def fastest(limit: float, error: float = 0.0) -> Pick:
@@ -133,7 +122,7 @@ def as_decided(plan: Plan) -> Pick:
 
     def pick(saved: Saved, deadline: float) -> StepPlan:
         known = {**saved.owners, **saved.others}
-        said = {decision.key: decision for decision in plan.decisions}
+        said = {d.key: d for d in plan.decisions if d.key not in saved.heads}
         missing = [key for key in saved.owners if key not in said]
         unknown = [key for key in said if key not in known]
         if missing or unknown:
@@ -176,7 +165,7 @@ def _check_starts(saved: Saved, plan: StepPlan) -> None:
         )
 
 
-def _costs(model: nn.Module) -> Measured:
+def costs_of(model: nn.Module) -> Measured:
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     return Measured(probe(device_of(model)), str(dtype).removeprefix("torch."))
 
@@ -187,5 +176,7 @@ def _structure(step: Step) -> str:
     for node in (*step.forward, *step.backward):
         value = node.meta.get("val")
         shape = f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-        digest.update(f"{node.target}|{shape}\n".encode())
+        target: Any = node.target
+        name = str(target) if isinstance(target, OpOverload) else target.__name__
+        digest.update(f"{name}|{shape}\n".encode())
     return digest.hexdigest()

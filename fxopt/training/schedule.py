@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, fx
 
+from ..passes.activation.cut_cross_entropy import workspace_of
 from .forms import Form
 from .link import Copies, copies
 from .step import Step, storage_of
@@ -246,7 +247,8 @@ def _touched(laid: Schedule, item: Item) -> list[Key]:
 
 
 def _unread(step: Step, items: tuple[Item, ...]) -> np.ndarray:
-    """Bytes of results with several parts that no part taken so far accounts for."""
+    """Bytes of results with several parts that no part taken so far accounts for, and those that
+    an op of ours takes meanwhile."""
     extra = np.zeros(len(items))
     for i, item in enumerate(items):
         value = item.node.meta.get("val")
@@ -257,7 +259,7 @@ def _unread(step: Step, items: tuple[Item, ...]) -> np.ndarray:
             if source in step.owner:
                 held.pop(storage_of(source.meta["val"]), None)
         total = sum(t.untyped_storage().nbytes() for t in held.values())
-        extra[i] = total
+        extra[i] = total + workspace_of(item.node)
         for j in _until_parted(items, i):
             if items[j].kind in CALLS:
                 total -= step.bytes.get(step.owner[items[j].node], 0)

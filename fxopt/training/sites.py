@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +16,14 @@ from ..decide.propose import Proposal, Proposals, propose
 from ..decide.verify import peak_live_bytes
 from ..ir.cost import Cost, CostModel, OpCall
 from ..ir.errors import PlanError
+from ..ir.names import select
 from ..ir.rewrite import Rewrite
 from ..ir.saved import AGAIN, MARK, Image
 from ..ir.site import SavedInfo, Site
 from ..ir.workload import Train, scenarios
+from ..passes.activation.cut_cross_entropy import EARLY
 from .forms import Form, Treatment, parts_of
+from .heads import Cut
 from .pricing import op_call
 from .schedule import schedule
 from .step import Step, node_key
@@ -46,7 +49,9 @@ class Saved:
     """The saved tensors of a step: owner by site key, seconds of each op, what is offered.
 
     `alone` is what dropping one tensor and no other costs, in seconds a step. `others` are the
-    owners by key that the step does not save, but a plan may. `host` bytes may lie there.
+    owners by key that the step does not save, but a plan may. `heads` are the logits of losses by
+    key: sites as well, of which the step itself is traced in another way. `host` bytes may lie
+    there.
     """
 
     step: Step
@@ -57,6 +62,7 @@ class Saved:
     alone: dict[str, float]
     proposals: Proposals
     offers: dict[fx.Node, list[Offer]]
+    heads: dict[str, Site] = field(default_factory=dict[str, Site])
     host: float = float("inf")
 
     @property
@@ -73,6 +79,10 @@ class Saved:
         }
         return {owner: forms for owner, forms in found.items() if forms}
 
+    def proposed(self, key: str) -> list[Proposal]:
+        """What is proposed for a saved tensor or a head."""
+        return self.proposals.by_site.get(("activation", key), [])
+
 
 def saved_tensors(
     step: Step,
@@ -81,9 +91,13 @@ def saved_tensors(
     workload: Train,
     keep: Iterable[str],
     prior: CostModel | None = None,
+    *,
+    heads: Sequence[Site] = (),
+    cut: Cut | None = None,
 ) -> Saved:
-    """Price the forward's ops and ask every rewrite about every saved tensor.
+    """Price the forward's ops and ask every rewrite about every saved tensor and head.
 
+    In a step with heads that are `cut` a name in `keep` may be that of a tensor which is no more.
     `prior` prices the ops that nobody would run again, which need not be timed.
     """
     calls = {n: op_call(n) for n in schedule(step, step.saved).runs_again()}
@@ -96,14 +110,25 @@ def saved_tensors(
     again = {k: [] if step.blocked(step.maker(o)) else _runs(step, o) for k, o in owners.items()}
     sites = {k: _site(step, k, o, [calls[n] for n in again[k]]) for k, o in owners.items()}
     alone = {key: sum(seconds[n] for n in nodes) for key, nodes in again.items()}
-    found = propose(list(sites.values()), rewrites, scenarios(workload), workload.kind, keep)
+    asked = [*sites.values(), *heads]
+    keep = [name for name in keep if not cut or _is_one(name, [site.key for site in asked])]
+    found = propose(asked, rewrites, scenarios(workload), workload.kind, keep)
     step.pace = _pace(step, prior or model) | seconds
-    saved = Saved(step, owners, others, sites, seconds, alone, found, {})
+    by_key = {head.key: head for head in heads}
+    saved = Saved(step, owners, others, sites, seconds, alone, found, {}, by_key)
     saved.offers = {
         owners[key]: [_offer(saved, p, model, workload) for p in proposals]
         for (_, key), proposals in found.by_site.items()
+        if key in owners
     }
     return saved
+
+
+def _is_one(name: str, keys: Sequence[str]) -> bool:
+    try:
+        return bool(select(name, keys, "site"))
+    except PlanError:
+        return False
 
 
 def _pace(step: Step, model: CostModel) -> dict[fx.Node, float]:
@@ -135,7 +160,9 @@ def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site
         step.blocked(step.maker(owner)),
         tuple(calls),
     )
-    return Site("activation", key, owner.name, info, op=key)
+    # gradients that wait for the backward to begin are read first thing: nothing else pays
+    early = info.blocked if step.maker(owner).target is EARLY else None
+    return Site("activation", key, owner.name, info, op=key, blocked=early)
 
 
 def _dense(value: Tensor) -> bool:

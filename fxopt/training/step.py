@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import CaptureError
+from ..passes.activation.cut_cross_entropy import EARLY
 from .capture import module_of
 from .random import dropout_noise, is_random
 
@@ -125,6 +126,8 @@ class Step:
         target = op.target
         if target is dropout_noise or target is NORM or target is operator.getitem:
             return None
+        if target is EARLY:
+            return "it holds gradients, which are made with the loss"
         if not isinstance(target, OpOverload):
             return f"{target} is no operator whose effects are known"
         schema = target._schema  # pyright: ignore[reportPrivateUsage]
