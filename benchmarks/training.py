@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--budgets", type=int, default=6)
     parser.add_argument("--lowest", type=float, default=0.4)
+    parser.add_argument("--shares", nargs="*", type=float, help="budgets, instead of evenly many")
+    parser.add_argument("--mlp", type=int, help="width of a llama's MLP")
+    parser.add_argument("--kv-heads", type=int, help="of a llama")
     parser.add_argument("--error", type=float, help="the relative_error row")
     parser.add_argument("--rewrites", nargs="*", help="names, as for fxopt.optimize")
     parser.add_argument("--no-stock", action="store_true")
@@ -52,7 +55,7 @@ def main() -> None:
     inputs = {"input_ids": ids, "labels": ids}
     eager = measure.outcome(model, inputs)
     report("eager", model, model, inputs, eager)
-    shares = torch.linspace(1.0, args.lowest, args.budgets).tolist()
+    shares = args.shares or torch.linspace(1.0, args.lowest, args.budgets).tolist()
     for share in shares:
         try:
             opt: Any = fxopt.optimize(
@@ -93,8 +96,9 @@ def build(args: argparse.Namespace) -> nn.Module:
         )  # fmt: skip
         return GPT2LMHeadModel(config)
     llama = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, use_cache=False,
-        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
+        hidden_size=args.hidden, intermediate_size=args.mlp or args.hidden * 11 // 4,
+        num_hidden_layers=args.layers, num_attention_heads=heads,
+        num_key_value_heads=args.kv_heads or heads, use_cache=False,
         vocab_size=args.vocabulary, max_position_embeddings=args.seq,
     )  # fmt: skip
     return LlamaForCausalLM(llama)
