@@ -17,6 +17,7 @@ from .decide.quality import first_tensor
 from .ir.ops import attend
 from .kernels.attention import attention_reference
 from .kernels.attention.spec import per_head
+from .kernels.block_topk.reference import hides_some
 from .kernels.kv_attention.layout import parse
 
 ROWS = 8
@@ -33,7 +34,7 @@ class Seen:
     packed: list[float] = field(default_factory=list[float])
     """For each packed head: the mean share of attention that fell on packed tokens."""
     idle: int = 0
-    """Heads with a window that no sequence was long enough to leave."""
+    """Heads with a window, or a share of tiles, under which no sequence lost a key."""
     windowed: int = 0
 
 
@@ -48,9 +49,9 @@ def notes(compiler: Compiler, graph: fx.GraphModule) -> list[str]:
         said.append(_of_cache(seen.packed, longest))
     if seen.idle:
         said.append(
-            f"calibration: {seen.idle} of {seen.windowed} heads with a window were measured on "
-            f"sequences of at most {longest} tokens, which never leave it: the quality row says "
-            "nothing of longer ones; pass longer sequences"
+            f"calibration: {seen.idle} of {seen.windowed} heads with a window or a share of tiles "
+            f"were measured on sequences of at most {longest} tokens, of which they see every key: "
+            "the quality row says nothing of longer ones; pass longer sequences"
         )
     return said
 
@@ -82,7 +83,7 @@ def _walk(compiler: Compiler, graph: fx.GraphModule, batch: dict[str, Any]) -> _
 
 class _Walk(fx.Interpreter):
     """Runs a graph and looks at its attention calls: by (node, KV head), the share on packed
-    tokens, and whether a query left its window."""
+    tokens, and whether a query lost a key to a window or a share of tiles."""
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
         super().__init__(graph, garbage_collect_values=True)
@@ -117,12 +118,16 @@ class _Walk(fx.Interpreter):
         window: Sequence[int] = (0,),
         softcap: float = 0.0,
         sink_tokens: Sequence[int] = (0,),
+        top: Sequence[int] = (0,),
         layout: str = "",
     ) -> None:
         heads, length = k.shape[1], k.shape[2]
         windows = per_head("window", window, heads)
         hidden = zip(windows, per_head("sink_tokens", sink_tokens, heads), strict=True)
         self.left |= {(name, h): length > w + s for h, (w, s) in enumerate(hidden) if w}
+        prompt = self.prompt or q.shape[2]
+        tops = enumerate(per_head("top", top, heads))
+        self.left |= {(name, h): hides_some(prompt, prompt, t) for h, t in tops if t}
         formats = parse(layout).formats(heads)
         if not any(formats):
             return

@@ -11,14 +11,16 @@ from ..ir.ops import attend, attend_as_decoded
 
 
 class _AsDecoded(fx.Interpreter):
-    """Attention ops with a cache layout see the packed image of what lies behind `prompt`."""
+    """Attention ops with a cache layout see the packed image of what lies behind `prompt`; those
+    that keep the most attended tiles leave none out from there on."""
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
         super().__init__(graph, garbage_collect_values=True)
         self.prompt = prompt
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is attend and kwargs.get("layout") and self.prompt > 0:
+        differs = kwargs.get("layout") or any(kwargs.get("top", ()))
+        if target is attend and differs and self.prompt > 0:
             return attend_as_decoded(*args, prompt=self.prompt, **kwargs)
         return super().call_function(target, args, kwargs)
 

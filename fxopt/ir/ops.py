@@ -37,6 +37,7 @@ def attend(
     window: Sequence[int] = (0,),
     softcap: float = 0.0,
     sink_tokens: Sequence[int] = (0,),
+    top: Sequence[int] = (0,),
     layout: str = "",
 ) -> Tensor:
     """Attention with grouped-query heads.
@@ -46,7 +47,10 @@ def attend(
     scores; sinks [H], one extra logit a head. Query i stands at position i + T - N. `causal`:
     no key after it; `window` w > 0: only keys nearer than w, except the first `sink_tokens`
     unmasked keys of the row (both one number, or one a KV head); `softcap` c > 0:
-    c * tanh(score / c). A query that sees no key returns 0.
+    c * tanh(score / c); `top` t > 0 (one number, or one a KV head): each tile of 128 queries
+    visits, of the tiles of 128 keys before it, the t per mille of the most estimated attention
+    (at least 8), its own, the one before and the first among them. Calls of fewer queries, those
+    that decode, see all keys. A query that sees no key returns 0.
 
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
@@ -60,7 +64,7 @@ def attend(
         )
     if state is None:
         return torch.ops.fxopt.attention.default(
-            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens
+            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top
         )
     length = None
     if start is not None and not isinstance(start, Tensor):
@@ -68,7 +72,7 @@ def attend(
         start = start.start
     return torch.ops.fxopt.cached_attention.default(
         q, k, v, state, start, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, layout, length,
+        scale, causal, window, softcap, sink_tokens, layout, length, top,
     )  # fmt: skip
 
 
@@ -101,11 +105,12 @@ def attend_as_decoded(
     window: Sequence[int] = (0,),
     softcap: float = 0.0,
     sink_tokens: Sequence[int] = (0,),
+    top: Sequence[int] = (0,),
     layout: str = "",
 ) -> Tensor:
     """What `attend` would return for each query, had the tokens from `prompt` on been decoded
     one at a time through a cache of `layout`. Takes whole sequences; `state` is not read."""
     return torch.ops.fxopt.decoded_attention(
         q, k, v, mask, bias, sinks,
-        scale, causal, list(window), softcap, list(sink_tokens), layout, prompt,
+        scale, causal, list(window), softcap, list(sink_tokens), layout, prompt, list(top),
     )  # fmt: skip

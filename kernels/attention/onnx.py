@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .spec import per_head
-from .traceable import attention_traceable, visible
+from .traceable import attention_traceable, kept_keys, visible
 
 OPSET = 23
 """The first with an `Attention` operator."""
@@ -27,6 +27,7 @@ def attention_onnx(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
@@ -36,11 +37,14 @@ def attention_onnx(
     exporting = torch.compiler.is_exporting()
     if not exporting or sinks is not None or softcap > 0 or q.dtype not in DTYPES:
         return attention_traceable(
-            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens
+            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top
         )
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
     seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
+    if any(top):
+        kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
+        seen = kept if seen is None else seen & kept
     added, some = _added(seen, bias, q)
     shape = (*q.shape[:3], v.shape[3])
     operands = (q, k, v) if added is None else (q, k, v, added)
@@ -57,8 +61,8 @@ def _added(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What is added to the scores [B or 1, H or 1, N, T], finite, and which queries see a key."""
     if seen is not None:
-        batch, kv, _, rows, keys = seen.shape
-        group = q.shape[1] // kv if kv > 1 else 1
+        batch, kv, members, rows, keys = seen.shape
+        group = q.shape[1] // kv if kv > 1 else members
         seen = seen.expand(batch, kv, group, rows, keys).reshape(batch, kv * group, rows, keys)
     if seen is None and bias is None:
         return None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .spec import Attention, bind, put, query_heads
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
-    "bool causal, int[] window, float softcap, int[] sink_tokens) -> Tensor"
+    "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0]) -> Tensor"
 )
 # Measured on Hopper: cuDNN is 1.7 to 1.9 times as fast as flash, the default, in prefill.
 # It takes 36 ms to plan for a new length, which short inputs do not win back.
@@ -41,9 +41,10 @@ def attention_cuda(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_reference` by the fastest kernel that CUDA has for the call."""
-    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens)
+    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
     if call.plain:
         return _library(call)
     if not AVAILABLE or q.dtype == torch.float64 or not call.k.shape[2] or not q.numel():
@@ -63,6 +64,7 @@ def _fake(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
@@ -70,18 +72,40 @@ def _fake(
 def _own_kernel(call: Attention) -> Tensor:
     from .triton import attention_forward
 
+    kept = [h for h, t in enumerate(call.top) if t]
+    if len(kept) == call.num_kv_heads:
+        return _over_kept_tiles(call)
+    if kept:
+        others = [h for h, t in enumerate(call.top) if not t]
+        rest = _library if call.heads(others).plain else _own_kernel
+        return _joined(call, [(others, rest), (kept, _over_kept_tiles)])
     dense = [h for h, w in enumerate(call.window) if not w]
     split = 0 < len(dense) < call.num_kv_heads and call.q.shape[2] >= LEAST_QUERIES
     if not split or not call.heads(dense[:1]).plain:
         return attention_forward(call)[0]
     # Dense heads keep the library's kernel; a windowed neighbour does not slow them down.
     bounded = [h for h, w in enumerate(call.window) if w]
+    return _joined(call, [(dense, _library), (bounded, lambda part: attention_forward(part)[0])])
+
+
+def _over_kept_tiles(call: Attention) -> Tensor:
+    from fxopt.kernels.block_topk.triton import kept_lists
+
+    from .triton import attention_forward
+
+    return attention_forward(call, kept_lists(call))[0]
+
+
+def _joined(
+    call: Attention, shares: Sequence[tuple[list[int], Callable[[Attention], Tensor]]]
+) -> Tensor:
+    """The output, each share of KV heads computed in its own way."""
     out = torch.empty(
         (call.q.shape[0], call.q.shape[2], call.q.shape[1], call.v.shape[3]),
         dtype=call.q.dtype,
         device=call.q.device,
     )
-    for heads, run in ((dense, _library), (bounded, lambda part: attention_forward(part)[0])):
+    for heads, run in shares:
         put(out, 2, query_heads(heads, call.group_size), run(call.heads(heads)))
     return out
 
@@ -107,12 +131,13 @@ def _gradients(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> list[Tensor]:
     """Gradients of q, k, v and of those of bias and sinks that are given; contiguous.
 
     An op of its own so that tracers do not look into its loops.
     """
-    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens)
+    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
     # An op runs below autograd; the recomputation inside this one needs it.
     with _C._SetExcludeDispatchKeyGuard(_C.DispatchKey.AutogradFunctionality, False):  # pyright: ignore[reportPrivateUsage]
         return [t.contiguous() for t in reference.gradients(gradient, call).values()]
@@ -131,6 +156,7 @@ def _fake_gradients(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> list[Tensor]:
     given = (t for t in (q, k, v, bias, sinks) if t is not None)
     return [t.new_empty(t.shape) for t in given]
@@ -150,7 +176,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None if bias is None else next(rest),
         None if sinks is None else next(rest),
-        *(None,) * 5,
+        *(None,) * len(ctx.options),
     )
 
 

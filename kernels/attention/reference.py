@@ -39,6 +39,7 @@ def attention_reference(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -46,7 +47,9 @@ def attention_reference(
     Returns [B, N, H, Dv], contiguous, in q's dtype; sums are kept in float32 at least.
     Differentiable. Raises ValueError for head counts and lists that do not fit.
     """
-    return compute(bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens))
+    return compute(
+        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    )
 
 
 def attention_with_lse(
@@ -61,6 +64,7 @@ def attention_with_lse(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> tuple[Tensor, Tensor]:
     """Attention and, for each row, the logarithm of the sum of its exponentials.
 
@@ -68,7 +72,7 @@ def attention_with_lse(
     the sink logit; it is -inf where a query sees no key. For a subset S of the keys,
     o - o_S = (1 - exp(lse_S - lse)) * (mean of v under the dropped weights - o_S).
     """
-    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens)
+    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
     out = _empty(call)
     lse = torch.empty(q.shape[:3], dtype=sum_dtype(q), device=q.device)
     for part in parts(without_idle_mask(call)):

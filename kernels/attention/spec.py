@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxopt.kernels.block_topk import reference as topk
+
 
 @dataclass(frozen=True)
 class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
-    `window` and `sink_tokens` have one entry a KV head here, (0, 0) where a head sees all keys.
+    `window`, `sink_tokens` and `top` have one entry a KV head here, 0 where a head sees all keys.
     """
 
     q: Tensor
@@ -27,6 +29,7 @@ class Attention:
     window: tuple[int, ...]
     softcap: float
     sink_tokens: tuple[int, ...]
+    top: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -52,12 +55,18 @@ class Attention:
         """Whether the call is what libraries call attention: causal from the corner, or full."""
         extras = (self.mask, self.bias, self.sinks)
         aligned = not self.causal or self.offset == 0 or self.q.shape[2] == 1
-        return aligned and self.dense and not self.softcap and all(t is None for t in extras)
+        return (
+            aligned
+            and self.dense
+            and not any(self.top)
+            and not self.softcap
+            and all(t is None for t in extras)
+        )
 
     def head_groups(self) -> list[list[int]]:
-        """KV heads by equal window and sink."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for head, choice in enumerate(zip(self.window, self.sink_tokens, strict=True)):
+        """KV heads by equal window, sink and kept tiles."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for head, choice in enumerate(zip(self.window, self.sink_tokens, self.top, strict=True)):
             groups.setdefault(choice, []).append(head)
         return list(groups.values())
 
@@ -78,6 +87,7 @@ class Attention:
             sinks=None if self.sinks is None else pick(self.sinks, 0, queries),
             window=tuple(self.window[h] for h in chosen),
             sink_tokens=tuple(self.sink_tokens[h] for h in chosen),
+            top=tuple(self.top[h] for h in chosen),
         )
 
 
@@ -93,10 +103,12 @@ def bind(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> Attention:
-    """Check the arguments of `fxopt::attention` and give each KV head its window.
+    """Check the arguments of `fxopt::attention` and give each KV head its window or kept tiles.
 
-    Raises ValueError for head counts and list lengths that do not fit.
+    Raises ValueError for head counts and list lengths that do not fit, and for `top` beside what
+    the choice of tiles does not know.
     """
     heads, kv = q.shape[1], k.shape[1]
     if heads % kv:
@@ -105,10 +117,33 @@ def bind(
     # A window that reaches past both ends hides nothing.
     windows = [w if 0 < w < reach else 0 for w in per_head("window", window, kv)]
     tokens = per_head("sink_tokens", sink_tokens, kv)
+    kept = per_head("top", top, kv)
+    if any(kept):
+        _check_top(kept, q, k, bias, causal, per_head("window", window, kv))
+    hides = topk.hides(q.shape[2], k.shape[2])
+    kept = [t if hides and t < 1000 else 0 for t in kept]
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
+        tuple(kept),
     )  # fmt: skip
+
+
+def _check_top(
+    top: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None, causal: bool,
+    window: Sequence[int],
+) -> None:  # fmt: skip
+    wrong = {
+        "is per mille of the key tiles, from 0 to 1000": not all(0 <= t <= 1000 for t in top),
+        "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
+        "does not look at a bias": bias is not None,
+        "and window exclude each other in one head": any(
+            t and w for t, w in zip(top, window, strict=True)
+        ),
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: top {reason}; got top {list(top)}")
 
 
 def per_head(name: str, values: Sequence[int], num_kv_heads: int) -> list[int]:

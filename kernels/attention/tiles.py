@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.kernels.block_topk import reference as topk
+
 from .spec import Attention, query_heads
 
 Spans = Sequence[tuple[int, int]]
@@ -19,7 +21,8 @@ TILE_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class Part:
-    """A call whose heads share one window, and the query heads of the whole that it stands for.
+    """A call whose heads have one window or share of tiles, and the query heads of the whole that
+    it stands for.
 
     `rank` [B or 1, T] counts unmasked keys from 1 (T + 1 for masked ones); `sink_end` is the
     column behind the last sink token. Both only where there are sink tokens.
@@ -33,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Tile:
-    """q [B, H, n, D], k [B, KV, S, D], v [B, KV, S, Dv]; `visible` [B or 1, 1, n, S] or None
+    """q [B, H, n, D], k [B, KV, S, D], v [B, KV, S, Dv]; `visible` [B or 1, 1 or H, n, S] or None
     where all keys are seen; bias [B or 1, H or 1, n or 1, S]."""
 
     q: Tensor
@@ -54,7 +57,7 @@ def without_idle_mask(call: Attention) -> Attention:
 
 
 def parts(call: Attention) -> Iterator[Part]:
-    """The call split into heads of equal window and sink."""
+    """The call split into heads of equal window, sink and kept tiles."""
     for heads in call.head_groups():
         part = call.heads(heads)
         rank = _rank(part) if part.sink_tokens[0] else None
@@ -66,6 +69,8 @@ def tiles(part: Part) -> Iterator[tuple[int, int]]:
     call = part.call
     batch, heads, queries, _ = call.q.shape
     keys, size = call.k.shape[2], 512
+    if call.top[0]:
+        return ((start, min(start + topk.TILE, queries)) for start in range(0, queries, topk.TILE))
     if call.window[0]:
         size = max(64, min(size, call.window[0] // 2))
         keys = min(keys, 2 * call.window[0] + size + part.sink_end)
@@ -77,6 +82,8 @@ def tiles(part: Part) -> Iterator[tuple[int, int]]:
 def tile(part: Part, start: int, stop: int) -> Tile:
     """Queries [start, stop) and the keys that at least one of them can reach."""
     call = part.call
+    if call.top[0]:
+        return _of_kept_tiles(call, start, stop)
     spans = _spans(part, start + call.offset, stop - 1 + call.offset)
     bias = call.bias
     if bias is not None:
@@ -91,6 +98,35 @@ def tile(part: Part, start: int, stop: int) -> Tile:
         call.scale,
         call.softcap,
     )
+
+
+def _of_kept_tiles(call: Attention, start: int, stop: int) -> Tile:
+    """One tile of queries with the keys that each query head keeps, gathered: KV is H then."""
+    batch, heads = call.q.shape[:2]
+    end = stop + call.offset
+    q, k, v = call.q[:, :, start:stop], call.k[:, :, :end], call.v[:, :, :end]
+    mask = None if call.mask is None else call.mask[:, :end]
+    with torch.no_grad():
+        chosen = topk.chosen_tiles(q, k, mask, call.scale, call.softcap, call.top)
+        chosen = chosen.flatten(1, 3)  # the one query tile has no dimension left
+        most = topk.kept_tiles(chosen.shape[2], call.top[0])
+        places = (~chosen).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most]
+        columns = places[..., None] * topk.TILE + torch.arange(topk.TILE, device=q.device)
+        kept = chosen.gather(2, places)[..., None] & (columns < end)
+        columns, kept = columns.flatten(2).clamp(max=end - 1), kept.flatten(2)
+        if mask is not None:
+            kept = kept & (mask != 0)[:, None].expand(-1, heads, -1).gather(2, columns)
+        rows = torch.arange(start + call.offset, end, device=q.device)
+        seen = kept[:, :, None] & (columns[:, :, None] <= rows[:, None])
+
+    rows_of = columns.reshape(batch, call.num_kv_heads, -1)
+    entry = torch.arange(batch, device=q.device)[:, None, None]
+    kv_head = torch.arange(call.num_kv_heads, device=q.device)[:, None]
+
+    def gathered(x: Tensor) -> Tensor:
+        return x[entry, kv_head, rows_of].view(batch, heads, -1, x.shape[3])
+
+    return Tile(q, gathered(k), gathered(v), seen, None, call.sinks, call.scale, call.softcap)
 
 
 def narrow(x: Tensor, spans: Spans, dim: int) -> Tensor:

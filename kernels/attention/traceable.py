@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxopt.kernels.block_topk import reference as topk
+
 from .spec import per_head
 from .tiles import softmax, sum_dtype
 
@@ -23,6 +25,7 @@ def attention_traceable(
     window: Sequence[int],
     softcap: float,
     sink_tokens: Sequence[int],
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -42,12 +45,27 @@ def attention_traceable(
     seen = visible(
         queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
     )
+    if any(top):
+        kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
+        seen = kept if seen is None else seen & kept
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
     weights, _ = softmax(scores, logit)
     out = (weights @ v.to(dtype).unsqueeze(2)).reshape(batch, heads, queries, v.shape[3])
     return out.transpose(1, 2).contiguous().to(q.dtype)
+
+
+def kept_keys(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int]
+) -> Tensor:
+    """Which keys lie in the tiles that each query head keeps, [B, KV, H / KV, N, T]."""
+    chosen = topk.chosen_tiles(q, k, mask, scale, softcap, top)
+    rows = torch.arange(q.shape[2], device=q.device)
+    columns = torch.arange(k.shape[2], device=q.device)
+    kept = chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)
+    # A number of queries would become a constant of the trace; the last one's place does not.
+    return kept | (rows[-1:] < topk.TILE - 1)
 
 
 def visible(

@@ -87,7 +87,7 @@ def _listed_tile(step, partial, total, partial_at, full_at, SPLITS: tl.constexpr
 
 
 @triton.jit
-def _rows(
+def load_rows(
     source, batch, head, start, stride_b, stride_h, stride_t, stride_d, size,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr,
@@ -150,7 +150,7 @@ def _visit(
     """One key tile; `hidden`: whether some row does not see all of it."""
     start = index * BLOCK_N
     columns = start + tl.arange(0, BLOCK_N)
-    k = _rows(
+    k = load_rows(
         k_ptr, batch, kv_head, start, k_b, k_h, k_t, k_d, keys, DIM, BLOCK_N, BLOCK_D, TMA, EVEN
     )
     scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
@@ -178,7 +178,7 @@ def _visit(
     weights = tl.exp2(scores * factor - base[:, None])
     shrink = tl.exp2(highest - base)
     total = total * shrink + tl.sum(weights, 1)
-    v = _rows(
+    v = load_rows(
         v_ptr, batch, kv_head, start, v_b, v_h, v_t, v_d, keys,
         VALUE_DIM, BLOCK_N, BLOCK_V, TMA, EVEN,
     )  # fmt: skip
@@ -246,7 +246,7 @@ def _attention_forward(
         partial = steps - (full_end - full_begin)
         index = _range_tile(0, sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end)
 
-    q = _rows(
+    q = load_rows(
         q_ptr + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, batch, head,
         query_tile * BLOCK_M, 0, 0, q_n, q_d, queries, DIM, BLOCK_M, BLOCK_D, False, False,
     )  # fmt: skip
@@ -299,7 +299,7 @@ def attention_forward(
     Takes float32, float16 and bfloat16, any strides, head sizes up to 256; at least one key.
     With `lists`, only their tiles are visited. `sizes` replace those of `tiles_for`.
     """
-    call = _with_positive_scale(call)
+    call = with_positive_scale(call)
     q, k, v = call.q, call.k, call.v
     batch, heads, queries, dim = q.shape
     kv, keys, value_dim = v.shape[1:]
@@ -308,17 +308,17 @@ def attention_forward(
     rank = None if call.mask is None else _rank(call.mask)
     bias = None if call.bias is None else call.bias.expand(batch, heads, queries, keys)
     has_window = not call.dense
-    described = _has_rows(k) and _has_rows(v)
+    described = has_rows(k) and has_rows(v)
     # With a bias, 128 channels in 4 warps spill thousands of bytes (compiled, not timed).
-    hopper = described and _hopper(q.device) and (bias is None or max(dim, value_dim) <= 64)
+    hopper = described and is_hopper(q.device) and (bias is None or max(dim, value_dim) <= 64)
     chosen: dict[str, Any] = tiles_for(dim, value_dim, queries, q.element_size(), hopper)
     chosen |= sizes
     if lists is not None:
         chosen["BLOCK_M"] = min(chosen["BLOCK_M"], lists.query_tile)
         chosen["BLOCK_N"] = min(chosen["BLOCK_N"], lists.key_tile)
     tma = bool(chosen.pop("TMA")) and described
-    rows_k = _descriptor(k, chosen["BLOCK_N"], chosen["BLOCK_D"]) if tma else k
-    rows_v = _descriptor(v, chosen["BLOCK_N"], chosen["BLOCK_V"]) if tma else v
+    rows_k = descriptor(k, chosen["BLOCK_N"], chosen["BLOCK_D"]) if tma else k
+    rows_v = descriptor(v, chosen["BLOCK_N"], chosen["BLOCK_V"]) if tma else v
     grid = (triton.cdiv(queries, chosen["BLOCK_M"]) * batch * heads,)
     # Absent tensors are never read; q stands in for their pointers.
     _attention_forward[grid](
@@ -381,18 +381,18 @@ def tiles_for(
 
 
 @functools.cache
-def _hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _with_positive_scale(call: Attention) -> Attention:
+def with_positive_scale(call: Attention) -> Attention:
     """The kernel takes the maximum before it scales."""
     if call.scale > 0:
         return call
     return replace(call, q=call.q * (-1.0 if call.scale < 0 else 0.0), scale=abs(call.scale) or 1.0)
 
 
-def _has_rows(x: Tensor) -> bool:
+def has_rows(x: Tensor) -> bool:
     """Whether a tensor descriptor can describe x: rows without gaps, the rest 16-byte aligned."""
     size = x.element_size()
     strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
@@ -400,7 +400,7 @@ def _has_rows(x: Tensor) -> bool:
     return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] * size >= 16
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Of [B, H, T, D], a block a head; dimensions of one entry have any stride that is aligned."""
     step = 16 // x.element_size()
     strides = [s if n > 1 else step for s, n in zip(x.stride(), x.shape, strict=True)]

@@ -27,15 +27,17 @@ def decoded_attention(
     sink_tokens: Sequence[int],
     layout: str,
     prompt: int,
+    top: Sequence[int] = (0,),
     attention: Attend | None = None,
 ) -> Tensor:
     """The outputs of a prefill of `prompt` tokens and one decoding step for each further one.
 
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
-    the exact ones above; a query of the prompt sees every key exactly. Beside the result it takes
-    one copy of the keys and values of a head class. Keys of another sequence (not `causal`) were
-    all stored before: every query sees the image of what `fill` packs of them.
+    the exact ones above; a query of the prompt sees every key exactly, or those of the tiles that
+    `top` keeps of the prompt. Beside the result it takes one copy of the keys and values of a head
+    class. Keys of another sequence (not `causal`) were all stored before: every query sees the
+    image of what `fill` packs of them.
     """
     if attention is None:
         from fxopt.kernels.attention.reference import attention_reference
@@ -51,13 +53,13 @@ def decoded_attention(
             "decoded_attention needs whole sequences of causal self-attention; got "
             f"{total} queries and {k.shape[2]} keys"
         )
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens)
+    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
     classes = parse(layout).resolve(num_kv_heads)
     outputs: list[Tensor] = []
     for heads, fmt in classes:
         chosen = arguments.select(heads, num_kv_heads)
         keys, values = take(k, heads, 1), take(v, heads, 1)
-        if fmt is None or fmt.packed(total - 1) == 0:
+        if (fmt is None or fmt.packed(total - 1) == 0) and not any(chosen.top):
             outputs.append(chosen.attend(attention, keys, values, mask))
         else:
             outputs.append(_decode(chosen, keys, values, mask, fmt, min(prompt, total), attention))
@@ -69,17 +71,17 @@ def _decode(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    fmt: Blocks,
+    fmt: Blocks | None,
     prompt: int,
     attention: Attend,
 ) -> Tensor:
     """One head class: the queries in runs that see the same boundary, images copied in between."""
     total = k.shape[2]
-    mixed_k, mixed_v = k.clone(), v.clone()
+    mixed_k, mixed_v = (k, v) if fmt is None else (k.clone(), v.clone())
     packed = 0
     outputs: list[Tensor] = []
     for low, high, boundary in query_runs(total, prompt, fmt):
-        if boundary > packed:
+        if fmt is not None and boundary > packed:
             span = slice(fmt.sink + packed, fmt.sink + boundary)
             blocks = (boundary - packed) // fmt.group
             valid = block_mask(mask, fmt.sink + packed, blocks, fmt.group)
@@ -92,16 +94,19 @@ def _decode(
         run = Arguments(
             arguments.q[:, :, low:high], bias, arguments.sinks, arguments.scale, True,
             arguments.window, arguments.softcap, arguments.sink_tokens,
+            arguments.top if high <= prompt else (0,),
         )  # fmt: skip
         seen = None if mask is None else mask[:, :high]
         outputs.append(run.attend(attention, mixed_k[:, :, :high], mixed_v[:, :, :high], seen))
     return torch.cat(outputs, 1)
 
 
-def query_runs(total: int, prompt: int, fmt: Blocks) -> list[tuple[int, int, int]]:
+def query_runs(total: int, prompt: int, fmt: Blocks | None) -> list[tuple[int, int, int]]:
     """(first, end, boundary): queries that see as many packed tokens, the prompt's none."""
     runs = [(0, prompt, 0)] if prompt else []
     low = prompt
+    if fmt is None:
+        return [*runs, (prompt, total, 0)] if prompt < total else runs
     while low < total:
         boundary = fmt.packed(low)
         high = min(total, boundary + fmt.group + fmt.sink + fmt.residual)

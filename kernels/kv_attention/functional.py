@@ -36,6 +36,7 @@ def cached_attention_functional(
     sink_tokens: Sequence[int],
     layout: str,
     attention: Attend | None = None,
+    top: Sequence[int] = (0,),
 ) -> tuple[Tensor, list[Tensor]]:
     """`fxopt::cached_attention` with the state as a value: (out, present).
 
@@ -49,7 +50,7 @@ def cached_attention_functional(
         attention = attention_traceable
     num_kv_heads = k.shape[1]
     _same_length([q, k, v])
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens)
+    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
     outputs: list[Tensor] = []
     present: list[Tensor] = []
     classes = split_state(parse(layout), num_kv_heads, past, growing=True)

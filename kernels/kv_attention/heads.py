@@ -23,6 +23,7 @@ class Arguments:
     window: Sequence[int]
     softcap: float
     sink_tokens: Sequence[int]
+    top: Sequence[int] = (0,)
 
     def select(self, heads: Sequence[int], num_kv_heads: int) -> Arguments:
         """The arguments of the query heads that read the KV heads `heads`."""
@@ -38,16 +39,22 @@ class Arguments:
             None if self.sinks is None else take(self.sinks, heads, 0, group),
             self.scale,
             self.causal,
-            [self.window[h] for h in heads] if len(self.window) > 1 else self.window,
+            _of_heads(self.window, heads),
             self.softcap,
-            [self.sink_tokens[h] for h in heads] if len(self.sink_tokens) > 1 else self.sink_tokens,
+            _of_heads(self.sink_tokens, heads),
+            _of_heads(self.top, heads),
         )
 
     def attend(self, attention: Attend, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attention(
             self.q, k, v, mask, self.bias, self.sinks,
             self.scale, self.causal, list(self.window), self.softcap, list(self.sink_tokens),
+            list(self.top),
         )  # fmt: skip
+
+
+def _of_heads(values: Sequence[int], heads: Sequence[int]) -> Sequence[int]:
+    return [values[h] for h in heads] if len(values) > 1 else values
 
 
 def take(x: Tensor, heads: Sequence[int], dim: int, group: int = 1) -> Tensor:

@@ -37,6 +37,7 @@ def _cached(
     sink_tokens: Sequence[int],
     layout: str,
     length: int | None = None,
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention over the cache `state`, to which the new tokens are appended in place.
 
@@ -47,7 +48,7 @@ def _cached(
     """
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, layout, length=length,
+        scale, causal, window, softcap, sink_tokens, layout, length=length, top=top,
     )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def _cached_cuda(
     sink_tokens: Sequence[int],
     layout: str,
     length: int | None = None,
+    top: Sequence[int] = (0,),
 ) -> Tensor:
     kernels = None
     if _served(q.dtype, (q.shape[3], v.shape[3])):
@@ -75,7 +77,7 @@ def _cached_cuda(
         kernels = partial(attend_and_append, attention_cuda)
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length,
+        scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length, top,
     )  # fmt: skip
 
 
@@ -101,14 +103,14 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 cached_attention = register(
     "cached_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor(a!)[] state, Tensor start, {_ATTENTION}, "
-    "SymInt? length=None) -> Tensor",
+    "SymInt? length=None, int[] top=[0]) -> Tensor",
     _cached,
     cuda=_cached_cuda,
     fake=_fake,
 )
 decoded_attention = register(
     "decoded_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt) -> Tensor",
+    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt, int[] top=[0]) -> Tensor",
     reference.decoded_attention,
     fake=_fake,
 )

@@ -1,0 +1,1 @@
+"""Which key tiles hold the most of a query tile's attention, estimated from averaged queries."""

@@ -1,0 +1,212 @@
+"""The tiles of the most estimated attention on a GPU: two kernels, no wait for the device.
+
+`_pool_sums_kernel` multiplies averaged queries with all keys and keeps, of each pool and key
+tile, the logarithm of the sum of exponentials. `_select_kernel` makes a mass of them, finds the
+least one that is kept by bisecting its bits, and writes the lists that attention walks. Queries
+go in runs, so that the sums stay small where their square would not.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels._triton.common import DOT_UPCAST, dot
+from fxopt.kernels.attention.blocks import TileLists
+from fxopt.kernels.attention.spec import Attention
+from fxopt.kernels.attention.triton import (
+    LOG2E,
+    descriptor,
+    has_rows,
+    is_hopper,
+    load_rows,
+    with_positive_scale,
+)  # fmt: skip
+
+from . import reference as topk
+
+# float32 elements of the sums that exist at once (128 MiB).
+MOST_SUMS = 2**25
+# Pools of a program, and the key tiles that it visits.
+BLOCK_M, STEPS = 64, 8
+POOLS = topk.TILE // topk.POOL
+TILE, LEAST = tl.constexpr(topk.TILE), tl.constexpr(topk.LEAST)
+POOL, FORCED = tl.constexpr(topk.POOL), tl.constexpr(topk.FORCED)
+
+
+@triton.jit
+def _pool_sums_kernel(
+    means_ptr, k_ptr, mask_ptr, sums_ptr,
+    k_b, k_h, k_t, k_d, mask_b,
+    num_heads, group, pools, first_pool, run_pools, queries, keys, tiles, scale, softcap,
+    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, STEPS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2) // num_heads
+    head = tl.program_id(2) % num_heads
+    start = tl.program_id(1) * BLOCK_M
+    own = start + tl.arange(0, BLOCK_M)
+    pool = first_pool + own
+    # The last query of a pool stands for it; pools behind the queries see what the last one sees.
+    seen = tl.minimum((pool + 1) * POOL, queries) - 1 + keys - queries
+    lowest = tl.minimum((first_pool + start + 1) * POOL, queries) - 1 + keys - queries
+    highest = tl.minimum((first_pool + start + BLOCK_M) * POOL, queries) - 1 + keys - queries
+
+    means = load_rows(
+        means_ptr + (batch * num_heads + head).to(tl.int64) * pools * DIM, 0 * batch, 0 * head,
+        first_pool + start, 0, 0, DIM, 1, pools, DIM, BLOCK_M, BLOCK_D, False, False,
+    )  # fmt: skip
+    sums = sums_ptr + (batch * num_heads + head).to(tl.int64) * run_pools * tiles
+    begin = tl.program_id(0) * STEPS
+    end = tl.minimum(begin + STEPS, tl.minimum(highest // TILE + 1, tiles))
+    for step in range(end - begin):
+        tile = begin + step
+        columns = tile * TILE + tl.arange(0, TILE)
+        k = load_rows(
+            k_ptr, batch, head // group, tile * TILE, k_b, k_h, k_t, k_d, keys,
+            DIM, TILE, BLOCK_D, TMA, EVEN,
+        )  # fmt: skip
+        scores = dot(means, tl.trans(k), tl.zeros([BLOCK_M, TILE], tl.float32), UPCAST)
+        factor = scale * LOG2E
+        if HAS_SOFTCAP:
+            # softcap * tanh(scores / softcap), in powers of two
+            grown = 1.0 + tl.exp2(scores * (2.0 * LOG2E * scale / softcap))
+            scores = softcap * LOG2E - (2.0 * LOG2E * softcap) / grown
+            factor = 1.0
+        if HAS_MASK:
+            shown = tl.load(mask_ptr + batch * mask_b + columns, mask=columns < keys, other=0)
+            scores = tl.where((shown != 0)[None, :], scores, float("-inf"))
+        if tile * TILE + TILE - 1 > lowest:
+            scores = tl.where(columns[None, :] <= seen[:, None], scores, float("-inf"))
+        most = tl.max(scores, 1) * factor
+        least = tl.where(most == float("-inf"), 0.0, most)
+        total = tl.sum(tl.exp2(scores * factor - least[:, None]), 1)
+        at = sums + own.to(tl.int64) * tiles + tile
+        tl.store(at, least + tl.log2(total), mask=own < run_pools)
+
+
+@triton.jit
+def _select_kernel(
+    sums_ptr, state_ptr, top_ptr,
+    partial_count_ptr, partial_ptr, full_count_ptr, full_ptr,
+    state_b, num_heads, group, first_tile, run_tiles, query_tiles, queries, keys, tiles, most,
+    POOLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0)
+    line = tl.program_id(1)
+    batch = line // num_heads
+    head = line % num_heads
+    query_tile = first_tile + own
+    first = query_tile * TILE + keys - queries
+    last = tl.minimum(first + TILE, keys) - 1
+
+    tile = tl.arange(0, BLOCK)
+    inside = (tile < tiles) & (tile * TILE <= last)
+    state = tl.load(state_ptr + batch * state_b + tile, mask=inside, other=0)
+    seen = inside & (state > 0)
+    mass = tl.zeros([BLOCK], tl.float32)
+    at = sums_ptr + ((line * run_tiles + own) * POOLS).to(tl.int64) * tiles + tile
+    for pool in tl.static_range(POOLS):
+        sums = tl.load(at + pool * tiles, mask=seen, other=float("-inf"))
+        highest = tl.max(sums, 0)
+        weights = tl.exp2(sums - tl.where(highest == float("-inf"), 0.0, highest))
+        total = tl.sum(weights, 0)
+        mass += weights / tl.where(total == 0.0, 1.0, total)
+
+    sink = tl.min(tl.where(seen, tile, BLOCK), 0)
+    mass = tl.where((tile == sink) | (tile * TILE > first - 2 * TILE), FORCED, mass)
+    bits = tl.where(seen, mass.to(tl.int32, bitcast=True), -1)
+    count = tl.sum(seen.to(tl.int32), 0)
+    top = tl.load(top_ptr + head // group)
+    kept = tl.minimum(tl.maximum((count * top + 999) // 1000, LEAST), count)
+    # The largest number that `kept` tiles reach: bits of floats above zero are in their order.
+    least = first * 0
+    for place in tl.static_range(31):
+        trial = least | (1 << (30 - place))
+        least = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= kept, trial, least)
+    above = bits > least
+    equal = bits == least
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+
+    whole = (state == 2) & (tile * TILE + TILE - 1 <= first)
+    full = (chosen & whole).to(tl.int32)
+    partial = (chosen & (whole == 0)).to(tl.int32)
+    row = line.to(tl.int64) * query_tiles + query_tile
+    tl.store(full_count_ptr + row, tl.sum(full, 0))
+    tl.store(partial_count_ptr + row, tl.sum(partial, 0))
+    tl.store(full_ptr + row * most + tl.cumsum(full, 0) - 1, tile, mask=full > 0)
+    tl.store(partial_ptr + row * most + tl.cumsum(partial, 0) - 1, tile, mask=partial > 0)
+
+
+def kept_lists(call: Attention) -> TileLists:
+    """The tiles that `topk.chosen_tiles` keeps, as lists of each query head."""
+    call = with_positive_scale(call)
+    q, k = call.q, call.k
+    batch, heads, queries, dim = q.shape
+    keys, tiles = k.shape[2], -(-k.shape[2] // topk.TILE)
+    means, state = _means(q), _tile_states(call)
+    pools = means.shape[2]
+    query_tiles = pools // POOLS
+    # A row of no share would keep all tiles.
+    most = topk.most_tiles(keys, [t or 1000 for t in call.top])
+    counts = torch.empty((2, batch, heads, query_tiles), dtype=torch.int32, device=q.device)
+    lists = torch.empty((2, batch, heads, query_tiles, most), dtype=torch.int32, device=q.device)
+    run = max(1, min(query_tiles, MOST_SUMS // (batch * heads * POOLS * tiles)))
+    sums = torch.empty(batch * heads * run * POOLS * tiles, device=q.device)
+    block_d = max(16, triton.next_power_of_2(dim))
+    tma = is_hopper(q.device) and q.element_size() == 2 and has_rows(k)
+    rows = descriptor(k, topk.TILE, block_d) if tma else k
+    mask = None if call.mask is None else (call.mask != 0).to(torch.uint8)
+    for first in range(0, query_tiles, run):
+        many = min(run, query_tiles - first)
+        grid = (-(-tiles // STEPS), -(-many * POOLS // BLOCK_M), batch * heads)
+        _pool_sums_kernel[grid](
+            means, rows, means if mask is None else mask, sums,
+            *k.stride(), 0 if mask is None else mask.stride(0),
+            heads, call.group_size, pools, first * POOLS, many * POOLS, queries, keys, tiles,
+            float(call.scale), float(call.softcap),
+            HAS_MASK=mask is not None, HAS_SOFTCAP=call.softcap > 0, TMA=tma,
+            EVEN=keys % topk.TILE == 0, DIM=dim, BLOCK_D=block_d, BLOCK_M=BLOCK_M, STEPS=STEPS,
+            UPCAST=DOT_UPCAST, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _select_kernel[(many, batch * heads)](
+            sums, state, _shares(call.top, q.device),
+            counts[0], lists[0], counts[1], lists[1],
+            tiles if state.shape[0] > 1 else 0, heads, call.group_size,
+            first, many, query_tiles, queries, keys, tiles, most,
+            POOLS=POOLS, BLOCK=max(16, triton.next_power_of_2(tiles)),
+        )  # fmt: skip
+    return TileLists(counts[0], lists[0], counts[1], lists[1], topk.TILE, topk.TILE)
+
+
+def _means(q: Tensor) -> Tensor:
+    """`topk.pooled`, which copies queries, with only the last ones copied."""
+    whole = q.shape[2] // topk.TILE * topk.TILE
+    main = q[:, :, :whole].unflatten(2, (whole // topk.POOL, topk.POOL))
+    means = main.mean(3, dtype=torch.float32).to(q.dtype)
+    if whole < q.shape[2]:
+        means = torch.cat([means, topk.pooled(q[:, :, whole:])], 2)
+    return means.contiguous()
+
+
+def _tile_states(call: Attention) -> Tensor:
+    """[B or 1, key tiles] int32: 2 where every key may be seen, 1 where some may, 0 where none."""
+    keys = call.k.shape[2]
+    if call.mask is None:
+        tiles = torch.arange(-(-keys // topk.TILE), device=call.k.device)
+        return ((tiles + 1) * topk.TILE <= keys).to(torch.int32)[None] + 1
+    shown = torch.nn.functional.pad(call.mask != 0, (0, -keys % topk.TILE))
+    shown = shown.unflatten(1, (-1, topk.TILE))
+    return shown.any(2).to(torch.int32) + shown.all(2).to(torch.int32)
+
+
+@functools.cache
+def _shares(top: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device; kept, so that a captured CUDA graph copies nothing."""
+    return torch.tensor([t or 1000 for t in top], dtype=torch.int32).to(device)

@@ -1,0 +1,358 @@
+"""Attention over the tiles of the most estimated mass: the choice, the op, the kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
+from fxopt.kernels._triton import AVAILABLE
+from fxopt.kernels.attention import REFERENCE, attention_with_lse
+from fxopt.kernels.attention.op import attention_cuda
+from fxopt.kernels.attention.spec import bind
+from fxopt.kernels.block_topk.reference import LEAST, POOL, TILE, chosen_tiles, kept_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+
+
+def make(
+    queries: int, keys: int, kv: int = 2, group: int = 2, batch: int = 2, dim: int = 16,
+    dtype: torch.dtype = torch.float32, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    q, k, v = (
+        torch.randn(batch, n, h, dim, device=DEVICE).to(dtype).transpose(1, 2)
+        for n, h in ((queries, kv * group), (keys, kv), (keys, kv))
+    )
+    call: dict[str, Any] = {
+        # Sharp enough for tiles to differ.
+        "q": 2 * q, "k": k, "v": v, "mask": None, "bias": None, "sinks": None,
+        "scale": dim**-0.5, "causal": True, "window": [0], "softcap": 0.0, "sink_tokens": [0],
+        "top": [200],
+    }  # fmt: skip
+    assert options.keys() <= call.keys()
+    return call | options
+
+
+def left_padded(batch: int, keys: int, padding: int) -> Tensor:
+    mask = torch.ones(batch, keys, dtype=torch.int64, device=DEVICE)
+    mask[0, :padding] = 0
+    return mask
+
+
+def kept_keys(call: dict[str, Any]) -> Tensor:
+    """bool [B, H, N, T], from the words of the docs, one tile after another in float64."""
+    q, k, mask = call["q"].double(), call["k"].double(), call["mask"]
+    batch, heads, queries, _ = q.shape
+    kv, keys = k.shape[1:3]
+    seen = torch.zeros(batch, heads, queries, keys, dtype=torch.bool, device=q.device)
+    for b in range(batch):
+        shown = torch.ones(keys, dtype=torch.bool, device=q.device)
+        shown = shown if mask is None else mask[b] != 0
+        for h in range(heads):
+            top = call["top"][h // (heads // kv) % len(call["top"])]
+            for start in range(0, queries, TILE):
+                stop = min(start + TILE, queries)
+                tiles = _kept(q[b, h], k[b, h // (heads // kv)], shown, start, stop, top, call)
+                for tile in tiles:
+                    seen[b, h, start:stop, tile * TILE : tile * TILE + TILE] = True
+        seen[b] &= shown
+    return seen & torch.ones(queries, keys, device=q.device).tril(keys - queries).bool()
+
+
+def _kept(
+    q: Tensor, k: Tensor, shown: Tensor, start: int, stop: int, top: int, call: dict[str, Any]
+) -> list[int]:
+    past = len(k) - len(q)
+    candidates = [
+        t
+        for t in range(0, (stop - 1 + past) // TILE + 1)
+        if shown[t * TILE : t * TILE + TILE].any()
+    ]
+    if not top:
+        return candidates
+    mass = dict.fromkeys(candidates, 0.0)
+    for low in range(start, start + TILE, POOL):
+        rows = [min(row, len(q) - 1) for row in range(low, low + POOL)]
+        scores = k[: rows[-1] + past + 1] @ q[rows].mean(0) * call["scale"]
+        if call["softcap"]:
+            scores = call["softcap"] * (scores / call["softcap"]).tanh()
+        scores[~shown[: len(scores)]] = -torch.inf
+        weights = scores.softmax(0).nan_to_num(0.0)
+        for tile in candidates:
+            mass[tile] += float(weights[tile * TILE : tile * TILE + TILE].sum())
+    must = set(candidates[:1]) | {t for t in candidates if t >= (start + past) // TILE - 1}
+    count = max(LEAST, -(-len(candidates) * top // 1000))
+    return sorted(candidates, key=lambda t: (t not in must, -mass[t], t))[:count]
+
+
+def definition(call: dict[str, Any]) -> Tensor:
+    group = call["q"].shape[1] // call["k"].shape[1]
+    q = call["q"].double()
+    k, v = (call[name].double().repeat_interleave(group, 1) for name in "kv")
+    queries, keys = q.shape[2], k.shape[2]
+    scores = q @ k.mT * call["scale"]
+    if call["softcap"]:
+        scores = call["softcap"] * torch.tanh(scores / call["softcap"])
+    seen = kept_keys(call)
+    distance = torch.arange(queries, device=q.device)[:, None] + keys - queries
+    distance = distance - torch.arange(keys, device=q.device)
+    for head, window in enumerate(call["window"] * (k.shape[1] // len(call["window"]))):
+        if window:
+            seen[:, head] &= distance < window
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if call["sinks"] is not None:
+        logit = call["sinks"].double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, logit], -1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., :keys]
+    return (weights @ v).transpose(1, 2)
+
+
+CASES: list[dict[str, Any]] = [
+    {"queries": 1300, "keys": 1300},
+    {"queries": 1153, "keys": 1153, "kv": 1, "group": 3, "batch": 1, "softcap": 3.0},
+    {"queries": 1409, "keys": 1409, "batch": 2, "padding": 301},
+    # After a past whose length is no multiple of a tile.
+    {"queries": 200, "keys": 1501, "batch": 2, "padding": 127, "top": [100, 0]},
+    {"queries": 1280, "keys": 1280, "top": [0, 50], "window": [200, 0], "group": 1},
+    {"queries": 1200, "keys": 1200, "top": [300, 10], "sinks": True},
+]
+
+
+def case(number: int, **options: Any) -> dict[str, Any]:
+    given = dict(CASES[number]) | options
+    padding, sinks = given.pop("padding", 0), given.pop("sinks", False)
+    call = make(**given)
+    batch, heads, keys = *call["q"].shape[:2], call["k"].shape[2]
+    if padding:
+        call["mask"] = left_padded(batch, keys, padding)
+    if sinks:
+        call["sinks"] = torch.randn(heads, device=DEVICE)
+    return call
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_op_attends_to_the_tiles_of_most_mass(number: int) -> None:
+    call = case(number)
+    expected = definition(call)
+    dense = definition(call | {"top": [0]})
+    assert (expected - dense).abs().max() > 0.01
+    for out in (
+        torch.ops.fxopt.attention(*call.values()),
+        REFERENCE(*call.values()),
+        attention_with_lse(*call.values())[0],
+    ):
+        assert out.is_contiguous()
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_log_sum_exp_is_of_the_kept_keys() -> None:
+    call = case(0, batch=1)
+    k = call["k"].double().repeat_interleave(2, 1)
+    scores = call["q"].double() @ k.mT * call["scale"]
+    expected = scores.masked_fill(~kept_keys(call), -torch.inf).logsumexp(-1)
+    lse = attention_with_lse(*call.values())[1]
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_far_keys_that_all_queries_want_are_kept() -> None:
+    """One key in ten thousand, at an odd place; everything else is noise."""
+    length, place = 10_000, 4_321
+    call = make(length, length, kv=1, group=1, batch=1, top=[20])
+    call["k"][0, 0, place] = 0.0
+    call["k"][0, 0, place, 0] = 6.0
+    call["q"][..., 0] = 8.0
+    chosen = chosen_tiles(call["q"], call["k"], None, call["scale"], 0.0, call["top"])
+    after = -(-place // TILE)
+    assert chosen[0, 0, 0, after:, place // TILE].all()
+    assert int(chosen[0, 0, 0, -1].sum()) == kept_tiles(-(-length // TILE), 20) == LEAST
+    others = torch.ones_like(chosen[0, 0, 0, -1])
+    others[[0, place // TILE, -1, -2]] = False
+    assert int(chosen[0, 0, 0, -1][others].sum()) == LEAST - 4
+
+
+def test_equal_masses_are_kept_in_order() -> None:
+    call = make(1500, 1500, kv=1, group=1, batch=1, top=[500])
+    chosen = chosen_tiles(torch.zeros_like(call["q"]), call["k"], None, 1.0, 0.0, [500])
+    last = chosen[0, 0, 0, -1].nonzero().flatten().tolist()
+    assert last == [0, 1, 2, 3, 4, 5, 10, 11]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(127, 1500), (1024, 1024), (1, 2000)])
+def test_short_calls_see_all_keys(queries: int, keys: int) -> None:
+    call = make(queries, keys, batch=1, top=[1])
+    expected = definition(call | {"top": [0]})
+    for spelling in (torch.ops.fxopt.attention, REFERENCE):
+        torch.testing.assert_close(
+            spelling(*call.values()).double(), expected, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top": [1, 2, 3]}, "top has 3 entries; give 1 or 2"),
+        ({"top": [1001]}, "per mille of the key tiles, from 0 to 1000"),
+        ({"causal": False}, "needs causal attention"),
+        ({"bias": torch.zeros(1, 1, 1, 300)}, "does not look at a bias"),
+        ({"window": [0, 9], "top": [0, 9]}, "and window exclude each other in one head"),
+    ],
+)
+def test_misfits_are_named(wrong: dict[str, Any], message: str) -> None:
+    call = make(300, 300) | wrong
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fxopt.attention(*call.values())
+
+
+def test_gradients_are_those_of_the_kept_keys() -> None:
+    call = make(1200, 1200, batch=1, dim=4, dtype=torch.float64, top=[300, 0])
+    seen = kept_keys(call)
+    leaves = [call[name].clone().requires_grad_() for name in "qkv"]
+
+    def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = (q @ k.mT * call["scale"]).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    weights = torch.randn(1, 1200, 4, 4, dtype=torch.float64, device=DEVICE)
+    expected = torch.autograd.grad((explicit(*leaves) * weights).sum(), leaves)
+    named = call | dict(zip("qkv", leaves, strict=True))
+    out = torch.ops.fxopt.attention(*named.values())
+    found = torch.autograd.grad((out * weights).sum(), leaves)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_opcheck() -> None:
+    call = make(1200, 1200, batch=1, kv=1, dim=4, top=[200])
+    for name in "qkv":
+        call[name] = call[name].detach().requires_grad_()
+    torch.library.opcheck(torch.ops.fxopt.attention.default, tuple(call.values()))
+
+
+@needs_triton
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_lists_hold_the_chosen_tiles(number: int) -> None:
+    from fxopt.kernels.block_topk.triton import kept_lists
+
+    call = bind(**case(number))
+    lists = kept_lists(call)
+    expected = chosen_tiles(call.q, call.k, call.mask, call.scale, call.softcap, call.top)
+    expected = expected.flatten(1, 2)
+    found = torch.zeros_like(expected)
+    for count, tiles in (lists.tensors()[:2], lists.tensors()[2:]):
+        for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in count.shape)).tolist():
+            line = tiles[b, h, i, : count[b, h, i]].long()
+            assert (line.diff() > 0).all()
+            assert not found[b, h, i, line].any()
+            found[b, h, i, line] = True
+    assert found.equal(expected)
+    # A full tile is seen whole: it is over before the first query, and nothing of it is hidden.
+    first = torch.arange(expected.shape[2]) * TILE + call.offset
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in count.shape)).tolist():
+        for tile in lists.full[b, h, i, : lists.full_count[b, h, i]].tolist():
+            assert tile * TILE + TILE - 1 <= first[i]
+            assert call.mask is None or call.mask[b, tile * TILE : tile * TILE + TILE].all()
+
+
+@needs_triton
+def test_lists_are_made_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxopt.kernels.block_topk import triton as kernels
+
+    call = bind(**case(2, kv=1, group=1))
+    whole = kernels.kept_lists(call)
+    # Room for four of twelve query tiles.
+    monkeypatch.setattr(kernels, "MOST_SUMS", 4 * 2 * 4 * 12)
+    lists = kernels.kept_lists(call)
+    for tiles, count in ((lists.full, lists.full_count), (lists.partial, lists.partial_count)):
+        room = torch.arange(tiles.shape[3], device=DEVICE) < count[..., None]
+        theirs = whole.full if tiles is lists.full else whole.partial
+        assert tiles.where(room, -1).equal(theirs.where(room, -1))
+    assert lists.full_count.equal(whole.full_count)
+    assert lists.partial_count.equal(whole.partial_count)
+
+
+@needs_triton
+@pytest.mark.parametrize(("number", "kv"), [(0, 1), (3, 2), (5, 2)])
+def test_attention_over_the_lists(number: int, kv: int) -> None:
+    """What CUDA runs, interpreted where there is none."""
+    call = case(number, batch=1, kv=kv, group=3 - kv)
+    out = attention_cuda(**call)
+    torch.testing.assert_close(out.double(), definition(call), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_dense_and_windowed_heads_beside_kept_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    call = make(1100, 1100, kv=3, group=1, batch=1, top=[0, 200, 0], window=[0, 0, 300])
+    out = attention_cuda(**call)
+    torch.testing.assert_close(out.double(), definition(call), rtol=1e-5, atol=1e-5)
+    plain = attention_cuda(**(call | {"window": [0]}))
+    torch.testing.assert_close(plain[:, :, :2], out[:, :, :2], rtol=1e-5, atol=1e-5)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fxopt.kernels.block_topk.triton import _pool_sums_kernel, _select_kernel, BLOCK_M, STEPS
+
+def build(kernel, constants, types, **options):
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async"))
+
+for dtype, dim, tma, extras in (("bf16", 128, 1, 0), ("bf16", 64, 0, 1), ("fp16", 256, 1, 1)):
+    k = f"tensordesc<{dtype}[1, 1, 128, {dim}]>" if tma else "*" + dtype
+    constants = dict(k_d=1, HAS_MASK=extras, HAS_SOFTCAP=extras, TMA=tma, EVEN=False, DIM=dim,
+                     BLOCK_D=dim, BLOCK_M=BLOCK_M, STEPS=STEPS, UPCAST=False)
+    types = dict(means_ptr="*" + dtype, k_ptr=k, mask_ptr="*u8", sums_ptr="*fp32",
+                 scale="fp32", softcap="fp32")
+    build(_pool_sums_kernel, constants, types, num_warps=4, num_stages=3)
+types = dict.fromkeys(("state_ptr", "top_ptr", "partial_count_ptr", "partial_ptr",
+                       "full_count_ptr", "full_ptr"), "*i32") | {"sums_ptr": "*fp32"}
+build(_select_kernel, dict(POOLS=4, BLOCK=1024), types, num_warps=4)
+build(_select_kernel, dict(POOLS=4, BLOCK=8192), types, num_warps=4)
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_compiles_ahead_of_time_for_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    built = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(built) == 5
+    assert all(shared <= 227 * 1024 for shared, _ in built)
+    assert all((products > 0) == (number < 3) for number, (_, products) in enumerate(built))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("padding", [0, 700])
+def test_long_inputs_on_the_device(dim: int, padding: int) -> None:
+    """The kernels choose as float64 does but for tiles at the margin, and lose no more mass."""
+    call = make(5000, 5300, kv=2, group=4, dim=dim, dtype=torch.bfloat16, top=[100, 250])
+    if padding:
+        call["mask"] = left_padded(2, 5300, padding)
+    exact = {n: x.double() if isinstance(x, Tensor) and n in "qkv" else x for n, x in call.items()}
+    out, wide = torch.ops.fxopt.attention(*call.values()), attention_with_lse(*exact.values())[0]
+    whole = attention_with_lse(*(exact | {"top": [0]}).values())[0]
+    assert not out.isnan().any()
+    assert (out.double() - whole).norm() < 1.02 * (wide - whole).norm() + 0.01 * whole.norm()
+    assert (out.double() - wide).norm() < 0.2 * (wide - whole).norm() + 0.01 * whole.norm()
