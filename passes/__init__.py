@@ -16,6 +16,7 @@ from fxopt.ir.rewrite import Rewrite
 REWRITES: tuple[str, ...] = (
     "fxopt.passes.attention.exact:Exact",
     "fxopt.passes.attention.window:Window",
+    "fxopt.passes.attention.block_topk:BlockTopk",
     "fxopt.passes.kv_cache.blocks:Blocks",
     "fxopt.passes.linear.channel_pruned:ChannelPruned",
     "fxopt.passes.linear.low_rank_shared:LowRankShared",

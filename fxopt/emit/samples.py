@@ -61,7 +61,9 @@ class Samples:
         ]
 
     def _long(self) -> int:
-        """A past so long that every kind of state holds at least two entries."""
+        """A past so long that every kind of state holds at least two entries, and that heads which
+        keep a share of their tiles leave some out."""
+        from ..kernels.block_topk.reference import LEAST, TILE
         from ..kernels.kv_attention.layout import parse
 
         formats = [
@@ -70,7 +72,10 @@ class Samples:
             for _, fmt in parse(state.layout).resolve(state.num_kv_heads)
             if fmt is not None
         ]
-        return max((f.sink + f.residual + 2 * f.group for f in formats), default=2) + 3
+        lengths = [f.sink + f.residual + 2 * f.group for f in formats]
+        if any(any(node.kwargs.get("top", ())) for node in self.lowered.graph.nodes):
+            lengths.append((LEAST + 2) * TILE)
+        return max(lengths, default=2) + 3
 
     def _tokens(self, batch: int, length: int, past: int) -> list[Tensor]:
         """The inputs of generation but for the cache; the first of several rows is padded."""

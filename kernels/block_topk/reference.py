@@ -20,8 +20,20 @@ POOL = 32
 """Queries of an average: QKᵀ of the estimate costs 1 / (2 * POOL) of attention's products."""
 LEAST = 8
 """Tiles that are kept in any case: short rows cost little and lose much."""
+MOST_SUMS = 2**25
+"""float32 sums of pools over tiles that exist at once on a GPU (128 MiB)."""
 FORCED = 8.0
 """More than any tile's mass, which is at most one a pool."""
+
+
+def tiles(length: int) -> int:
+    """Tiles that cover `length` queries or keys."""
+    return (length + TILE - 1) // TILE
+
+
+def _room(length: int) -> int:
+    """Tiles that cover `length`; when exporting one more, as no size of a trace may be 1."""
+    return tiles(length) + int(torch.compiler.is_exporting())
 
 
 def hides(queries: int, keys: int) -> bool:
@@ -31,8 +43,7 @@ def hides(queries: int, keys: int) -> bool:
 
 def hides_some(queries: int, keys: int, top: int) -> bool:
     """Whether a call at `top` per mille leaves out a tile, padding aside."""
-    tiles = -(-keys // TILE)
-    return hides(queries, keys) and kept_tiles(tiles, top) < tiles
+    return hides(queries, keys) and kept_tiles(tiles(keys), top) < tiles(keys)
 
 
 def kept_tiles(seen: int, top: int) -> int:
@@ -42,42 +53,39 @@ def kept_tiles(seen: int, top: int) -> int:
 
 def most_tiles(keys: int, top: Sequence[int]) -> int:
     """The longest row of kept tiles."""
-    seen = -(-keys // TILE)
-    return max(kept_tiles(seen, t) for t in top)
+    return max(kept_tiles(tiles(keys), t) for t in top)
 
 
 def pooled(q: Tensor) -> Tensor:
     """Means over POOL queries of q [B, H, N, D], whole tiles of them, in q's dtype; the last query
     fills the last tile."""
-    queries = q.shape[2]
-    rows = torch.arange((queries + TILE - 1) // TILE * TILE, device=q.device)
-    whole = q.index_select(2, rows.clamp(max=queries - 1))
-    batch, heads, _, dim = q.shape
-    sums = torch.promote_types(q.dtype, torch.float32)
-    return whole.reshape(batch, heads, -1, POOL, dim).mean(3, dtype=sums).to(q.dtype)
+    batch, heads, queries, dim = q.shape
+    pools = TILE // POOL * _room(queries)
+    rows = torch.arange(pools * POOL, device=q.device).clamp(max=queries - 1)
+    whole = q.index_select(2, rows).reshape(batch, heads, pools, POOL, dim)
+    return whole.mean(3, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
 
 
 def estimate(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """The mass that falls on each key tile, [B, KV, H / KV, query tiles, key tiles]."""
     batch, heads, queries, dim = q.shape
     kv, keys = k.shape[1:3]
+    group, pools = heads // kv, TILE // POOL * _room(queries)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    means = pooled(q).to(dtype).reshape(batch, kv, -1, dim) * scale
-    scores = (means @ k.to(dtype).mT).reshape(batch, kv, heads // kv, -1, keys)
+    means = pooled(q).to(dtype).reshape(batch, kv, group * pools, dim) * scale
+    scores = (means @ k.to(dtype).mT).reshape(batch, kv, group, pools, keys)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    pools = torch.arange(scores.shape[3], device=q.device)
-    last = ((pools + 1) * POOL).clamp(max=queries) - 1 + (keys - queries)
+    ends = (torch.arange(pools, device=q.device) + 1) * POOL
+    last = ends.clamp(max=queries) - 1 + (keys - queries)
     seen = torch.arange(keys, device=q.device) <= last[:, None]
     if mask is not None:
         seen = seen & (mask != 0)[:, None, None, None]
     # A pool that sees no key has no mass: the least finite number instead of infinities.
     scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
-    weights = F.pad(scores.softmax(-1) * seen, (0, -keys % TILE))
-    tiles = weights.reshape(
-        batch, kv, heads // kv, -1, TILE // POOL, (keys + TILE - 1) // TILE, TILE
-    )
-    return tiles.sum((-3, -1))
+    weights = F.pad(scores.softmax(-1) * seen, (0, _room(keys) * TILE - keys))
+    shape = (batch, kv, group, _room(queries), TILE // POOL, _room(keys), TILE)
+    return weights.reshape(shape).sum((-3, -1))
 
 
 def chosen_tiles(
@@ -90,12 +98,13 @@ def chosen_tiles(
     """
     queries, keys, device = q.shape[2], k.shape[2], q.device
     mass = estimate(q, k, mask, scale, softcap)
-    starts = torch.arange(mass.shape[4], device=device) * TILE
-    first = (torch.arange(mass.shape[3], device=device) * TILE + (keys - queries))[:, None]
+    starts = torch.arange(_room(keys), device=device) * TILE
+    first = (torch.arange(_room(queries), device=device) * TILE + (keys - queries))[:, None]
     seen = (starts <= (first + TILE - 1).clamp(max=keys - 1))[None]
     sinks = (starts == 0)[None, None]
     if mask is not None:
-        some = F.pad(mask != 0, (0, -keys % TILE)).reshape(mask.shape[0], -1, TILE).any(-1)
+        some = F.pad(mask != 0, (0, _room(keys) * TILE - keys))
+        some = some.reshape(mask.shape[0], _room(keys), TILE).any(-1)
         seen = seen & some[:, None]
         sinks = (some.to(torch.int64).cumsum(1) == 1)[:, None]
     near = starts > first - 2 * TILE  # of the diagonal, and of the TILE keys before it
@@ -104,5 +113,13 @@ def chosen_tiles(
     kept = count.clamp(min=LEAST)[:, :, None, :, None]
     seen, forced = seen[:, None, None], (near | sinks)[:, None, None]
     value = mass.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
-    order = value.argsort(dim=-1, descending=True, stable=True)
-    return (order.argsort(dim=-1) < kept) & seen
+    return (_ranks(value, _room(keys)) < kept) & seen
+
+
+def _ranks(value: Tensor, tiles: int) -> Tensor:
+    """The place of each entry of the last dimension, the largest first, equal ones in order."""
+    if torch.compiler.is_exporting():
+        # ONNX sorts by TopK alone, which keeps the order of equal ones.
+        order = value.topk(tiles, dim=-1).indices
+        return order.topk(tiles, dim=-1, largest=False).indices
+    return value.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -29,8 +29,6 @@ from fxopt.kernels.attention.triton import (
 
 from . import reference as topk
 
-# float32 elements of the sums that exist at once (128 MiB).
-MOST_SUMS = 2**25
 # Pools of a program, and the key tiles that it visits.
 BLOCK_M, STEPS = 64, 8
 POOLS = topk.TILE // topk.POOL
@@ -157,7 +155,7 @@ def kept_lists(call: Attention) -> TileLists:
     most = topk.most_tiles(keys, [t or 1000 for t in call.top])
     counts = torch.empty((2, batch, heads, query_tiles), dtype=torch.int32, device=q.device)
     lists = torch.empty((2, batch, heads, query_tiles, most), dtype=torch.int32, device=q.device)
-    run = max(1, min(query_tiles, MOST_SUMS // (batch * heads * POOLS * tiles)))
+    run = max(1, min(query_tiles, topk.MOST_SUMS // (batch * heads * POOLS * tiles)))
     sums = torch.empty(batch * heads * run * POOLS * tiles, device=q.device)
     block_d = max(16, triton.next_power_of_2(dim))
     tma = is_hopper(q.device) and q.element_size() == 2 and has_rows(k)

@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.ir.ops import attend
+import fxopt.kernels.kv_attention.op  # noqa: F401 (registers what attends as decoding does)
+from fxopt.ir.ops import attend, attend_as_decoded
 
 RECORDED = (
     "q", "k", "v", "mask", "bias", "sinks", "scale", "causal", "window", "softcap", "sink_tokens",
+    "top",
 )  # fmt: skip
+
+
+def attended_as_decoded(inputs: Mapping[str, Any], **options: Any) -> Tensor:
+    """`attended` where the tokens from inputs["prompt"] on were decoded one at a time."""
+    if not inputs.get("prompt"):
+        return attended(inputs, **options)
+    arguments = {name: inputs[name] for name in RECORDED if name in inputs} | options
+    with torch.no_grad():
+        return attend_as_decoded(**arguments, prompt=inputs["prompt"])
 
 
 def attended(inputs: Mapping[str, Any], **options: Any) -> Tensor:

@@ -15,8 +15,10 @@ from torch import Tensor
 import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
 from fxopt.kernels._triton import AVAILABLE
 from fxopt.kernels.attention import REFERENCE, attention_with_lse
+from fxopt.kernels.attention.onnx import attention_onnx
 from fxopt.kernels.attention.op import attention_cuda
 from fxopt.kernels.attention.spec import bind
+from fxopt.kernels.block_topk import reference
 from fxopt.kernels.block_topk.reference import LEAST, POOL, TILE, chosen_tiles, kept_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,6 +239,47 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fxopt.attention.default, tuple(call.values()))
 
 
+class Exported(torch.nn.Module):
+    def __init__(self, call: dict[str, Any]) -> None:
+        super().__init__()
+        self.rest = {name: call[name] for name in list(call)[4:]}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attention_onnx(q, k, v, mask, **self.rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_onnx_chooses_the_same_tiles(number: int) -> None:
+    """One file for prompts, whose tiles follow the data, and for single tokens."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    batch = 2 if number == 2 else 1
+    call = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in case(number).items()}
+    call["mask"] = torch.ones(2, call["k"].shape[2], dtype=torch.int64)
+    dynamic, names = torch.export.Dim.DYNAMIC, ["q", "k", "v", "mask"]
+    sizes = {0: dynamic, 2: dynamic}
+    written = torch.onnx.export(
+        Exported(call).eval(), tuple(call[name] for name in names), dynamo=True,
+        opset_version=23, dynamic_shapes=(sizes, sizes, sizes, {0: dynamic, 1: dynamic}),
+        verbose=False,
+    )  # fmt: skip
+    assert written is not None
+    assert {node.domain for node in written.model.graph.all_nodes()} <= {""}
+    session = onnxruntime.InferenceSession(written.model_proto.SerializeToString())
+    for queries, keys, hidden in ((1300, 1300, 140), (1, 1301, 140), (150, 1451, 0), (5, 9, 2)):
+        new = make(queries, keys, batch=batch, group=call["q"].shape[1] // call["k"].shape[1])
+        call |= {name: new[name].cpu() for name in "qkv"}
+        call["mask"] = left_padded(batch, keys, hidden).cpu()
+        inputs = {
+            i.name: call[name].contiguous().numpy()
+            for i, name in zip(session.get_inputs(), names, strict=True)
+        }
+        (out,) = session.run(None, inputs)
+        expected = torch.ops.fxopt.attention(*call.values())
+        torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
+
+
 @needs_triton
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_the_lists_hold_the_chosen_tiles(number: int) -> None:
@@ -269,7 +312,7 @@ def test_lists_are_made_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     call = bind(**case(2, kv=1, group=1))
     whole = kernels.kept_lists(call)
     # Room for four of twelve query tiles.
-    monkeypatch.setattr(kernels, "MOST_SUMS", 4 * 2 * 4 * 12)
+    monkeypatch.setattr(reference, "MOST_SUMS", 4 * 2 * 4 * 12)
     lists = kernels.kept_lists(call)
     for tiles, count in ((lists.full, lists.full_count), (lists.partial, lists.partial_count)):
         room = torch.arange(tiles.shape[3], device=DEVICE) < count[..., None]

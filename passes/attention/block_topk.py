@@ -1,0 +1,137 @@
+"""Attention -> in prompts, the key tiles that are estimated to hold the most attention.
+
+    attend(q, k, v, mask, causal=True)
+    attend(q, k, v, mask, causal=True, top=(100, 0))    # KV head 0 only, a tenth of its tiles
+
+Pays in long prompts, in heads that fetch from far away but from few places: a window of equal cost
+loses those (XAttention, FlexPrefill, SeerAttention). The tiles are chosen anew in each call, from
+queries averaged over 32 positions, so what only one query of many looks for may be missed. Decoded
+tokens see all keys: their attention costs what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.site import AttentionInfo, Family, Site
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.spec import per_head
+from fxopt.kernels.block_topk.reference import LEAST, TILE
+from fxopt.passes.attention import calls, emulation
+
+
+@dataclass(frozen=True)
+class BlockTopk:
+    """`shares` are per mille of the key tiles before a query; one is offered where the workload's
+    longest prompt computes at most `most` of its pairs under it, and fewer than under the next
+    larger share."""
+
+    shares: tuple[int, ...] = (50, 100, 200)
+    most: float = 0.5
+
+    name: ClassVar[str] = "attention.block_topk"
+    family: ClassVar[Family] = "attention"
+    workloads: ClassVar[frozenset[str]] = frozenset({"forward", "generate"})
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.16428"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+
+    def match(self, site: Site) -> Match | Refusal:
+        info = site.info
+        if not isinstance(info, AttentionInfo):
+            return Refusal(f"{site.family} site: the rewrite serves attention")
+        if site.blocked is not None:
+            return Refusal(site.blocked)
+        if info.cross:
+            return Refusal("cross attention: queries and keys do not share positions")
+        if not info.causal:
+            return Refusal("attention is not causal: tiles are chosen among those before a query")
+        if info.has_bias:
+            return Refusal("a bias is added to the scores: the estimate does not know it")
+        if info.window:
+            return Refusal(f"the model itself attends only within {info.window} tokens")
+        return Match(site)
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        return [
+            Candidate(self.name, f"top{share / 10:g}%", {"top": share})
+            for share in self._fitting(scenarios)
+        ]
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        """Why there is no candidate for these scenarios, in numbers; None if there are some."""
+        if self._fitting(scenarios):
+            return None
+        prompt = _longest(scenarios)
+        if prompt is None:
+            queries = max((scenario.queries for scenario in scenarios), default=0)
+            return (
+                f"no call of the workload brings more than {queries} tokens, and tiles are left "
+                f"out for {TILE} queries or more"
+            )
+        least, left = min(self.shares), _density(prompt, min(self.shares))
+        return (
+            f"the longest prompt has {prompt.queries} tokens: with {least / 10:g}% of its tiles, "
+            f"but at least {LEAST} of {TILE} keys, {left:.0%} of the attention would still be "
+            f"computed, and it pays below {self.most:.0%}"
+        )
+
+    def _fitting(self, scenarios: Sequence[Scenario]) -> list[int]:
+        prompt = _longest(scenarios)
+        if prompt is None:
+            return []
+        # Where LEAST tiles are more than any share, all shares are one candidate.
+        by_density = {_density(prompt, share): share for share in sorted(self.shares)}
+        return sorted(share for density, share in by_density.items() if density <= self.most)
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        """Prompts by the pairs that are computed and the estimate; decoding is dense."""
+        return [calls.kept_tiles_call(calls.attention_info(match), scenario, _top(candidate))]
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """Every head of the op under this share, tokens past the prompt seeing all keys."""
+        return emulation.attended_as_decoded(inputs, top=[_top(candidate)])
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None:
+        site, count = match.site, calls.attention_info(match).num_kv_heads
+        given: Any = editor.node(site).kwargs.get("top", (0,))
+        values = per_head("top", given, count)
+        for head in range(count) if site.head is None else (site.head,):
+            values[head] = _top(candidate)
+        editor.update(site, top=tuple(values))
+
+
+def _top(candidate: Candidate) -> int:
+    return int(candidate.parameters["top"])
+
+
+def _longest(scenarios: Sequence[Scenario]) -> Scenario | None:
+    """The call of the most new tokens, if any brings a tile of them."""
+    prompts = [scenario for scenario in scenarios if scenario.queries >= TILE]
+    return max(prompts, key=lambda scenario: scenario.length, default=None)
+
+
+def _density(prompt: Scenario, share: int) -> float:
+    """Part of the pairs of causal attention that is computed."""
+    every = calls.visible_pairs(prompt.queries, prompt.length, True, 0, 0)
+    return calls.kept_pairs(prompt.queries, prompt.length, share) / every
