@@ -1,6 +1,6 @@
 """Attention kernels against the library's fastest dense kernel: windows and block-sparse masks.
 
-    python benchmarks/attention.py [--only check dense window sparse] [--out attention.jsonl]
+    python benchmarks/attention.py [--only check dense window sparse topk] [--out attention.jsonl]
     python benchmarks/attention.py --sweep [--dims 64 128 256]
 
 32 query heads, 8 KV heads, head size 128, bfloat16, causal, forward. The baseline is the faster of
@@ -8,6 +8,10 @@ SDPA's cuDNN and flash backends at the same length, measured in the same run. "s
 over ours; for block-sparse masks "overhead" is our time over density times baseline, where density
 is the part of the causal (query, key) pairs that is kept. Medians of CUDA events. Results are
 checked against float64 first. One JSON line a measurement.
+
+"topk" is attention over the tiles of the most estimated mass, as the op computes it, estimate and
+lists included; "estimate_ms" is what these two take, "of_dense" their part of the baseline (target:
+0.05 at 131,072 tokens). How many tiles are kept does not depend on the data.
 
 --sweep times tile shapes, warps and stages under sink 64 + window 4,096 and under lists of 128x128
 tiles at density 0.1, both at 32,768 tokens: what the table in kernels/attention/triton.py holds.
@@ -20,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,12 +44,15 @@ from fxopt.kernels.attention.blocks import (
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import Attention, bind
 from fxopt.kernels.attention.triton import attention_forward
+from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
+from fxopt.kernels.block_topk.triton import kept_lists
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SINK, WINDOW = 64, 4096
 DENSE_LENGTHS = (4096, 16384, 65536)
 WINDOW_TARGETS = {16384: 1.6, 65536: 5.5, 131072: 11.0}
 SPARSE_LENGTH, DENSITIES, OVERHEAD_TARGET = 32768, (0.05, 0.1, 0.25, 0.5), 1.6
+TOPK_LENGTHS, SHARES = (16384, 32768, 65536, 131072), (50, 100, 200)
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SWEEP_SECONDS = 130
 
@@ -73,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=["check", "dense", "window", "sparse"])
+    parser.add_argument("--only", nargs="*", default=["check", "dense", "window", "sparse", "topk"])
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--dims", nargs="*", type=int, default=[128, 64, 256])
     parser.add_argument("--out", type=Path)
@@ -89,7 +97,9 @@ def main() -> None:
     if args.sweep:
         sweep(args.dims, report)
     else:
-        steps = {"check": check, "dense": dense, "window": windowed, "sparse": sparse}
+        steps = {
+            "check": check, "dense": dense, "window": windowed, "sparse": sparse, "topk": topk,
+        }  # fmt: skip
         for name in args.only:
             steps[name](report)
     if args.out is not None:
@@ -112,6 +122,11 @@ def check(report: Report) -> None:
             call = small_call(dim, 900, 1001, {})
             lists = random_lists(900, 1001, 4, 0.4, key_tile)
             worst(call, lists, report, dim=dim, key_tile=key_tile)
+        for options in ({}, {"mask": True}, {"softcap": 20.0}):
+            call = small_call(dim, 3900, 4001, {"top": [150, 400], **options})
+            lists = kept_lists(call)
+            chosen_alike(call, lists, report, dim=dim, **{k: str(v) for k, v in options.items()})
+            worst(replace(call, top=(0, 0)), lists, report, dim=dim, top=True)
 
 
 def small_call(dim: int, queries: int, keys: int, options: dict[str, Any]) -> Attention:
@@ -126,6 +141,23 @@ def small_call(dim: int, queries: int, keys: int, options: dict[str, Any]) -> At
         "window": [0], "softcap": 0.0, "sink_tokens": [0],
     } | options  # fmt: skip
     return bind(q, k, v, **given)
+
+
+def chosen_alike(call: Attention, lists: TileLists, report: Report, **line: Any) -> None:
+    """How many of the tiles that float64 keeps stand on the lists: all but those at the margin."""
+    expected = chosen_tiles(
+        call.q.double(), call.k.double(), call.mask, call.scale, call.softcap, call.top
+    ).flatten(1, 2)
+    found = torch.zeros(*expected.shape[:3], expected.shape[3] + 1, dtype=torch.bool, device="cuda")
+    for count, tiles in (lists.tensors()[:2], lists.tensors()[2:]):
+        room = torch.arange(tiles.shape[3], device="cuda") < count[..., None]
+        found.scatter_(3, tiles.long().where(room, expected.shape[3]), True)
+    found = found[..., :-1]
+    agree = float((found & expected).sum() / expected.sum())
+    same = bool(found.sum(3).equal(expected.sum(3)))
+    report(check=agree > 0.98 and same, chosen_as_in_float64=round(agree, 4), **line)
+    assert same, line
+    assert agree > 0.98, line
 
 
 def worst(call: Attention, lists: TileLists | None, report: Report, **line: Any) -> None:
@@ -192,6 +224,26 @@ def sparse(report: Report) -> None:
                 ms=ms(ours), tflops=round(tflops(length, ours) * kept),
                 speedup=ratio(length, ours), target=OVERHEAD_TARGET,
                 overhead=round(ours / kept / baseline(length), 2),
+            )  # fmt: skip
+
+
+def topk(report: Report) -> None:
+    """The op under shares of tiles, and what choosing them takes."""
+    for length in TOPK_LENGTHS:
+        q, k, v = qkv(length)
+        report(case="dense", length=length, **baselines(length))
+        for share in SHARES:
+            options = (None, None, None, DIM**-0.5, True, [0], 0.0, [0], [share])
+            call = bind(q, k, v, *options)
+            lists = kept_lists(call)
+            choosing = seconds(lambda call=call: kept_lists(call))
+            ours = seconds(lambda q=q, k=k, v=v, o=options: attention(q, k, v, *o))
+            kept = kept_pairs(lists)
+            report(
+                case=f"top {share / 10:g} % of tiles of {TILE}", length=length,
+                density=round(kept, 4), ms=ms(ours), estimate_ms=ms(choosing),
+                of_dense=round(choosing / baseline(length), 4), speedup=ratio(length, ours),
+                overhead=round((ours - choosing) / kept / baseline(length), 2),
             )  # fmt: skip
 
 

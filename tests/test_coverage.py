@@ -60,5 +60,24 @@ def test_the_share_of_attention_on_packed_tokens_is_reported(
     assert not [m for m in caplog.messages if "packed tokens" in m]
 
 
+@pytest.mark.slow
+def test_short_calibration_is_no_proof_of_kept_tiles() -> None:
+    data = [{"input_ids": torch.randint(1, 97, (1, 48))} for _ in range(4)]
+    model = llama()
+    model.config.max_position_embeddings = 4096
+    opt = fxopt.optimize(
+        model,
+        fxopt.Budget(kl=0.5),
+        data[0],
+        workload=fxopt.Generate(batch=1, prompt=3400, new_tokens=2),
+        calibration=data,
+        rewrites=["attention.block_topk"],
+    )
+    heads = len(opt.plan.rewritten)
+    assert heads
+    said = f"calibration: {heads} of {heads} heads with a window or a share of tiles were measured"
+    assert any(note.startswith(said) for note in opt.report.notes)
+
+
 def test_p99_is_reported() -> None:
     assert any(note.startswith("kl: 99% of ") for note in optimised(220).report.notes)

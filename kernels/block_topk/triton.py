@@ -173,12 +173,13 @@ def kept_lists(call: Attention) -> TileLists:
             EVEN=keys % topk.TILE == 0, DIM=dim, BLOCK_D=block_d, BLOCK_M=BLOCK_M, STEPS=STEPS,
             UPCAST=DOT_UPCAST, num_warps=4, num_stages=3,
         )  # fmt: skip
+        block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
             sums, state, _shares(call.top, q.device),
             counts[0], lists[0], counts[1], lists[1],
             tiles if state.shape[0] > 1 else 0, heads, call.group_size,
             first, many, query_tiles, queries, keys, tiles, most,
-            POOLS=POOLS, BLOCK=max(16, triton.next_power_of_2(tiles)),
+            POOLS=POOLS, BLOCK=block, num_warps=1 if block <= 256 else 4,
         )  # fmt: skip
     return TileLists(counts[0], lists[0], counts[1], lists[1], topk.TILE, topk.TILE)
 
