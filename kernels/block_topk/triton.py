@@ -29,8 +29,9 @@ from fxopt.kernels.attention.triton import (
 
 from . import reference as topk
 
-# Pools of a program, and the key tiles that it visits.
-BLOCK_M, STEPS = 64, 8
+# Pools of a program, and the key tiles that it visits. With three stages of 128 channels only one
+# program would fit a multiprocessor.
+BLOCK_M, STEPS, STAGES = 64, 8, 2
 POOLS = topk.TILE // topk.POOL
 TILE, LEAST = tl.constexpr(topk.TILE), tl.constexpr(topk.LEAST)
 POOL, FORCED = tl.constexpr(topk.POOL), tl.constexpr(topk.FORCED)
@@ -171,7 +172,7 @@ def kept_lists(call: Attention) -> TileLists:
             float(call.scale), float(call.softcap),
             HAS_MASK=mask is not None, HAS_SOFTCAP=call.softcap > 0, TMA=tma,
             EVEN=keys % topk.TILE == 0, DIM=dim, BLOCK_D=block_d, BLOCK_M=BLOCK_M, STEPS=STEPS,
-            UPCAST=DOT_UPCAST, num_warps=4, num_stages=3,
+            UPCAST=DOT_UPCAST, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
         block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
@@ -179,9 +180,14 @@ def kept_lists(call: Attention) -> TileLists:
             counts[0], lists[0], counts[1], lists[1],
             tiles if state.shape[0] > 1 else 0, heads, call.group_size,
             first, many, query_tiles, queries, keys, tiles, most,
-            POOLS=POOLS, BLOCK=block, num_warps=1 if block <= 256 else 4,
+            POOLS=POOLS, BLOCK=block, num_warps=select_warps(block),
         )  # fmt: skip
     return TileLists(counts[0], lists[0], counts[1], lists[1], topk.TILE, topk.TILE)
+
+
+def select_warps(block: int) -> int:
+    """Few, as they wait for each other at each bit; more where tiles would not fit registers."""
+    return 1 if block <= 256 else 4 if block <= 1024 else 8
 
 
 def _means(q: Tensor) -> Tensor:
