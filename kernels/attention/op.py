@@ -89,11 +89,18 @@ def _own_kernel(call: Attention) -> Tensor:
 
 
 def _over_kept_tiles(call: Attention) -> Tensor:
-    from fxopt.kernels.block_topk.triton import kept_lists
+    """As many KV heads at a time as the lists of tiles leave room for."""
+    from fxopt.kernels.block_topk.triton import heads_at_once, kept_lists
 
     from .triton import attention_forward
 
-    return attention_forward(call, kept_lists(call))[0]
+    def run(part: Attention) -> Tensor:
+        return attention_forward(part, kept_lists(part))[0]
+
+    heads, most = list(range(call.num_kv_heads)), heads_at_once(call)
+    if most >= len(heads):
+        return run(call)
+    return _joined(call, [(heads[i : i + most], run) for i in range(0, len(heads), most)])
 
 
 def _joined(

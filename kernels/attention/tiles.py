@@ -82,7 +82,7 @@ def tiles(part: Part) -> Iterator[tuple[int, int]]:
 def tile(part: Part, start: int, stop: int) -> Tile:
     """Queries [start, stop) and the keys that at least one of them can reach."""
     call = part.call
-    if call.top[0]:
+    if call.top[0] and start < (topk.tiles(call.q.shape[2]) - topk.SPARED) * topk.TILE:
         return _of_kept_tiles(call, start, stop)
     spans = _spans(part, start + call.offset, stop - 1 + call.offset)
     bias = call.bias
@@ -107,7 +107,7 @@ def _of_kept_tiles(call: Attention, start: int, stop: int) -> Tile:
     q, k, v = call.q[:, :, start:stop], call.k[:, :, :end], call.v[:, :, :end]
     mask = None if call.mask is None else call.mask[:, :end]
     with torch.no_grad():
-        chosen = topk.chosen_tiles(q, k, mask, call.scale, call.softcap, call.top)
+        chosen = topk.chosen_tiles(q, k, mask, call.scale, call.softcap, call.top, 0)
         chosen = chosen.flatten(1, 3)  # the one query tile has no dimension left
         most = topk.kept_tiles(chosen.shape[2], call.top[0])
         places = (~chosen).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most]

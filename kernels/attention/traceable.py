@@ -63,9 +63,7 @@ def kept_keys(
     chosen = topk.chosen_tiles(q, k, mask, scale, softcap, top)
     rows = torch.arange(q.shape[2], device=q.device)
     columns = torch.arange(k.shape[2], device=q.device)
-    kept = chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)
-    # A number of queries would become a constant of the trace; the last one's place does not.
-    return kept | (rows[-1:] < topk.TILE - 1)
+    return chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)
 
 
 def visible(

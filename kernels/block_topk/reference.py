@@ -1,9 +1,10 @@
 """Which key tiles a query tile visits where it keeps those of the most estimated attention.
 
-Queries are averaged over POOL positions and attend to all keys; what falls on a tile of keys,
-summed over the pools of a query tile, is the estimate of its mass (as in XAttention and
-FlexPrefill, whose antidiagonals and pools average keys as well and see single ones less). Of the
-tiles that a query tile can see it keeps a share, the sink's and the nearest among them.
+Every STRIDE-th query attends to all keys; what of that falls on a tile of keys, summed over the
+queries asked of a tile, is the estimate of its mass (SampleAttention). Averages of neighbouring
+queries, as in SeerAttention and by antidiagonals in XAttention, blur what rotary positions tell
+apart: at equal cost they lost what the trained model of examples/ retrieves.
+Of the tiles that a query tile can see it keeps a share, the sink's and the nearest among them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128
-"""Queries and keys of a tile; a call of fewer queries (decoding) sees all keys."""
-POOL = 32
-"""Queries of an average: QKᵀ of the estimate costs 1 / (2 * POOL) of attention's products."""
+"""Queries and keys of a tile."""
+STRIDE = 16
+"""One query of so many is asked: 1 / (2 * STRIDE) of attention's products."""
+SPARED = 2
+"""Last tiles of queries that see all keys: a prompt's question stands there. So does a call that
+has no more of them, decoding among these."""
 LEAST = 8
 """Tiles that are kept in any case: short rows cost little and lose much."""
 MOST_SUMS = 2**25
-"""float32 sums of pools over tiles that exist at once on a GPU (128 MiB)."""
-FORCED = 8.0
-"""More than any tile's mass, which is at most one a pool."""
+"""float32 sums over tiles that exist at once on a GPU (128 MiB)."""
+MOST_ENTRIES = 2**26
+"""Entries of the lists of tiles that exist at once on a GPU (256 MiB)."""
+FORCED = 2.0 * TILE / STRIDE
+"""More than any tile's mass, which is at most one a query that is asked."""
 
 
 def tiles(length: int) -> int:
@@ -38,12 +44,14 @@ def _room(length: int) -> int:
 
 def hides(queries: int, keys: int) -> bool:
     """Whether a call is long enough that tiles are left out."""
-    return queries >= TILE and keys > LEAST * TILE
+    return queries > SPARED * TILE and keys > LEAST * TILE
 
 
 def hides_some(queries: int, keys: int, top: int) -> bool:
     """Whether a call at `top` per mille leaves out a tile, padding aside."""
-    return hides(queries, keys) and kept_tiles(tiles(keys), top) < tiles(keys)
+    spared = queries - (tiles(queries) - SPARED) * TILE
+    seen = tiles(keys - spared)
+    return hides(queries, keys) and kept_tiles(seen, top) < seen
 
 
 def kept_tiles(seen: int, top: int) -> int:
@@ -51,50 +59,45 @@ def kept_tiles(seen: int, top: int) -> int:
     return min(seen, max(LEAST, -(-seen * top // 1000))) if top else seen
 
 
-def most_tiles(keys: int, top: Sequence[int]) -> int:
-    """The longest row of kept tiles."""
-    return max(kept_tiles(tiles(keys), t) for t in top)
-
-
-def pooled(q: Tensor) -> Tensor:
-    """Means over POOL queries of q [B, H, N, D], whole tiles of them, in q's dtype; the last query
-    fills the last tile."""
-    batch, heads, queries, dim = q.shape
-    pools = TILE // POOL * _room(queries)
-    rows = torch.arange(pools * POOL, device=q.device).clamp(max=queries - 1)
-    whole = q.index_select(2, rows).reshape(batch, heads, pools, POOL, dim)
-    return whole.mean(3, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+def asked(q: Tensor) -> Tensor:
+    """The last of each STRIDE queries of q [B, H, N, D], for whole tiles of them; behind the last
+    query there is that one."""
+    count = TILE // STRIDE * _room(q.shape[2])
+    rows = (torch.arange(count, device=q.device) + 1) * STRIDE - 1
+    return q.index_select(2, rows.clamp(max=q.shape[2] - 1))
 
 
 def estimate(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """The mass that falls on each key tile, [B, KV, H / KV, query tiles, key tiles]."""
     batch, heads, queries, dim = q.shape
     kv, keys = k.shape[1:3]
-    group, pools = heads // kv, TILE // POOL * _room(queries)
+    group, rows = heads // kv, TILE // STRIDE * _room(queries)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    means = pooled(q).to(dtype).reshape(batch, kv, group * pools, dim) * scale
-    scores = (means @ k.to(dtype).mT).reshape(batch, kv, group, pools, keys)
+    some = asked(q).to(dtype).reshape(batch, kv, group * rows, dim) * scale
+    scores = (some @ k.to(dtype).mT).reshape(batch, kv, group, rows, keys)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    ends = (torch.arange(pools, device=q.device) + 1) * POOL
-    last = ends.clamp(max=queries) - 1 + (keys - queries)
-    seen = torch.arange(keys, device=q.device) <= last[:, None]
+    ends = (torch.arange(rows, device=q.device) + 1) * STRIDE
+    positions = ends.clamp(max=queries) - 1 + (keys - queries)
+    seen = torch.arange(keys, device=q.device) <= positions[:, None]
     if mask is not None:
         seen = seen & (mask != 0)[:, None, None, None]
-    # A pool that sees no key has no mass: the least finite number instead of infinities.
+    # A query that sees no key has no mass: the least finite number instead of infinities.
     scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
     weights = F.pad(scores.softmax(-1) * seen, (0, _room(keys) * TILE - keys))
-    shape = (batch, kv, group, _room(queries), TILE // POOL, _room(keys), TILE)
+    shape = (batch, kv, group, _room(queries), TILE // STRIDE, _room(keys), TILE)
     return weights.reshape(shape).sum((-3, -1))
 
 
 def chosen_tiles(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int]
-) -> Tensor:
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int],
+    spared: int = SPARED,
+) -> Tensor:  # fmt: skip
     """Which key tiles are kept, bool [B, KV, H / KV, query tiles, key tiles].
 
     Arguments as of causal `fxopt::attention`, `top` with one entry a KV head. Tiles of equal mass
-    are kept in their order. Whole tiles count from the first query and the first key.
+    are kept in their order. Whole tiles count from the first query and the first key. The last
+    `spared` query tiles keep all.
     """
     queries, keys, device = q.shape[2], k.shape[2], q.device
     mass = estimate(q, k, mask, scale, softcap)
@@ -109,8 +112,9 @@ def chosen_tiles(
         sinks = (some.to(torch.int64).cumsum(1) == 1)[:, None]
     near = starts > first - 2 * TILE  # of the diagonal, and of the TILE keys before it
     per_mille = torch.tensor([t or 1000 for t in top], device=device)[:, None]
-    count = (seen.sum(-1)[:, None] * per_mille + 999) // 1000
-    kept = count.clamp(min=LEAST)[:, :, None, :, None]
+    kept = ((seen.sum(-1)[:, None] * per_mille + 999) // 1000).clamp(min=LEAST)
+    last = torch.arange(_room(queries), device=device) >= tiles(queries) - spared
+    kept = torch.where(last, tiles(keys), kept)[:, :, None, :, None]
     seen, forced = seen[:, None, None], (near | sinks)[:, None, None]
     value = mass.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
     return (_ranks(value, _room(keys)) < kept) & seen

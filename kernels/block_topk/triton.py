@@ -1,9 +1,9 @@
 """The tiles of the most estimated attention on a GPU: two kernels, no wait for the device.
 
-`_pool_sums_kernel` multiplies averaged queries with all keys and keeps, of each pool and key
-tile, the logarithm of the sum of exponentials. `_select_kernel` makes a mass of them, finds the
-least one that is kept by bisecting its bits, and writes the lists that attention walks. Queries
-go in runs, so that the sums stay small where their square would not.
+`_tile_sums_kernel` multiplies every STRIDE-th query with all keys and keeps, of each of these and
+each key tile, the logarithm of the sum of exponentials. `_select_kernel` makes masses of them,
+finds the least one that is kept by bisecting its bits, and writes the lists that attention walks.
+Queries go in runs, so that the sums stay small where their square would not.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from fxopt.kernels.attention.triton import (
 
 from . import reference as topk
 
-# Pools of a program, and the key tiles that it visits. With three stages of 128 channels only one
+# Queries of a program, and the key tiles that it visits. With three stages of 128 channels only one
 # program would fit a multiprocessor.
 BLOCK_M, STEPS, STAGES = 64, 8, 2
-POOLS = topk.TILE // topk.POOL
+ASKED = topk.TILE // topk.STRIDE
 TILE, LEAST = tl.constexpr(topk.TILE), tl.constexpr(topk.LEAST)
-POOL, FORCED = tl.constexpr(topk.POOL), tl.constexpr(topk.FORCED)
+STRIDE, FORCED = tl.constexpr(topk.STRIDE), tl.constexpr(topk.FORCED)
+SPARED = tl.constexpr(topk.SPARED)
 
 
 @triton.jit
-def _pool_sums_kernel(
-    means_ptr, k_ptr, mask_ptr, sums_ptr,
+def _tile_sums_kernel(
+    asked_ptr, k_ptr, mask_ptr, sums_ptr,
     k_b, k_h, k_t, k_d, mask_b,
-    num_heads, group, pools, first_pool, run_pools, queries, keys, tiles, scale, softcap,
+    num_heads, group, count, first, run_count, queries, keys, tiles, scale, softcap,
     HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, STEPS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -50,17 +51,16 @@ def _pool_sums_kernel(
     head = tl.program_id(2) % num_heads
     start = tl.program_id(1) * BLOCK_M
     own = start + tl.arange(0, BLOCK_M)
-    pool = first_pool + own
-    # The last query of a pool stands for it; pools behind the queries see what the last one sees.
-    seen = tl.minimum((pool + 1) * POOL, queries) - 1 + keys - queries
-    lowest = tl.minimum((first_pool + start + 1) * POOL, queries) - 1 + keys - queries
-    highest = tl.minimum((first_pool + start + BLOCK_M) * POOL, queries) - 1 + keys - queries
+    # Positions; behind the queries there is the last one again.
+    seen = tl.minimum((first + own + 1) * STRIDE, queries) - 1 + keys - queries
+    lowest = tl.minimum((first + start + 1) * STRIDE, queries) - 1 + keys - queries
+    highest = tl.minimum((first + start + BLOCK_M) * STRIDE, queries) - 1 + keys - queries
 
-    means = load_rows(
-        means_ptr + (batch * num_heads + head).to(tl.int64) * pools * DIM, 0 * batch, 0 * head,
-        first_pool + start, 0, 0, DIM, 1, pools, DIM, BLOCK_M, BLOCK_D, False, False,
+    q = load_rows(
+        asked_ptr + (batch * num_heads + head).to(tl.int64) * count * DIM, 0 * batch, 0 * head,
+        first + start, 0, 0, DIM, 1, count, DIM, BLOCK_M, BLOCK_D, False, False,
     )  # fmt: skip
-    sums = sums_ptr + (batch * num_heads + head).to(tl.int64) * run_pools * tiles
+    sums = sums_ptr + (batch * num_heads + head).to(tl.int64) * run_count * tiles
     begin = tl.program_id(0) * STEPS
     end = tl.minimum(begin + STEPS, tl.minimum(highest // TILE + 1, tiles))
     for step in range(end - begin):
@@ -70,7 +70,7 @@ def _pool_sums_kernel(
             k_ptr, batch, head // group, tile * TILE, k_b, k_h, k_t, k_d, keys,
             DIM, TILE, BLOCK_D, TMA, EVEN,
         )  # fmt: skip
-        scores = dot(means, tl.trans(k), tl.zeros([BLOCK_M, TILE], tl.float32), UPCAST)
+        scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, TILE], tl.float32), UPCAST)
         factor = scale * LOG2E
         if HAS_SOFTCAP:
             # softcap * tanh(scores / softcap), in powers of two
@@ -86,15 +86,16 @@ def _pool_sums_kernel(
         least = tl.where(most == float("-inf"), 0.0, most)
         total = tl.sum(tl.exp2(scores * factor - least[:, None]), 1)
         at = sums + own.to(tl.int64) * tiles + tile
-        tl.store(at, least + tl.log2(total), mask=own < run_pools)
+        tl.store(at, least + tl.log2(total), mask=own < run_count)
 
 
 @triton.jit
 def _select_kernel(
     sums_ptr, state_ptr, top_ptr,
     partial_count_ptr, partial_ptr, full_count_ptr, full_ptr,
-    state_b, num_heads, group, first_tile, run_tiles, query_tiles, queries, keys, tiles, most,
-    POOLS: tl.constexpr, BLOCK: tl.constexpr,
+    state_b, num_heads, group, first_tile, run_tiles, query_tiles, queries, keys, tiles,
+    partial_max, full_max,
+    ASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
     line = tl.program_id(1)
@@ -109,9 +110,9 @@ def _select_kernel(
     state = tl.load(state_ptr + batch * state_b + tile, mask=inside, other=0)
     seen = inside & (state > 0)
     mass = tl.zeros([BLOCK], tl.float32)
-    at = sums_ptr + ((line * run_tiles + own) * POOLS).to(tl.int64) * tiles + tile
-    for pool in tl.static_range(POOLS):
-        sums = tl.load(at + pool * tiles, mask=seen, other=float("-inf"))
+    at = sums_ptr + ((line * run_tiles + own) * ASKED).to(tl.int64) * tiles + tile
+    for row in tl.static_range(ASKED):
+        sums = tl.load(at + row * tiles, mask=seen, other=float("-inf"))
         highest = tl.max(sums, 0)
         weights = tl.exp2(sums - tl.where(highest == float("-inf"), 0.0, highest))
         total = tl.sum(weights, 0)
@@ -123,6 +124,7 @@ def _select_kernel(
     count = tl.sum(seen.to(tl.int32), 0)
     top = tl.load(top_ptr + head // group)
     kept = tl.minimum(tl.maximum((count * top + 999) // 1000, LEAST), count)
+    kept = tl.where(query_tile >= query_tiles - SPARED, count, kept)
     # The largest number that `kept` tiles reach: bits of floats above zero are in their order.
     least = first * 0
     for place in tl.static_range(31):
@@ -139,50 +141,59 @@ def _select_kernel(
     row = line.to(tl.int64) * query_tiles + query_tile
     tl.store(full_count_ptr + row, tl.sum(full, 0))
     tl.store(partial_count_ptr + row, tl.sum(partial, 0))
-    tl.store(full_ptr + row * most + tl.cumsum(full, 0) - 1, tile, mask=full > 0)
-    tl.store(partial_ptr + row * most + tl.cumsum(partial, 0) - 1, tile, mask=partial > 0)
+    tl.store(full_ptr + row * full_max + tl.cumsum(full, 0) - 1, tile, mask=full > 0)
+    tl.store(partial_ptr + row * partial_max + tl.cumsum(partial, 0) - 1, tile, mask=partial > 0)
+
+
+def heads_at_once(call: Attention) -> int:
+    """KV heads whose lists may exist together."""
+    batch, _, queries, _ = call.q.shape
+    lines = batch * call.group_size * topk.tiles(queries)
+    lists = 1 if call.mask is None else 2
+    return max(1, topk.MOST_ENTRIES // (lines * topk.tiles(call.k.shape[2]) * lists))
 
 
 def kept_lists(call: Attention) -> TileLists:
     """The tiles that `topk.chosen_tiles` keeps, as lists of each query head."""
     call = with_positive_scale(call)
-    q, k = call.q, call.k
+    q, k, device = call.q, call.k, call.q.device
     batch, heads, queries, dim = q.shape
-    keys, tiles = k.shape[2], -(-k.shape[2] // topk.TILE)
-    means, state = _means(q), _tile_states(call)
-    pools = means.shape[2]
-    query_tiles = pools // POOLS
-    # A row of no share would keep all tiles.
-    most = topk.most_tiles(keys, [t or 1000 for t in call.top])
-    counts = torch.empty((2, batch, heads, query_tiles), dtype=torch.int32, device=q.device)
-    lists = torch.empty((2, batch, heads, query_tiles, most), dtype=torch.int32, device=q.device)
-    run = max(1, min(query_tiles, topk.MOST_SUMS // (batch * heads * POOLS * tiles)))
-    sums = torch.empty(batch * heads * run * POOLS * tiles, device=q.device)
+    keys, tiles, query_tiles = k.shape[2], topk.tiles(k.shape[2]), topk.tiles(queries)
+    asked, state = topk.asked(q).contiguous(), _tile_states(call)
+    # Without a mask only tiles on the diagonal are partial, and two of them cover a query tile.
+    longest = min(tiles, 2) if call.mask is None else tiles
+    counts = torch.empty((2, batch, heads, query_tiles), dtype=torch.int32, device=device)
+    partial, full = (
+        torch.empty((batch, heads, query_tiles, most), dtype=torch.int32, device=device)
+        for most in (longest, tiles)
+    )
+    run = max(1, min(query_tiles, topk.MOST_SUMS // (batch * heads * ASKED * tiles)))
+    sums = torch.empty(batch * heads * run * ASKED * tiles, device=device)
     block_d = max(16, triton.next_power_of_2(dim))
-    tma = is_hopper(q.device) and q.element_size() == 2 and has_rows(k)
+    tma = is_hopper(device) and q.element_size() == 2 and has_rows(k)
     rows = descriptor(k, topk.TILE, block_d) if tma else k
     mask = None if call.mask is None else (call.mask != 0).to(torch.uint8)
     for first in range(0, query_tiles, run):
         many = min(run, query_tiles - first)
-        grid = (-(-tiles // STEPS), -(-many * POOLS // BLOCK_M), batch * heads)
-        _pool_sums_kernel[grid](
-            means, rows, means if mask is None else mask, sums,
+        grid = (-(-tiles // STEPS), -(-many * ASKED // BLOCK_M), batch * heads)
+        _tile_sums_kernel[grid](
+            asked, rows, asked if mask is None else mask, sums,
             *k.stride(), 0 if mask is None else mask.stride(0),
-            heads, call.group_size, pools, first * POOLS, many * POOLS, queries, keys, tiles,
-            float(call.scale), float(call.softcap),
+            heads, call.group_size, asked.shape[2], first * ASKED, many * ASKED,
+            queries, keys, tiles, float(call.scale), float(call.softcap),
             HAS_MASK=mask is not None, HAS_SOFTCAP=call.softcap > 0, TMA=tma,
             EVEN=keys % topk.TILE == 0, DIM=dim, BLOCK_D=block_d, BLOCK_M=BLOCK_M, STEPS=STEPS,
             UPCAST=DOT_UPCAST, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
         block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
-            sums, state, _shares(call.top, q.device),
-            counts[0], lists[0], counts[1], lists[1],
+            sums, state, _shares(call.top, device),
+            counts[0], partial, counts[1], full,
             tiles if state.shape[0] > 1 else 0, heads, call.group_size,
-            first, many, query_tiles, queries, keys, tiles, most,
-            POOLS=POOLS, BLOCK=block, num_warps=select_warps(block),
+            first, many, query_tiles, queries, keys, tiles, longest, tiles,
+            ASKED=ASKED, BLOCK=block, num_warps=select_warps(block),
         )  # fmt: skip
-    return TileLists(counts[0], lists[0], counts[1], lists[1], topk.TILE, topk.TILE)
+    return TileLists(counts[0], partial, counts[1], full, topk.TILE, topk.TILE)
 
 
 def select_warps(block: int) -> int:
@@ -190,21 +201,11 @@ def select_warps(block: int) -> int:
     return 1 if block <= 256 else 4 if block <= 1024 else 8
 
 
-def _means(q: Tensor) -> Tensor:
-    """`topk.pooled`, which copies queries, with only the last ones copied."""
-    whole = q.shape[2] // topk.TILE * topk.TILE
-    main = q[:, :, :whole].unflatten(2, (whole // topk.POOL, topk.POOL))
-    means = main.mean(3, dtype=torch.float32).to(q.dtype)
-    if whole < q.shape[2]:
-        means = torch.cat([means, topk.pooled(q[:, :, whole:])], 2)
-    return means.contiguous()
-
-
 def _tile_states(call: Attention) -> Tensor:
     """[B or 1, key tiles] int32: 2 where every key may be seen, 1 where some may, 0 where none."""
     keys = call.k.shape[2]
     if call.mask is None:
-        tiles = torch.arange(-(-keys // topk.TILE), device=call.k.device)
+        tiles = torch.arange(topk.tiles(keys), device=call.k.device)
         return ((tiles + 1) * topk.TILE <= keys).to(torch.int32)[None] + 1
     shown = torch.nn.functional.pad(call.mask != 0, (0, -keys % topk.TILE))
     shown = shown.unflatten(1, (-1, topk.TILE))

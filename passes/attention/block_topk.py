@@ -33,7 +33,7 @@ class BlockTopk:
     larger share."""
 
     shares: tuple[int, ...] = (50, 100, 200)
-    most: float = 0.5
+    most: float = 0.6
 
     name: ClassVar[str] = "attention.block_topk"
     family: ClassVar[Family] = "attention"

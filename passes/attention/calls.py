@@ -54,48 +54,39 @@ def attention_call(
 def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall:
     """One KV head whose query heads keep `top` per mille of their key tiles; see `attend`.
 
-    Calls that leave none out are dense ones. The estimate multiplies one query of a pool with all
-    keys before it; its sums, and the lists of tiles, are written and read.
+    Calls that leave none out are dense ones. The estimate multiplies some queries with all keys
+    before them; its sums, and the lists of tiles, are written and read.
     """
-    if not topk.hides_some(scenario.queries, scenario.length, top):
-        return attention_call(info, scenario)
-    batch, group = scenario.batch, info.num_heads // info.num_kv_heads
-    queries, length = scenario.queries, scenario.length
     dense = attention_call(info, scenario)
+    queries, length = scenario.queries, scenario.length
+    if not topk.hides_some(queries, length, top):
+        return dense
+    heads = scenario.batch * info.num_heads // info.num_kv_heads
     every = visible_pairs(queries, length, True, 0, 0)
-    lines, tiles = batch * group * -(-queries // topk.TILE), -(-length // topk.TILE)
-    sums = min(4 * lines * tiles * (topk.TILE // topk.POOL), topk.MOST_SUMS * 4)
-    lists = 8 * lines * topk.kept_tiles(tiles, top)
-    estimate = 2.0 * batch * group * every / topk.POOL * info.head_dim
-    share = kept_pairs(queries, length, top) / every
+    squares, kept = topk.tiles(queries) * topk.tiles(length), kept_pairs(queries, length, top)
+    sums, lists = 4 * heads * squares * topk.TILE // topk.STRIDE, 4 * heads * squares
+    # Causality leaves half of the sums out; entries behind a count are never touched.
+    moved = sums // 2 + 4 * heads * kept // topk.TILE**2
     return replace(
         dense,
         key=_key(info, scenario, f"top{top}"),
-        flops=share * dense.flops + estimate,
-        bytes_read=dense.bytes_read + 4 * lines * tiles * (topk.TILE // topk.POOL) / 2 + lists,
-        bytes_written=dense.bytes_written + 4 * lines * tiles * (topk.TILE // topk.POOL) / 2,
-        temporary_bytes=sums + lists,
-        launches=5,
+        flops=dense.flops * kept / every + 2.0 * heads * every / topk.STRIDE * info.head_dim,
+        bytes_read=dense.bytes_read + moved,
+        bytes_written=dense.bytes_written + moved,
+        temporary_bytes=min(sums, 4 * topk.MOST_SUMS) + min(lists, 4 * topk.MOST_ENTRIES),
+        launches=4,
         run=_runner(info, scenario, 0, 0, top),
     )
 
 
 def kept_pairs(queries: int, length: int, top: int) -> int:
     """(query, key) pairs of one head that causal attention over kept tiles computes."""
-    pairs = 0
-    for start in range(0, queries, topk.TILE):
-        stop = min(start + topk.TILE, queries)
-        first, end = start + length - queries, stop + length - queries
-        tiles = -(-end // topk.TILE)
-        left_out = tiles - topk.kept_tiles(tiles, top)
+    pairs = visible_pairs(queries, length, True, 0, 0)
+    for number in range(topk.tiles(queries) - topk.SPARED):
         # What is left out lies before the first query of the tile.
-        pairs += sum_of_range(first + 1, end) - (stop - start) * left_out * topk.TILE
+        seen = topk.tiles((number + 1) * topk.TILE + length - queries)
+        pairs -= topk.TILE**2 * (seen - topk.kept_tiles(seen, top))
     return pairs
-
-
-def sum_of_range(first: int, last: int) -> int:
-    """first + ... + last."""
-    return (first + last) * (last - first + 1) // 2
 
 
 def _key(info: AttentionInfo, scenario: Scenario, near: str) -> str:

@@ -18,7 +18,7 @@ from tests.emit.onnx_cases import GENERATE, everywhere, llama
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
-PROMPT, NEW = 1400, 3
+PROMPT, NEW = 1600, 3
 
 
 class Case:

@@ -16,7 +16,7 @@ from fxopt.kernels.kv_attention import (
     parse,
 )
 
-PROMPT, TOTAL = 1200, 1500
+PROMPT, TOTAL = 1300, 1750
 TOP = [300, 0]
 LAYOUTS = ["", "k4v4g32r8s4", "0:k8v4g32r8s4|1:exact"]
 
@@ -56,8 +56,8 @@ def run(layout: str, chunks: list[int], x: tuple[Tensor, ...], mask: Tensor) -> 
 
 def test_an_exact_cache_gives_what_its_keys_give() -> None:
     x, mask = inputs(), padding()
-    prompt, one, more, rest = run("", [PROMPT, 1, 200, TOTAL - PROMPT - 201], x, mask)
-    known = [[t[:, :, :end] for t in x] for end in (PROMPT, PROMPT + 1, PROMPT + 201)]
+    prompt, one, more, rest = run("", [PROMPT, 1, 300, TOTAL - PROMPT - 301], x, mask)
+    known = [[t[:, :, :end] for t in x] for end in (PROMPT, PROMPT + 1, PROMPT + 301)]
     expected = attention(*known[0], mask=mask[:, :PROMPT], top=TOP)
     torch.testing.assert_close(prompt, expected, rtol=1e-10, atol=1e-12)
     dense = attention(*known[0], mask=mask[:, :PROMPT], top=[0])
@@ -65,11 +65,11 @@ def test_an_exact_cache_gives_what_its_keys_give() -> None:
     torch.testing.assert_close(prompt[:, :, 2:], dense[:, :, 2:], rtol=1e-10, atol=1e-12)
     whole = attention(*x, mask=mask, top=[0])
     torch.testing.assert_close(one, whole[:, PROMPT : PROMPT + 1], rtol=1e-10, atol=1e-12)
-    # Two hundred tokens at once are a prompt again, after a past.
-    q = x[0][:, :, PROMPT + 1 : PROMPT + 201]
-    expected = attention(q, *known[2][1:], mask=mask[:, : PROMPT + 201], top=TOP)
+    # Three hundred tokens at once are a prompt again, after a past.
+    q = x[0][:, :, PROMPT + 1 : PROMPT + 301]
+    expected = attention(q, *known[2][1:], mask=mask[:, : PROMPT + 301], top=TOP)
     torch.testing.assert_close(more, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(rest, whole[:, PROMPT + 201 :], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rest, whole[:, PROMPT + 301 :], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -101,8 +101,8 @@ def test_shares_fit_the_prompt() -> None:
     said = REWRITE.refusal(match, short)
     assert said is not None
     assert "longest prompt has 2000 tokens" in said
-    assert "with 5% of its tiles, but at least 8 of 128 keys, 73% of the attention" in said
-    assert said.endswith("it pays below 50%")
+    assert "with 5% of its tiles, but at least 8 of 128 keys, 83% of the attention" in said
+    assert said.endswith("it pays below 60%")
     tiny = REWRITE.refusal(match, [Scenario("forward", 1, 90, 0)])
     assert tiny is not None
     assert "no call of the workload brings more than 90 tokens" in tiny
@@ -125,8 +125,8 @@ def test_prices_follow_the_share() -> None:
     prefill, decode = Scenario("prefill", 2, 32_768, 0), Scenario("decode", 2, 1, 32_768)
     dense, some = attention_call(INFO, prefill), kept_tiles_call(INFO, prefill, 100)
     more = kept_tiles_call(INFO, prefill, 200)
-    # A tenth of the tiles, more in the first rows, and a 64th for the estimate.
-    assert 0.1 + 1 / 64 < some.flops / dense.flops < 0.14
+    # A tenth of the tiles, more in the first and last rows, and a 32nd for the estimate.
+    assert 0.1 + 1 / 32 < some.flops / dense.flops < 0.17
     assert some.flops < more.flops < dense.flops / 4
     assert some.key != more.key != dense.key
     assert some.bytes_read > dense.bytes_read
@@ -231,11 +231,11 @@ def test_the_retrieving_head_gets_it_and_the_diffuse_one_is_kept() -> None:
     assert second.rewrite != "attention.block_topk"
     offered = {other.label: other.error for other in [*second.alternatives]}
     assert offered["top20%"] > 0.05
-    # A window that costs as much loses what the head looks for.
+    # A window that costs about as much loses what the head looks for.
     windows = {other.label: other.error for other in first.alternatives}
     scenario = Scenario("forward", 1, LENGTH, 0)
     info = replace(INFO, num_heads=2, num_kv_heads=2)
     cost = kept_tiles_call(info, scenario, 200).flops
-    assert attention_call(info, scenario, 1024, 16).flops < 1.1 * cost
+    assert attention_call(info, scenario, 1024, 16).flops > 0.8 * cost
     assert windows["w1024+s16"] > 0.1
     assert first.error < 0.01
