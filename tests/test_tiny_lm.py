@@ -183,3 +183,39 @@ def test_compiled_in_one_graph_it_is_the_same(packed: Any, data: list[dict[str, 
         torch.testing.assert_close(
             compiled(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=1e-4, atol=1e-3
         )
+
+
+@pytest.mark.exhaustive
+def test_prompts_of_kept_tiles_find_what_a_window_of_equal_cost_loses(model: Any) -> None:
+    """The table of docs/attention.md; the bytes of answers, each after those before it."""
+    sys.path.insert(0, str(EXAMPLES))
+    from tiny_lm_data import heldout_windows, retrieval_documents
+
+    from tests.emit.onnx_cases import everywhere
+
+    text = heldout_windows(4096)[:2]
+    documents, answer = retrieval_documents(12, length=4000)
+    work = fxopt.Generate(batch=1, prompt=4000, new_tokens=96)
+
+    @torch.no_grad()
+    def answered(module: Any) -> float:
+        logits = module(input_ids=documents).logits[:, answer.start - 1 : answer.stop - 1]
+        return (logits.argmax(-1) == documents[:, answer]).float().mean().item()
+
+    assert answered(model) > 0.95
+    found: dict[str, tuple[float, float]] = {}
+    for name, label in (("block_topk", "top20%"), ("window", "w1024+s16")):
+        opt, chosen = everywhere(
+            f"attention.{name}", model, {"input_ids": text[:1]}, label=label, workload=work
+        )
+        assert len(chosen) == 12
+        found[name] = answered(opt), _kl_at_once(model, opt, text)
+    assert found["block_topk"][0] > 0.95 > 0.5 > found["window"][0]
+    assert found["block_topk"][1] < found["window"][1]
+
+
+@torch.no_grad()
+def _kl_at_once(model: Any, opt: Any, ids: Tensor) -> float:
+    """The mean over the positions that a window of 1,024 leaves behind."""
+    expected, found = (m(input_ids=ids).logits[:, 1100:].log_softmax(-1) for m in (model, opt))
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()

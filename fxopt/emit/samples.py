@@ -63,7 +63,7 @@ class Samples:
     def _long(self) -> int:
         """A past so long that every kind of state holds at least two entries, and that heads which
         keep a share of their tiles leave some out."""
-        from ..kernels.block_topk.reference import LEAST, TILE
+        from ..kernels.block_topk.reference import LEAST, SPARED, TILE
         from ..kernels.kv_attention.layout import parse
 
         formats = [
@@ -74,7 +74,7 @@ class Samples:
         ]
         lengths = [f.sink + f.residual + 2 * f.group for f in formats]
         if any(any(node.kwargs.get("top", ())) for node in self.lowered.graph.nodes):
-            lengths.append((LEAST + 2) * TILE)
+            lengths.append((LEAST + SPARED + 1) * TILE)
         return max(lengths, default=2) + 3
 
     def _tokens(self, batch: int, length: int, past: int) -> list[Tensor]:

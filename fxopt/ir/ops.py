@@ -49,8 +49,8 @@ def attend(
     unmasked keys of the row (both one number, or one a KV head); `softcap` c > 0:
     c * tanh(score / c); `top` t > 0 (one number, or one a KV head): each tile of 128 queries
     visits, of the tiles of 128 keys before it, the t per mille of the most estimated attention
-    (at least 8), its own, the one before and the first among them. Calls of fewer queries, those
-    that decode, see all keys. A query that sees no key returns 0.
+    (at least 8), its own, the one before and the first among them; the last two tiles of queries,
+    and so all queries of a call that decodes, see all keys. A query that sees no key returns 0.
 
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.

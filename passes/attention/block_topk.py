@@ -4,9 +4,9 @@
     attend(q, k, v, mask, causal=True, top=(100, 0))    # KV head 0 only, a tenth of its tiles
 
 Pays in long prompts, in heads that fetch from far away but from few places: a window of equal cost
-loses those (XAttention, FlexPrefill, SeerAttention). The tiles are chosen anew in each call, from
-queries averaged over 32 positions, so what only one query of many looks for may be missed. Decoded
-tokens see all keys: their attention costs what it did.
+loses those (SampleAttention, XAttention, FlexPrefill). The tiles are chosen anew in each call, by
+what every 16th query attends to, so what only the others look for may be missed. The last queries
+of a prompt and decoded tokens see all keys: their attention costs what it did.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import AttentionInfo, Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.spec import per_head
-from fxopt.kernels.block_topk.reference import LEAST, TILE
+from fxopt.kernels.block_topk.reference import LEAST, SPARED, TILE
 from fxopt.passes.attention import calls, emulation
 
 
@@ -40,7 +40,7 @@ class BlockTopk:
     workloads: ClassVar[frozenset[str]] = frozenset({"forward", "generate"})
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
-    paper: ClassVar[str] = "https://arxiv.org/abs/2503.16428"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.15486"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
 
     def match(self, site: Site) -> Match | Refusal:
@@ -73,8 +73,8 @@ class BlockTopk:
         if prompt is None:
             queries = max((scenario.queries for scenario in scenarios), default=0)
             return (
-                f"no call of the workload brings more than {queries} tokens, and tiles are left "
-                f"out for {TILE} queries or more"
+                f"no call of the workload brings more than {queries} tokens, and the last "
+                f"{SPARED * TILE} of a call see all keys"
             )
         least, left = min(self.shares), _density(prompt, min(self.shares))
         return (
@@ -126,8 +126,8 @@ def _top(candidate: Candidate) -> int:
 
 
 def _longest(scenarios: Sequence[Scenario]) -> Scenario | None:
-    """The call of the most new tokens, if any brings a tile of them."""
-    prompts = [scenario for scenario in scenarios if scenario.queries >= TILE]
+    """The longest call of those that bring more tokens than are spared."""
+    prompts = [scenario for scenario in scenarios if scenario.queries > SPARED * TILE]
     return max(prompts, key=lambda scenario: scenario.length, default=None)
 
 

@@ -105,7 +105,7 @@ def test_shares_fit_the_prompt() -> None:
     assert said.endswith("it pays below 60%")
     tiny = REWRITE.refusal(match, [Scenario("forward", 1, 90, 0)])
     assert tiny is not None
-    assert "no call of the workload brings more than 90 tokens" in tiny
+    assert "brings more than 90 tokens, and the last 256 of a call see all keys" in tiny
     assert REWRITE.refusal(match, PROMPT) is None
 
 
