@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fxopt.kernels.kv_attention.op  # noqa: F401 (registers what attends as decoding does)
+# Registers what attends as decoding does.
+import fxopt.kernels.kv_attention.op  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from fxopt.ir.ops import attend, attend_as_decoded
 
 RECORDED = (
