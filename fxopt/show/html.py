@@ -20,6 +20,7 @@ from .blocks import both_after
 from .compact import Encoder, columns_of, rounded, to_script
 from .entries import MARKS, Entry, choice, entries, why
 from .entries import summary as summary_text
+from .heads import head_map
 from .rows import cells
 from .text import workload_text
 
@@ -78,6 +79,7 @@ def render(plan: Plan) -> str:
         at_sites=summary.at_sites(plan),
         at_sites_notes=summary.at_sites_notes(plan),
         lines=summary.lines(plan),
+        heads=head_map(plan),
         shown=SHOWN_LINES,
         by_hand=any(d.reason == BY_HAND for d in plan.decisions),
         diff=None,

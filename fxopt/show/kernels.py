@@ -11,6 +11,8 @@ from fxopt.ir.evidence import Block
 from .network import LINE
 
 FILE = "triton.py"
+OPTIONS = {"block_topk": "top="}
+"""Folders that only calls with this argument launch."""
 
 
 def kernels_at(block: Block) -> dict[str, list[str]]:
@@ -19,7 +21,9 @@ def kernels_at(block: Block) -> dict[str, list[str]]:
     for call in filter(None, map(LINE.fullmatch, block.lines)):
         if call["mark"] != "+" or call["word"] != "at":
             continue
-        if folders := _folders(_op(call["op"], call["args"])):
+        folders = _folders(_op(call["op"], call["args"]))
+        folders = [name for name in folders if OPTIONS.get(name, "") in call["args"]]
+        if folders:
             module = call["module"] or ""
             found[module] = list(dict.fromkeys([*found.get(module, []), *folders]))
     return found

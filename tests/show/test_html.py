@@ -219,9 +219,10 @@ assert "triton" not in sys.modules and "fxopt.kernels.monarch_linear" not in sys
     [
         (
             "attend(%q, %k, %v, state=%past, layout='k4v4')",
-            ["kv_attention", "kv_append", "kv_int8"],
+            ["kv_attention", "kv_append", "kv_exact", "kv_int8"],
         ),
         ("attend(%q, %k, %v, window=(16,))", ["attention"]),
+        ("attend(%q, %k, %v, top=(100,))", ["attention", "block_topk"]),
         ("fxopt.quantized_linear(%x, w u8[8, 8])", ["quantized_linear"]),
         ("fxopt.chunked(%x)", []),
         ("aten.add(%x, 1)", []),
