@@ -111,5 +111,6 @@ def _launch(
     rows = TILE // group_size
     if len(top):
         kernel[(triton.cdiv(len(top), rows),)](
-            *tensors, flat.numel(), len(top), BITS=bits, GROUP=group_size, ROWS=rows
-        )
+            *tensors, flat.numel(), len(top), BITS=bits, GROUP=group_size, ROWS=rows,
+            enable_fp_fusion=False,  # a product is rounded before `_ROUND` is added to it
+        )  # fmt: skip
