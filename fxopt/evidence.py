@@ -207,10 +207,11 @@ def untried(compiler: Compiler) -> list[str]:
     """Rewrites for the families of this model that are tried only where `rewrites=` names them."""
     families = {site.family for site in compiler.captured.sites}
     loaded = {rewrite.name for rewrite in compiler.rewrites}
+    kind = compiler.request.workload.kind
     return sorted(
-        name
-        for name in passes.ON_REQUEST
-        if name not in loaded and name.partition(".")[0] in families
+        rewrite.name
+        for rewrite in passes.load(sorted(passes.ON_REQUEST - loaded))
+        if rewrite.family in families and kind in rewrite.workloads
     )
 
 

@@ -164,7 +164,8 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
     ) -> Any:
         """The call of `generate` that reads the prompt, or what of it is not in the cache yet:
         `generate` tells by the length of the mask, so that this call still needs it."""
-        output = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        prefill: Any = super()._prefill  # pyright: ignore[reportAttributeAccessIssue]
+        output = prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.all():
             # It only grows by ones: asked once here, no step has to ask or to apply it.

@@ -277,6 +277,17 @@ def test_no_logits_between_forward_and_backward(reduction: str) -> None:
     assert trained(plain) > 2 * 512 * 4000 * 4
 
 
+def test_the_backward_makes_no_second_gradient_of_the_weight() -> None:
+    """Nor zeros of its size for results that have no gradient."""
+    hidden, weight, _, labels = draw(64, 512, 4000)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def call() -> None:
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, chunk=8), leaves)
+
+    assert peak_live_bytes(call, torch.device("cpu")) < 1.2 * sum(t.nbytes for t in leaves)
+
+
 def test_registration_and_compilation() -> None:
     hidden, weight, bias, labels = draw(17, 8, 33)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]

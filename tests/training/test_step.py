@@ -14,6 +14,7 @@ from fxopt.training import measure
 from fxopt.training.capture import joint
 from fxopt.training.emit import executable, partition
 from fxopt.training.module import TrainingModule
+from fxopt.training.pricing import op_call
 from fxopt.training.schedule import schedule
 from fxopt.training.step import Step
 
@@ -132,3 +133,15 @@ def test_tracing_leaves_the_model_and_transformers_alone(small: Example) -> None
     assert (masks.is_tracing, masks.find_packed_sequence_indices) == before
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_attention_of_grouped_heads_is_counted() -> None:
+    """PyTorch's own counter asks for as many heads of keys as of queries."""
+    graph = fx.Graph()
+    target = torch.ops.aten._scaled_dot_product_flash_attention.default
+    inputs = [graph.placeholder(name) for name in "qkv"]
+    for node, (heads, length) in zip(inputs, ((8, 10), (2, 12), (2, 12)), strict=True):
+        node.meta["val"] = torch.empty(3, heads, length, 16, device="meta")
+    call = graph.call_function(target, tuple(inputs))
+    call.meta["val"] = [torch.empty(3, 8, 10, 16, device="meta")]
+    assert op_call(call).flops == 2 * 3 * 8 * 10 * 12 * (16 + 16)
