@@ -180,9 +180,9 @@ def test_compiled_in_one_graph_it_is_the_same(packed: Any, data: list[dict[str, 
     ids = data[0]["input_ids"]
     compiled = torch.compile(packed, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=1e-4, atol=1e-3
-        )
+        found, expected = compiled(input_ids=ids).logits, packed(input_ids=ids).logits
+    # other orders of sums; a position may carry ten times what others do
+    assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.exhaustive

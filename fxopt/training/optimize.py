@@ -80,7 +80,10 @@ def plan(
 def apply(model: nn.Module, plan: Plan, example: Mapping[str, Any]) -> TrainingModule:
     """The module of `plan` for a step on inputs like `example`, without a search."""
     assert isinstance(plan.workload, Train)
-    session = _Session(model, plan.budget, example, plan.workload, (), None, None)
+    # those that are tried on request were asked for when the plan was made
+    named = {d.rewrite for d in plan.rewritten} & set(passes.available())
+    offered = sorted({r.name for r in passes.load()} | named)
+    session = _Session(model, plan.budget, example, plan.workload, (), offered, None)
     plan.check_rewrites({r.name: r.version for r in session.request.rewrites})
     run, layout = decided_step(session.model, session.inputs, session.request, plan)
     if layout.structure != plan.fingerprint_structure:

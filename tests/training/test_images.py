@@ -396,7 +396,8 @@ OFFLOADED = "activation.offload"
 
 def test_a_cpu_has_no_host(small: Example) -> None:
     model, inputs = small
-    plan = fxopt.plan(model, fxopt.Budget(activations="90%"), inputs, workload=work(inputs))
+    budget, asked = fxopt.Budget(activations="90%"), [OFFLOADED, "activation.recompute"]
+    plan = fxopt.plan(model, budget, inputs, workload=work(inputs), rewrites=asked)
     said = [refused.reason for refused in plan.refusals if refused.rewrite == OFFLOADED]
     assert len(said) == len(plan.decisions)
     assert set(said) == {"it lies in host memory: a copy there would free nothing"}
