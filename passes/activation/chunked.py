@@ -20,15 +20,16 @@ from torch._ops import OpOverload
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.errors import PlanError
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
 from fxopt.ir.site import Family, Site, TemporaryInfo
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.chunked.op import TARGET
 from fxopt.passes.activation import calls
+from fxopt.passes.activation.unchanged import Unchanged
 
 
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(Unchanged):
     """`chunks` are rows (tokens of all sequences) at a time."""
 
     chunks: tuple[int, ...] = (256, 1024, 4096)
@@ -71,21 +72,6 @@ class Chunked:
         """The bytes of one chunk and of the result, and the launches of the further chunks."""
         rows = scenario.batch * scenario.queries
         return [calls.temporary_call(calls.temporary_info(match), rows, _chunk(candidate))]
-
-    def prepare(
-        self, match: Match, candidate: Candidate, statistics: SiteStatistics
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def emulate(
-        self,
-        match: Match,
-        candidate: Candidate,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[str, Any],
-    ) -> Tensor:
-        """The recorded output `inputs["y"]`: chunks change nothing."""
-        return inputs["y"]
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

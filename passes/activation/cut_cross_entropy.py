@@ -24,7 +24,6 @@ from fxopt.ir.rewrite import (
     Editor,
     Match,
     Refusal,
-    SiteStatistics,
     Statistic,
     element_size,
 )
@@ -34,6 +33,7 @@ from fxopt.kernels.cut_cross_entropy import cut_cross_entropy, cut_cross_entropy
 from fxopt.kernels.cut_cross_entropy import linear_cross_entropy as LOSS
 from fxopt.kernels.cut_cross_entropy.op import cut_cross_entropy_backward, scaled
 from fxopt.kernels.cut_cross_entropy.reference import workspace
+from fxopt.passes.activation.unchanged import Unchanged
 
 __all__ = ["LOSS", "CutCrossEntropy", "rechunk", "scale_in_place", "workspace_of"]
 
@@ -43,7 +43,7 @@ EARLY = cut_cross_entropy_sum
 
 
 @dataclass(frozen=True)
-class CutCrossEntropy:
+class CutCrossEntropy(Unchanged):
     """Chosen where the budget asks for it: bits and the returned logits differ."""
 
     chunks: tuple[int, ...] = (64, 256, 1024, 4096)
@@ -104,21 +104,6 @@ class CutCrossEntropy:
                 run=_runner(info, chunk),
             )
         ]
-
-    def prepare(
-        self, match: Match, candidate: Candidate, statistics: SiteStatistics
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def emulate(
-        self,
-        match: Match,
-        candidate: Candidate,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[str, Any],
-    ) -> Tensor:
-        """The recorded output `inputs["y"]`: chunks change nothing."""
-        return inputs["y"]
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

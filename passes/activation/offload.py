@@ -16,20 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
 from fxopt.ir.saved import MARK, Image
 from fxopt.ir.site import Family, SavedInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.offload_activation import arrived, landed, offload, reload
+from fxopt.passes.activation.unchanged import Unchanged
 
 
 @dataclass(frozen=True)
-class Offload:
+class Offload(Unchanged):
     """`least` is the smallest tensor, in bytes, that is worth the launch of its copies."""
 
     least: int = 2**20
@@ -67,21 +68,6 @@ class Offload:
             OpCall("offload", f"offload/{key}", 0.0, bytes_, 0.0, host_bytes=bytes_),
             OpCall("reload", f"reload/{key}", 0.0, 0.0, bytes_, host_bytes=bytes_),
         ]
-
-    def prepare(
-        self, match: Match, candidate: Candidate, statistics: SiteStatistics
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def emulate(
-        self,
-        match: Match,
-        candidate: Candidate,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[str, Any],
-    ) -> Tensor:
-        """The recorded output `inputs["y"]`: a copy changes nothing."""
-        return inputs["y"]
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
 from fxopt.ir.saved import MARK, Image
 from fxopt.ir.site import Family, SavedInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.pack_activation import pack_activation, packed_bytes, unpack_activation
+from fxopt.passes.activation.unchanged import Unchanged
 
 GROUP = 128
 PEAK = 2.8
@@ -32,7 +33,7 @@ PEAK = 2.8
 
 
 @dataclass(frozen=True)
-class QuantizedSaved:
+class QuantizedSaved(Unchanged):
     """`bits` are what is offered, the most first."""
 
     bits: tuple[int, ...] = (8, 4)
@@ -91,21 +92,6 @@ class QuantizedSaved:
                 run=unpack,
             ),
         ]  # fmt: skip
-
-    def prepare(
-        self, match: Match, candidate: Candidate, statistics: SiteStatistics
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def emulate(
-        self,
-        match: Match,
-        candidate: Candidate,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[str, Any],
-    ) -> Tensor:
-        """The recorded output `inputs["y"]`: the forward stays as it is."""
-        return inputs["y"]
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

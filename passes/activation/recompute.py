@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
 from fxopt.ir.saved import AGAIN, MARK
 from fxopt.ir.site import Family, SavedInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.passes.activation.unchanged import Unchanged
 
 
 @dataclass(frozen=True)
-class Recompute:
+class Recompute(Unchanged):
     """Chosen for single tensors, not for layers."""
 
     name: ClassVar[str] = "activation.recompute"
@@ -51,21 +52,6 @@ class Recompute:
         """The ops that run again if this tensor alone is not saved."""
         assert isinstance(match.site.info, SavedInfo)
         return list(match.site.info.calls)
-
-    def prepare(
-        self, match: Match, candidate: Candidate, statistics: SiteStatistics
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def emulate(
-        self,
-        match: Match,
-        candidate: Candidate,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[str, Any],
-    ) -> Tensor:
-        """The recorded output `inputs["y"]`: running again changes nothing."""
-        return inputs["y"]
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Match
-from fxopt.ir.site import AttentionInfo
+from fxopt.ir.rewrite import Match, Refusal
+from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.block_topk import reference as topk
+
+
+def refusal(site: Site) -> Refusal | None:
+    """Why no rewrite that hides keys by their place serves a site; None if one may."""
+    if not isinstance(site.info, AttentionInfo):
+        return Refusal(f"{site.family} site: the rewrite serves attention")
+    if site.blocked is not None:
+        return Refusal(site.blocked)
+    if site.info.cross:
+        return Refusal("cross attention: queries and keys do not share positions")
+    return None
 
 
 def attention_info(match: Match) -> AttentionInfo:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import AttentionInfo, Family, Site
+from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.spec import per_head
 from fxopt.passes.attention import calls, emulation
@@ -41,13 +41,9 @@ class Window:
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
 
     def match(self, site: Site) -> Match | Refusal:
-        info = site.info
-        if not isinstance(info, AttentionInfo):
-            return Refusal(f"{site.family} site: the rewrite serves attention")
-        if site.blocked is not None:
-            return Refusal(site.blocked)
-        if info.cross:
-            return Refusal("cross attention: queries and keys do not share positions")
+        if reason := calls.refusal(site):
+            return reason
+        info = calls.attention_info(Match(site))
         if info.has_bias:
             return Refusal("a bias is added to the scores: a far key may be the wanted one")
         if 0 < info.window <= min(self.windows):
