@@ -47,10 +47,13 @@ class Step:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], capacity: int) -> Step:
-        static = {n: torch.zeros_like(v) if _is_static(n, v) else v for n, v in inputs.items()}
-        mask = static.get(MASK)
-        if mask is not None:
-            static[MASK] = mask.new_zeros(mask.shape[0], capacity)
+        static = dict(inputs)
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            for name, value in inputs.items():
+                if isinstance(value, Tensor):
+                    shape = (len(value), capacity) if name == MASK else value.shape
+                    static[name] = value.new_zeros(shape)
         return cls(static)
 
     def load(self, inputs: Mapping[str, Any]) -> None:
@@ -121,10 +124,6 @@ def replayable(ids: Tensor, states: tuple[State, ...]) -> bool:
         )
         for s in states
     )
-
-
-def _is_static(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and name != MASK
 
 
 def _key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
