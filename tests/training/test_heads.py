@@ -1,12 +1,9 @@
-"""Losses that are computed from the head's input: what is matched, what is not, and the choice."""
+"""Losses that are computed from the head's input: what is matched, and what is not."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import fxopt
 from fxopt.kernels.cut_cross_entropy import linear_cross_entropy
 from fxopt.training import TrainingModule, measure
 from fxopt.training.capture import joint
@@ -22,12 +18,13 @@ from fxopt.training.emit import executable, partition
 from fxopt.training.heads import Heads
 from fxopt.training.module import Inputs
 from fxopt.training.schedule import schedule
-from fxopt.training.search import StepPlan
 from fxopt.training.step import Step
-from fxopt.training.variants import _suffices  # pyright: ignore[reportPrivateUsage]
 
 CLASSES, FEATURES, BATCH, SEQ = 701, 16, 4, 40
+
 ROWS = BATCH * SEQ
+
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -299,55 +296,12 @@ def test_every_loss_has_its_head() -> None:
     assert made(**inputs).isfinite()
 
 
-@pytest.mark.parametrize(
-    ("whole", "without", "logits"),
-    [
-        ((90, 0.0), (50, 0.0), True),
-        ((90, 1.02), (50, 1.0), True),  # within the margin
-        ((90, 1.2), (50, 1.0), False),
-        ((110, 0.0), (50, 9.0), False),
-        ((90, 9.0), (110, 0.0), True),
-        ((120, 0.0), (110, 9.0), False),  # neither keeps the limit: the smaller
-        ((110, 9.0), (120, 0.0), True),
-    ],
-)
-def test_what_logits_are_given_up_for(
-    whole: tuple[int, float], without: tuple[int, float], logits: bool
-) -> None:
-    first, second = (StepPlan({}, frozenset(), *facts) for facts in (whole, without))
-    assert _suffices(first, second, 100.0, 0.05) is logits
-
-
-Example = tuple[nn.Module, Inputs]
-WORK = fxopt.Train(batch=2, seq=96)
-
-
-def llama() -> Example:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=2048, max_position_embeddings=128, use_cache=False,
-    )  # fmt: skip
-    ids = torch.randint(2048, (2, 96))
-    return transformers.LlamaForCausalLM(config).train(), {"input_ids": ids, "labels": ids}
-
-
-def gpt2() -> Example:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        n_embd=32, n_layer=1, n_head=4, vocab_size=2048, n_positions=128, use_cache=False,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    ids = torch.randint(2048, (2, 96))
-    labels = ids.clone()
-    labels[0, :50] = -100
-    return transformers.GPT2LMHeadModel(config).train(), {"input_ids": ids, "labels": labels}
-
-
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "vocab_size": 600, "use_cache": False,
 }  # fmt: skip
+
+
 CAUSAL = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
@@ -380,171 +334,3 @@ def test_heads_of_hugging_face(name: str, kind: str, config: dict[str, Any], key
     assert off < 1e-3, worst  # BERT has key biases, whose gradient is rounding alone
     sizes = [step.bytes[o] for o in step.owner.values() if o.op != "placeholder"]
     assert max(sizes) < 2 * 40 * 600 * 4
-
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_tight_budget_takes_the_logits(make: Callable[[], Example], tmp_path: Path) -> None:
-    model, inputs = make()
-    opt = fxopt.optimize(model, fxopt.Budget(activations="60%"), inputs, workload=WORK)
-    rows = {row.name: row for row in opt.plan.totals}
-    assert opt.report.kept
-    assert rows["activations"].predicted == pytest.approx(rows["activations"].measured, rel=0.01)
-    decision = opt.plan.find("lm_head.logits")
-    assert decision.rewrite == "activation.cut_cross_entropy"
-    assert "not stored" in decision.reason
-    assert {a.rewrite for a in decision.alternatives} >= {"keep"}
-    assert any("lm_head.logits: the step returns None" in note for note in opt.plan.notes)
-    assert "activation.cut_cross_entropy" in str(opt.plan)
-    output = opt(**inputs)
-    assert output.logits is None
-    output.loss.backward()
-
-    stored = fxopt.Plan.load(opt.plan.save(tmp_path / "plan.json"))
-    again = fxopt.apply(model, stored, example_inputs=inputs)
-    assert again.plan.find("lm_head.logits").parameters == decision.parameters
-    assert measure.peak(again, inputs) == measure.peak(opt, inputs)
-    mine, theirs = measure.outcome(opt, inputs), measure.outcome(again, inputs)
-    assert mine.difference(theirs) == ("", 0.0)
-    eager = measure.outcome(model, inputs)
-    assert eager.outputs - mine.outputs == {"output logits"}
-    name, off = eager.without({"output logits"}).difference(mine)
-    assert 0 < off < 1e-5, name
-
-
-def test_logits_are_there_where_no_loss_wants_them() -> None:
-    model, inputs = llama()
-    opt = fxopt.optimize(
-        model, fxopt.Budget(activations="60%"), inputs, workload=WORK,
-        rewrites=["activation.cut_cross_entropy"],
-    )  # fmt: skip
-    short = {name: value[:, :20] for name, value in inputs.items()}
-    assert opt(**short).logits is None  # as the first: a smaller batch does not bring them back
-    with torch.no_grad():
-        assert opt(**inputs).logits.shape == (2, 96, 2048)
-    del short["labels"]
-    output = opt(**short)
-    assert output.logits.shape == (2, 20, 2048)
-    output.logits.sum().backward()
-
-
-def test_a_loose_budget_keeps_bits_and_logits() -> None:
-    model, inputs = llama()
-    plan = fxopt.plan(model, fxopt.Budget(activations="100%"), inputs, workload=WORK)
-    decision = plan.find("lm_head.logits")
-    assert not plan.rewritten
-    assert "budget holds without it" in decision.reason
-    assert decision.cost.temporary_bytes == 2 * 96 * 2048 * 4
-    (offer,) = decision.alternatives
-    assert (offer.rewrite, offer.label) == ("activation.cut_cross_entropy", "rows64")
-
-
-def test_keep_and_rewrites_name_it() -> None:
-    model, inputs = llama()
-    budget = fxopt.Budget(activations="85%")
-    kept = fxopt.plan(model, budget, inputs, workload=WORK, keep=["lm_head.logits"])
-    assert kept.find("lm_head.logits").locked
-    recompute = ["activation.recompute"]
-    without = fxopt.plan(model, budget, inputs, workload=WORK, rewrites=recompute)
-    for plan in (kept, without):
-        assert {d.rewrite for d in plan.rewritten} == {"activation.recompute"}
-    alone = fxopt.plan(
-        model, budget, inputs, workload=WORK, rewrites=["activation.cut_cross_entropy"],
-        keep=["log_softmax", "model.norm.mul"],
-    )  # fmt: skip
-    assert [d.key for d in alone.rewritten] == ["lm_head.logits"]
-    with pytest.raises(fxopt.PlanError, match=r"lm_head.logit.*Did you mean"):
-        fxopt.plan(model, budget, inputs, workload=WORK, keep=["lm_head.logit"])
-
-
-def test_short_steps_and_losses_outside_are_refused_with_reasons() -> None:
-    model, inputs = llama()
-    short = {name: value[:, :50] for name, value in inputs.items()}
-    budget = fxopt.Budget(activations="100%")
-    plan = fxopt.plan(model, budget, short, workload=fxopt.Train(2, 50))
-    reasons = {r.key: r.reason for r in plan.refusals}
-    assert (
-        reasons["lm_head.logits"] == "the loss has 100 rows; the smallest chunk, 64, pays from 128"
-    )
-    del short["labels"]
-    plan = fxopt.plan(model, budget, short, workload=fxopt.Train(2, 50))
-    reasons = {r.key: r.reason for r in plan.refusals}
-    assert "pass labels=" in reasons["lm_head.logits"]
-    assert "lm_head.logits" not in {d.key for d in plan.decisions}
-
-
-class Wide(nn.Module):
-    """Enough rows for two chunk sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 300)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(self.body(x).tanh()), labels)
-
-
-def test_smaller_budgets_bring_smaller_peaks_and_chunks() -> None:
-    inputs = {"x": torch.randn(600, 4), "labels": torch.randint(300, (600,))}
-    peaks: list[float] = []
-    chunks: list[Any] = []
-    for share in (1.1, 0.9, 0.5, 0.3, 0.2, 0.1):
-        budget = fxopt.Budget(activations=f"{share:.0%}")
-        plan = fxopt.plan(Wide().train(), budget, inputs, workload=fxopt.Train(600, 4))
-        peaks.append({row.name: row for row in plan.totals}["activations"].predicted)
-        chunks.append(plan.find("head.logits").parameters.get("chunk"))
-    assert peaks == sorted(peaks, reverse=True)
-    assert chunks[0] is None
-    assert chunks[-1] == 64
-    assert peaks[-1] < 0.1 * peaks[0]
-
-
-def test_rounded_tensors_beside_a_cut_head() -> None:
-    """The gradients that wait for the backward are not among them."""
-    model, inputs = llama()
-    budget = fxopt.Budget(activations="11%", relative_error=0.05)
-    wanted = ["activation.cut_cross_entropy", "activation.quantized_saved"]
-    opt = fxopt.optimize(model, budget, inputs, workload=WORK, rewrites=wanted)
-    chosen = {d.rewrite for d in opt.plan.rewritten}
-    assert chosen == set(wanted)
-    assert opt.report.kept
-    reasons = {r.key: r.reason for r in opt.plan.refusals}
-    assert "holds gradients" in reasons["cut_cross_entropy_sum.2"]
-
-
-@pytest.mark.gpu
-def test_on_the_device() -> None:
-    """The allocator's statistic has the library's workspaces in it."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=50257, max_position_embeddings=1024, use_cache=False,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).train()
-    ids = torch.randint(50257, (4, 1024), device="cuda")
-    inputs = {"input_ids": ids, "labels": ids}
-    work = fxopt.Train(batch=4, seq=1024)
-    opt = fxopt.optimize(model, fxopt.Budget(activations="50%"), inputs, workload=work)
-    rows = {row.name: row for row in opt.plan.totals}
-    assert opt.plan.find("lm_head.logits").rewritten
-    assert rows["activations"].predicted == pytest.approx(rows["activations"].measured, rel=0.1)
-    assert opt(**inputs).logits is None
-
-
-STRUCTURE = """
-import torch
-from torch import nn
-import fxopt
-model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
-budget = fxopt.Budget(activations="100%")
-plan = fxopt.plan(model, budget, torch.zeros(4, 8), workload=fxopt.Train(4, 8))
-structure = plan.fingerprint_structure
-print(structure)
-"""
-
-
-def test_a_structure_has_one_name_in_every_process() -> None:
-    """Dropout on a CPU is a Python function in the graph."""
-    other = subprocess.run([sys.executable, "-c", STRUCTURE], capture_output=True, text=True)
-    here: dict[str, Any] = {}
-    exec(STRUCTURE, here)
-    assert other.stdout.strip() == here["structure"], other.stderr

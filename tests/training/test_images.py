@@ -6,17 +6,15 @@ import itertools
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import fxopt
 from fxopt.ir.cost import Cost, OpCall
-from fxopt.ir.rewrite import Candidate, Match, Refusal
+from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.saved import AGAIN
 from fxopt.ir.site import SavedInfo, Site
 from fxopt.kernels.pack_activation import pack_activation, unpack_activation
@@ -25,7 +23,6 @@ from fxopt.passes.activation.quantized_saved import QuantizedSaved
 from fxopt.passes.activation.recompute import Recompute
 from fxopt.training import measure
 from fxopt.training.capture import joint
-from fxopt.training.decisions import _taken
 from fxopt.training.emit import executable, partition
 from fxopt.training.forms import Choices, Form, again, images
 from fxopt.training.module import TrainingModule
@@ -246,74 +243,6 @@ def work(inputs: dict[str, Any]) -> fxopt.Train:
 ROUNDED = "activation.quantized_saved"
 
 
-def on_a_device(step: Step, rate: float) -> Saved:
-    """The saved tensors of a step as if those copied to the host were not here any more."""
-    saved = saved_of(step)
-    for owner, offers in saved.offers.items():
-        saved.offers[owner] = [
-            replace(offer, treatment=away(offer.treatment, step.bytes[owner], rate))
-            for offer in offers
-        ]
-    return saved
-
-
-def away(treatment: Any, size: int, rate: float) -> Any:
-    if not isinstance(treatment, Form) or not treatment.image.fetch:
-        return treatment
-    return replace(treatment, bytes=0, host=size, transfer=size / rate)
-
-
-def test_what_the_link_carries_for_nothing_goes_to_the_host() -> None:
-    """A fast link serves all; over a slow one the step would stand still, and runs ops again."""
-    step = taken_apart((Expensive().train(), {"x": torch.randn(1024, 256)}))
-    full = schedule(step, ()).live().max()
-    lowest: dict[float, StepPlan] = {}
-    for rate in (1e11, 1e7):
-        saved = on_a_device(step, rate)
-        found = frontier(step, saved.seconds, saved.droppable, saved.forms)
-        lowest[rate] = next(p for p in found if p.peak < 0.75 * full)
-        for plan in found:
-            laid = schedule(step, plan.dropped, plan.stops, plan.images)
-            assert plan.peak == laid.live().max()
-            again_ = sum(saved.seconds[n] for n in laid.runs_again())
-            assert plan.seconds == pytest.approx(again_ + laid.wait)
-    assert lowest[1e11].host > 0.2 * full
-    assert not lowest[1e11].dropped
-    assert lowest[1e11].seconds < 1e-6
-    assert lowest[1e7].dropped
-    assert lowest[1e7].host == 0
-
-
-def test_the_host_takes_no_more_than_it_has() -> None:
-    step = taken_apart((Expensive().train(), {"x": torch.randn(1024, 256)}))
-    saved, most = on_a_device(step, 1e11), 2.1 * 2**20
-    found = frontier(step, saved.seconds, saved.droppable, saved.forms, host=most)
-    assert 0 < max(plan.host for plan in found) <= most
-
-
-def test_copies_run_beside_the_ops() -> None:
-    """Between a copy's begin and its end lie ops, and memory counts from the one to the other."""
-    step = taken_apart((Expensive().train(), {"x": torch.randn(1024, 256)}))
-    saved = on_a_device(step, 3e9)
-    forms = {o: f for o, found in saved.forms.items() for f in found if f.label == "host"}
-    owner = step.saved[len(step.saved) // 2]
-    laid = schedule(step, (), (), {owner: forms[owner]})
-    kinds = [item.kind for item in laid.items if item.node is owner]
-    assert kinds == ["run", "pack", "release", "fetch", "unpack"]
-    at = {item.kind: i for i, item in enumerate(laid.items) if item.node is owner}
-    pace = [step.pace.get(i.node, 0.0) if i.kind == "run" else 0.0 for i in laid.items]
-    assert laid.wait == 0
-    for begin, end in (("pack", "release"), ("fetch", "unpack")):
-        assert sum(pace[at[begin] : at[end]]) >= forms[owner].transfer
-    plain = schedule(step, ())
-    gone = plain.live() - laid.live()
-    assert set(gone) == {0, step.bytes[owner]}
-    runs = [i for i, item in enumerate(laid.items) if item.kind == "run"]
-    without = [n for n, i in enumerate(runs) if at["release"] < i < at["fetch"]]
-    # the node before which it goes may take as much itself
-    assert {*without[1:]} <= {*np.flatnonzero(gone)} <= {*without}
-
-
 def test_a_budget_with_an_error_row_holds_as_measured(tmp_path: Path) -> None:
     model, inputs = Expensive(), {"x": torch.randn(1024, 256)}
     budget = fxopt.Budget(activations="75%", relative_error=0.02)
@@ -389,87 +318,6 @@ def test_without_an_error_row_nothing_is_rounded(small: Example) -> None:
         )  # fmt: skip
     with pytest.raises(fxopt.FxoptError, match=r"relative_error: .* keep a byte row"):
         fxopt.plan(model, fxopt.Budget(relative_error=0.1), inputs, workload=work(inputs))
-
-
-OFFLOADED = "activation.offload"
-
-
-def test_a_cpu_has_no_host(small: Example) -> None:
-    model, inputs = small
-    budget, asked = fxopt.Budget(activations="90%"), [OFFLOADED, "activation.recompute"]
-    plan = fxopt.plan(model, budget, inputs, workload=work(inputs), rewrites=asked)
-    said = [refused.reason for refused in plan.refusals if refused.rewrite == OFFLOADED]
-    assert len(said) == len(plan.decisions)
-    assert set(said) == {"it lies in host memory: a copy there would free nothing"}
-
-
-def test_an_offloaded_tensor_is_replayed_from_a_file(
-    small: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Offload, "match", Anywhere.match)
-    offered = Candidate(OFFLOADED, "host", {})
-    monkeypatch.setattr(Offload, "candidates", lambda *_: [offered])
-    model, inputs = small
-    budget = fxopt.Budget(activations="150%")
-    plan = fxopt.plan(model, budget, inputs, workload=work(inputs), rewrites=[OFFLOADED])
-    assert not plan.rewritten
-    key = plan.decisions[2].key
-    plan.lock(key, OFFLOADED)
-    stored = fxopt.Plan.load(plan.save(tmp_path / "plan.json"))
-    opt = fxopt.apply(model, stored, example_inputs=inputs)
-    assert [(d.key, d.rewrite, d.label) for d in opt.plan.rewritten] == [(key, OFFLOADED, "host")]
-    assert "bit-equal" in opt.plan.notes[-1]
-    assert OFFLOADED in str(opt.plan)
-
-
-def test_reasons_say_where_a_tensor_waits() -> None:
-    form = Form(Offload.apply, "host", 0, host=2**21)  # pyright: ignore
-    offer: Any = SimpleNamespace(treatment=form, cost=Cost(seconds=0.002))
-    assert _taken(offer, 2**21) == (
-        "2 MiB wait in host memory; alone it takes 2 ms of standing still for copies"
-    )
-
-
-def test_small_tensors_and_parts_of_others_stay() -> None:
-    info = SavedInfo((1000,), (1,), torch.float32, "cuda:0", 4000, True)
-    site = Site("activation", "x", "x", info, op="x")
-    match = Offload().match(site)
-    assert isinstance(match, Match)
-    assert not Offload().candidates(match, [])
-    assert "4000 bytes: less than 1048576" in str(Offload().refusal(match, []))
-    assert Offload(least=1000).candidates(match, [])
-    part = replace(site, info=replace(info, whole=False))
-    assert Offload().match(part) == Refusal(
-        "its memory is more than the tensor, and the rest may be read as well"
-    )
-    calls = Offload().lower(match, Offload(least=0).candidates(match, [])[0], None)  # pyright: ignore
-    assert [call.host_bytes for call in calls] == [4000, 4000]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rewrites", [[OFFLOADED], None, [ROUNDED]])
-def test_budgets_hold_on_the_device(rewrites: list[str] | None) -> None:
-    from fxopt.kernels.offload_activation.op import pool_of
-
-    model = Expensive().to("cuda")
-    inputs = {"x": torch.randn(65536, 256, device="cuda")}
-    budget = fxopt.Budget(activations="70%", **({"relative_error": 0.02} if rewrites else {}))
-    opt = fxopt.optimize(model, budget, inputs, workload=work(inputs), rewrites=rewrites)
-    assert opt.report.kept
-    row = next(row for row in opt.plan.totals if row.name == "activations")
-    assert row.predicted == pytest.approx(row.measured, rel=0.02)
-    if rewrites == [ROUNDED]:
-        assert "rounded" in opt.plan.notes[-1]
-        return
-    assert "rounded" not in opt.plan.notes[-1]
-    held = pool_of(torch.device("cuda", torch.cuda.current_device())).bytes
-    first = measure.outcome(opt, inputs)
-    for _ in range(3):
-        assert measure.outcome(opt, inputs).difference(first) == ("", 0.0)
-    assert pool_of(torch.device("cuda", torch.cuda.current_device())).bytes == held
-    if rewrites:
-        assert {d.rewrite for d in opt.plan.rewritten} == {OFFLOADED}
-        assert held > 0
 
 
 def test_refusals_say_why(example: Example) -> None:

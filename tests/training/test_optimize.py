@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,23 @@ def test_saving_says_how(small: Example, tmp_path: Path) -> None:
     with pytest.raises(fxopt.FxoptError, match="state_dict"):
         opt.save(tmp_path / "opt")
     assert not (tmp_path / "opt").exists()
+
+
+STRUCTURE = """
+import torch
+from torch import nn
+import fxopt
+model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+budget = fxopt.Budget(activations="100%")
+plan = fxopt.plan(model, budget, torch.zeros(4, 8), workload=fxopt.Train(4, 8))
+structure = plan.fingerprint_structure
+print(structure)
+"""
+
+
+def test_a_structure_has_one_name_in_every_process() -> None:
+    """Dropout on a CPU is a Python function in the graph."""
+    other = subprocess.run([sys.executable, "-c", STRUCTURE], capture_output=True, text=True)
+    here: dict[str, Any] = {}
+    exec(STRUCTURE, here)
+    assert other.stdout.strip() == here["structure"], other.stderr
