@@ -115,30 +115,35 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _sum_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of the sum, times what reaches the sum."""
+    """The gradients of the sum or mean, times what reaches it."""
     if torch.is_grad_enabled() and not _traced(grad):
         raise NotImplementedError(
             "cut_cross_entropy_sum has no second derivative: its gradients are made in the "
             "forward; with create_graph=True compute the logits and F.cross_entropy of them"
         )
     count, *gradients = ctx.saved_tensors
-    # mean over no label at all: the loss is nan, its gradient nothing
+    # a sum over no label, divided by their number: the loss is nan, its gradient nothing
     scale = grad.where(count > 0, 0.0)
     needs = ctx.needs_input_grad[:3]
     return (
         *(scaled(g, scale) if need else None for g, need in zip(gradients, needs, strict=True)),
-        *[None] * 7,
+        *[None] * 8,
     )
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, in place where the graph is gone after this backward.
 
-    A second tensor of the weight's size would be the largest of the step.
+    A second tensor of the weight's size would be the largest of the step. Most losses are scaled
+    by 1, which only the device knows: its kernel then touches nothing.
     """
     if _traced(gradient) or keeps_graph():
-        return gradient * scale.to(gradient.dtype)
-    return gradient.mul_(scale.to(gradient.dtype))
+        return gradient * scale
+    if gradient.is_cuda and _triton.AVAILABLE:
+        from . import triton
+
+        return triton.scale_(gradient, scale)
+    return gradient.mul_(scale)
 
 
 def keeps_graph() -> bool:
@@ -152,7 +157,8 @@ def _traced(value: Tensor) -> bool:
 
 cut_cross_entropy_sum = register(
     "cut_cross_entropy_sum",
-    f"({HEAD}, {OPTIONS}, bool[3] needs, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({HEAD}, bool mean, {OPTIONS}, bool[3] needs, int chunk)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.cut_cross_entropy_sum,
     fake=_sum_fake,
     cuda=_on_device(reference.cut_cross_entropy_sum),
@@ -179,9 +185,10 @@ def linear_cross_entropy(
     hidden [N, D], weight [V, D], bias [V], labels [N] in int64; result [] or, with reduction
     "none", [N], in float32 (float64 if hidden is). "mean" divides by the labels that count. For
     "mean" and "sum" logits are made once: gradients are computed in the forward and scaled in the
-    backward. For "none", and in float16, whose small gradients need the scale that a loss scaler
-    brings, the backward makes them a second time. Under autocast operands are cast as those of
-    `linear` are. On CUDA a label that is no class makes the loss nan.
+    backward, unless 1 reaches the loss. For "none", and in float16, whose small gradients need
+    the scale that a loss scaler brings, the backward makes them a second time. Under autocast
+    operands are cast as those of `linear` are. On CUDA a label that is no class makes the loss
+    nan.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
@@ -199,9 +206,10 @@ def linear_cross_entropy(
             return loss
         total, count = loss.sum(), (labels != ignore_index).sum()
     else:
-        total, count, *_ = cut_cross_entropy_sum(
-            hidden, weight, bias, labels, *options, needs, chunk
+        total, *_ = cut_cross_entropy_sum(
+            hidden, weight, bias, labels, reduction == "mean", *options, needs, chunk
         )
+        return total
     return total / count if reduction == "mean" else total
 
 

@@ -149,6 +149,7 @@ def cut_cross_entropy_sum(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    mean: bool,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
@@ -157,20 +158,30 @@ def cut_cross_entropy_sum(
     chunk: int,
     kernel: RowsKernel = rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the losses, how many labels count, and the gradients of that sum.
+    """Sum of the losses or their mean, how many labels count, and the gradients of it.
 
     Logits are made once. `needs` says which gradients of hidden, weight and bias are wanted; the
-    others are empty. Arguments as for `cut_cross_entropy`.
+    others are empty. Over no label the mean is nan and its gradients are 0. Other arguments as for
+    `cut_cross_entropy`.
     """
     check(hidden, weight, bias, labels, chunk)
     options = Options(ignore_index, label_smoothing, softcap, z_loss)
     loss, lse = _per_token(hidden), _per_token(hidden)
+    count = (labels != ignore_index).sum().to(loss.dtype)
+    upstream = _mean(count, lse) if mean else None
     sums = Sums(hidden, weight, needs, chunk)
     for part, logits in _logits(hidden, weight, bias, chunk):
-        kernel(Rows(logits, labels[part], lse[part], loss[part], None), options, any(needs))
+        reach = None if upstream is None else Upstream(*(t[part] for t in upstream))
+        kernel(Rows(logits, labels[part], lse[part], loss[part], reach), options, any(needs))
         sums.add(part, logits)
-    count = (labels != ignore_index).sum().to(loss.dtype)
-    return loss.sum(), count, *sums.gradients()
+    total = loss.sum() / count if mean else loss.sum()
+    return total, count, *sums.gradients()
+
+
+def _mean(count: Tensor, lse: Tensor) -> Upstream:
+    """What reaches each token from the mean over `count` of them."""
+    share = torch.where(count > 0, 1 / count, 0.0)
+    return Upstream(share.expand(len(lse)), lse.new_zeros(()).expand(len(lse)))
 
 
 def cut_cross_entropy_backward(

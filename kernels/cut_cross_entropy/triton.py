@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .reference import Options, Rows
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 4096, 4
+PROGRAMS = 1024
+"""Of the kernel that scales a gradient: most calls have nothing to do, and few end sooner."""
 
 
 @triton.jit
@@ -98,3 +101,26 @@ def rows(chunk: Rows, options: Options, gradient: bool) -> None:
         SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap > 0,
         BLOCK=min(BLOCK, triton.next_power_of_2(size)), num_warps=WARPS,
     )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(x, scale, count, step, BLOCK: tl.constexpr):
+    """x [count] times scale, left alone where that is 1."""
+    s_scale = tl.load(scale).to(tl.float32)
+    if s_scale != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
+            o_x = start + tl.arange(0, BLOCK)
+            b_x = tl.load(x + o_x, mask=o_x < count)
+            tl.store(x + o_x, (b_x * s_scale).to(b_x.dtype), mask=o_x < count)
+
+
+def scale_(gradient: Tensor, scale: Tensor) -> Tensor:
+    """`gradient.mul_(scale)` of a dense gradient and a scale []; nothing is read where it is 1."""
+    if gradient.dtype == torch.float64:
+        return gradient.mul_(scale)
+    programs = min(PROGRAMS, triton.cdiv(gradient.numel(), BLOCK))
+    if programs:
+        _scale_kernel[(programs,)](
+            gradient, scale, gradient.numel(), programs * BLOCK, BLOCK=BLOCK, num_warps=WARPS
+        )
+    return gradient

@@ -167,7 +167,17 @@ def test_a_turned_weight_keeps_its_strides() -> None:
     )
     torch.testing.assert_close(turned.grad, expected.t())
     made = cut_cross_entropy_sum(
-        hidden, turned.detach().t(), bias, labels, -100, 0.0, 0.0, 0.0, [True, True, True], 10
+        hidden,
+        turned.detach().t(),
+        bias,
+        labels,
+        False,
+        -100,
+        0.0,
+        0.0,
+        0.0,
+        [True, True, True],
+        10,
     )
     assert made[3].stride() == turned.t().stride()
 
@@ -187,7 +197,7 @@ def test_tied_weights_add_up() -> None:
 
 def test_frozen_operands_cost_no_product() -> None:
     hidden, weight, bias, labels = draw()
-    options = (labels, -100, 0.0, 0.0, 0.0)
+    options = (labels, False, -100, 0.0, 0.0, 0.0)
     _, _, for_hidden, *others = cut_cross_entropy_sum(
         hidden, weight, bias, *options, [True, False, False], 10
     )
@@ -248,7 +258,7 @@ def test_workspace_is_what_is_alive(
 
     def call() -> Any:
         return cut_cross_entropy_sum(
-            hidden, weight, bias, labels, -100, 0.0, softcap, 0.0, needs, chunk
+            hidden, weight, bias, labels, True, -100, 0.0, softcap, 0.0, needs, chunk
         )
 
     results = sum(t.nbytes for t in call())
@@ -293,7 +303,7 @@ def test_registration_and_compilation() -> None:
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     options = (-100, 0.1, 2.0, 0.01)
     torch.library.opcheck(cut_cross_entropy, (*leaves, labels, *options, 5))
-    arguments = (hidden, weight, None, labels, *options, [True, True, False], 5)
+    arguments = (hidden, weight, None, labels, True, *options, [True, True, False], 5)
     torch.library.opcheck(cut_cross_entropy_sum, arguments)
 
     def loss(h: Tensor) -> Tensor:
@@ -386,11 +396,28 @@ def test_kernel_turns_a_label_that_is_no_class_into_nan() -> None:
     assert loss.isnan().tolist() == [False, True, True]
 
 
+@DTYPES
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_kernel_that_scales(
+    dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, whatever the strides, several blocks a program, and rounded once."""
+    pytest.importorskip("triton")
+    from fxopt.kernels.cut_cross_entropy import triton
+
+    monkeypatch.setattr(triton, "PROGRAMS", 2)
+    given = torch.randn(131, 97, device=DEVICE).to(dtype)
+    for x in (given.clone(), given.t().contiguous().t(), given[:0].clone()):
+        truth = x.double() * torch.tensor(scale).double()
+        assert triton.scale_(x, torch.tensor(scale, device=DEVICE)) is x
+        torch.testing.assert_close(x.double(), truth, rtol=torch.finfo(dtype).eps, atol=0.0)
+
+
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fxopt.kernels.cut_cross_entropy.triton import _rows_kernel
+from fxopt.kernels.cut_cross_entropy.triton import _rows_kernel, _scale_kernel
 
 def build(dtype, **constants):
     signature = dict(logits=f"*{dtype}", labels="*i64", V="i32", stride="i32", ignore_index="i32")
@@ -398,16 +425,20 @@ def build(dtype, **constants):
     signature |= dict.fromkeys(["smoothing", "softcap", "z_loss"], "fp32")
     constants |= dict(BLOCK=4096)
     signature |= dict.fromkeys(constants, "constexpr")
-    kernel = _rows_kernel
+    finish(_rows_kernel, signature, constants)
+
+def finish(kernel, signature, constants):
     values = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
     source = ASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, values)
-    options = {"num_warps": 8}
+    options = {"num_warps": 4}
     print(len(compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]))
 
 flags = dict(SMOOTHING=False, SOFTCAP=False)
 build("bf16", FORWARD=True, GRADIENT=True, UPSTREAM=False, **flags)
 build("bf16", FORWARD=True, GRADIENT=False, UPSTREAM=False, **flags)
 build("fp32", FORWARD=False, GRADIENT=True, UPSTREAM=True, SMOOTHING=True, SOFTCAP=True)
+signature = dict(x="*bf16", scale="*fp32", count="i32", step="i32", BLOCK="constexpr")
+finish(_scale_kernel, signature, dict(BLOCK=4096))
 """
 
 
@@ -420,7 +451,7 @@ def test_kernel_compiles_ahead_of_time_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line) for line in done.stdout.splitlines()]
-    assert len(sizes) == 3
+    assert len(sizes) == 4
     assert all(size > 0 for size in sizes)
 
 
