@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 from ..ir.errors import FxoptError
 from .binding import Binding, fill_text_inputs, without_idle_masks
 from .editor import GraphEditor
+from .gates import fuse_gates
 from .norms import fuse_norms
 from .output import builder
 from .program import CapturedModel, Program, edited_tree, program
 from .registry import register_ops
+from .residuals import fuse_residuals
 from .rotary import fuse_rotary
 from .source import generate
 from .surface import HuggingFaceSurface
@@ -219,7 +221,9 @@ def emit(
     """
     tree, graph = edited_tree(model, captured.graph, editor.graph)
     fuse_norms(graph)
+    fuse_residuals(graph)
     fuse_rotary(graph)
+    fuse_gates(graph)
     name = type(model).__name__
     config = getattr(model, "config", None)
     made = program(captured, graph, tree, name, {**captured.constants, **(constants or {})})

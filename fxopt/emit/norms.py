@@ -15,7 +15,7 @@ from .facts import tensor_facts
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class _Norm(NamedTuple):
@@ -70,7 +70,7 @@ def _with_ends(
     """The norm with what stands around it: casts from and to half precision, or the weight."""
     before, after = tensor_facts(narrow), _only_user(scaled, *_CASTS)
     rounded = None if after is None else tensor_facts(after)
-    if before is not None and before.dtype in _HALVES:
+    if before is not None and before.dtype in HALVES:
         if after is not None and rounded is not None and rounded.dtype == before.dtype:
             assert narrow is not None
             return _Norm(after, narrow, None, size, epsilon)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .recording import is_recorded
@@ -82,11 +83,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [B, H, N, D]; cos and sin [B or 1, 1, N, D] of its dtype. On a GPU it is one kernel, whose
     result is contiguous and to the bit that of the formula below.
     """
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, cos, sin))
-    if x.is_cuda and not needs_gradient and not torch.compiler.is_compiling():
+    if _is_one_kernel(x, cos, sin):
         return torch.ops.fxopt.rotate.default(x, cos, sin)
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up (GLU Variants, arXiv 2002.05202); of one dtype and shape.
+
+    `activation` is "silu", "gelu" or "gelu_tanh". On a GPU it is one kernel.
+    """
+    if _is_one_kernel(gate, up):
+        return torch.ops.fxopt.gated.default(gate, up, activation)
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x over the root of its mean square (RMSNorm, arXiv 1910.07467), rounded, times `weight`.
+
+    x [..., D] and weight [D] of one dtype. On a GPU it is one kernel.
+    """
+    if _is_one_kernel(x, weight):
+        return torch.ops.fxopt.rms_norm.default(x, weight, epsilon)
+    if x.itemsize > 2:
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+    return weight * F.rms_norm(x, weight.shape, None, epsilon)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """(x + residual, `rms_norm` of that sum); on a GPU one kernel."""
+    if _is_one_kernel(x, residual, weight):
+        return torch.ops.fxopt.add_rms_norm.default(x, residual, weight, epsilon)
+    total = x + residual
+    return total, rms_norm(total, weight, epsilon)
+
+
+def _is_one_kernel(*tensors: Tensor) -> bool:
+    """Whether a call over these is a kernel of ours, which computes no gradient and which
+    Inductor could not join to what is around it."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def attend_as_decoded(

@@ -83,9 +83,10 @@ def test_depth_does_not_show(case):
 
 def test_reads_as_a_person_would_write_it(case):
     source = case("llama").emit().source
-    assert "act_fn = F.silu(F.linear(x, self.gate_proj.weight))" in source
+    assert "inner = gated(F.linear(x, self.gate_proj.weight), F.linear(x, self.up_" in source
+    assert "x, normed = add_rms_norm(x, o_proj, self.post_attention_layernorm.weight" in source
     assert "input_layernorm = F.rms_norm(x, [32], self.input_layernorm.weight, 1e-06)" in source
-    assert "x = x + self.self_attn(input_layernorm, cos, sin" in source
+    assert "return x + self.mlp(normed)" in source
     assert '"""model.layers.{0-2}.mlp"""' in source
     assert max(map(len, source.splitlines())) <= 100
     assert source.count("class ") == 6

@@ -1,0 +1,6 @@
+"""activation(gate) * up of gated feed-forward layers: `fxopt::gated`."""
+
+from .op import gated
+from .reference import gated as REFERENCE
+
+__all__ = ["REFERENCE", "gated"]
