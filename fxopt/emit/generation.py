@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from ..ir.errors import FxoptError
+from .ahead import runs_ahead, sample
 from .binding import fill_text_inputs
 from .cache import Cache, usable
 from .module import OptimizedModule
@@ -153,6 +154,24 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
             model_kwargs["past_key_values"] = self.make_cache(batch_size * rows, capacity)
+
+    def _sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy and multinomial decoding, on a GPU with Python one step ahead where it may be."""
+        given = (logits_processor, stopping_criteria, generation_config)
+        alone = not (synced_gpus or streamer)
+        if alone and runs_ahead(input_ids.device, *given, model_kwargs):
+            return sample(self, input_ids, *given, model_kwargs)
+        inherited: Any = super()._sample  # pyright: ignore[reportAttributeAccessIssue]
+        return inherited(input_ids, *given, synced_gpus, streamer, **model_kwargs)
 
     def _prefill(
         self,
