@@ -6,7 +6,8 @@ A Llama of the 3.1-8B shape with random bf16 weights, and caches that are filled
 numbers (both prove speed, never quality). Prints milliseconds of a decoded token with CUDA graphs
 (fxopt's default; `step_ms` is the graph alone) and with --eager without, what `generate` takes for
 72 tokens in all, and bytes of the cache.
---peer adds the original through `StaticCache`, which `generate` compiles.
+--peer adds the original through `StaticCache`, which `generate` compiles; --kernels says where the
+time of a step goes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--eager", action="store_true", help="also without CUDA graphs")
     parser.add_argument("--peer", action="store_true", help="also Hugging Face's static cache")
+    parser.add_argument("--kernels", action="store_true", help="also the kernels of a step")
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,10 +63,10 @@ def main() -> None:
         for graphs in (True, False) if args.eager else (True,):
             module.cuda_graphs = graphs
             name = f"{layout or 'exact'}{'' if graphs else ', eager'}"
-            report(name, module, packed_cache(module, args.batch, args.length), ids)
+            report(name, module, packed_cache(module, args.batch, args.length), ids, args.kernels)
 
 
-def report(name: str, module: Any, cache: Any, ids: Tensor) -> None:
+def report(name: str, module: Any, cache: Any, ids: Tensor, kernels: bool = False) -> None:
     """Times `generate` from a filled cache; the difference of two lengths is free of its start."""
     generated(module, cache, ids, FEW)
     few, many = (generated(module, cache, ids, count) for count in (FEW, MANY))
@@ -78,6 +80,8 @@ def report(name: str, module: Any, cache: Any, ids: Tensor) -> None:
         "cache_gib": round(sum(t.nbytes for state in states for t in state) / 2**30, 3),
     }  # fmt: skip
     print(json.dumps(line), flush=True)
+    if kernels and line["step_ms"] is not None:
+        print_kernels(module)
     del states, cache
     gc.collect()
     if ids.is_cuda:
@@ -86,9 +90,7 @@ def report(name: str, module: Any, cache: Any, ids: Tensor) -> None:
 
 def replayed(module: Any, device: torch.device) -> float | None:
     """Milliseconds of the captured step alone; None where there is none."""
-    known = getattr(module, "_steps", None)
-    kinds = [step for _, found in known.known.values() for step in found.values()] if known else []
-    graph = next((step.graph for step in kinds if step.graph is not None), None)
+    graph = captured(module)
     if graph is None:
         return None
     _wait(device)
@@ -97,6 +99,25 @@ def replayed(module: Any, device: torch.device) -> float | None:
         graph.replay()
     _wait(device)
     return round((time.perf_counter() - began) / FEW * 1e3, 3)
+
+
+def captured(module: Any) -> torch.cuda.CUDAGraph | None:
+    known = getattr(module, "_steps", None)
+    kinds = [step for _, found in known.known.values() for step in found.values()] if known else []
+    return next((step.graph for step in kinds if step.graph is not None), None)
+
+
+def print_kernels(module: Any) -> None:
+    """Launches of each kernel and their microseconds in one step, the longest first."""
+    graph = captured(module)
+    assert graph is not None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(FEW):
+            graph.replay()
+        torch.cuda.synchronize()
+    for row in sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)[:16]:
+        micros, launches = row.self_device_time_total / FEW, row.count / FEW
+        print(f"  {micros:9.1f} us {launches:6.0f} x {micros / launches:8.2f}  {row.key[:72]}")
 
 
 def generated(module: Any, cache: Any, ids: Tensor, count: int) -> float:

@@ -5,6 +5,8 @@ The bytes are those of `fxopt.kernels.kv_attention.packing`. Lengths are read on
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -137,6 +139,18 @@ def _pack_values(
 
 
 @triton.jit
+def _set_starts(
+    block_start, used, old, due, BLOCKS, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The starts of blocks from `used` on, which hold tokens from `old` to `due`."""
+    o_n = tl.arange(0, BLOCK)
+    for i_n in range(0, BLOCKS + 1, BLOCK):
+        entry = i_n + o_n
+        b_start = tl.minimum((old // GROUP + entry - used) * GROUP, due)
+        tl.store(block_start + entry, b_start, mask=(entry > used) & (entry <= BLOCKS))
+
+
+@triton.jit
 def _plan_kernel(
     start_ptr, block_start, counts, N, BLOCKS, kept,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
@@ -160,30 +174,24 @@ def _plan_kernel(
     tl.store(counts + 1, old)
     tl.store(counts + 2, due)
     tl.debug_barrier()
-    for i_n in range(0, BLOCKS + 1, BLOCK):
-        entry = i_n + o_n
-        b_start = tl.minimum((old // GROUP + entry - used) * GROUP, due)
-        tl.store(block_start + entry, b_start, mask=(entry > used) & (entry <= BLOCKS))
+    _set_starts(block_start, used, old, due, BLOCKS, GROUP, BLOCK)
 
 
 @triton.jit
-def _pack_kernel(
-    k, v, start_ptr, counts, key, key_scale, key_zero, value, value_scale, value_zero,
-    recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
+def _pack_block(
+    k, v, start, used, old, due, i_n, key, key_scale, key_zero, value, value_scale, value_zero,
+    recent_k, recent_v, rank, i_bh, N, BLOCKS, RING, rank_b,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Pack the i-th block that is due, if there are so many."""
-    i_bh = tl.program_id(0).to(tl.int64)
-    i_n = tl.program_id(1)
-    used, old, due = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
     aligned = (old // GROUP + i_n) * GROUP
     low = tl.maximum(aligned, old)
     if (low < due) & (used + i_n < BLOCKS):
-        fresh = tl.maximum(tl.load(start_ptr) - SINK, 0)
+        fresh = tl.maximum(start - SINK, 0)
         # New tokens that fill the sink come before position 0 and are skipped.
-        to_sink = tl.maximum(SINK - tl.load(start_ptr), 0)
+        to_sink = tl.maximum(SINK - start, 0)
         end = aligned + GROUP
         rank += (i_bh // H) * rank_b + SINK
         i_block = i_bh * BLOCKS + used + i_n
@@ -210,19 +218,32 @@ def _pack_kernel(
 
 
 @triton.jit
-def _append_kernel(
-    k, v, start_ptr, counts, sink_k, sink_v, recent_k, recent_v, N, RING,
-    D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+def _pack_kernel(
+    k, v, start_ptr, counts, key, key_scale, key_zero, value, value_scale, value_zero,
+    recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """New tokens that are not packed, into the sink or the ring. With `EXACT` none is packed."""
-    i_bh = tl.program_id(0).to(tl.int64)
-    o_n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    position = tl.load(start_ptr) + o_n
+    """Pack the blocks that are due, each in a program."""
+    _pack_block(
+        k, v, tl.load(start_ptr), tl.load(counts), tl.load(counts + 1), tl.load(counts + 2),
+        tl.program_id(1), key, key_scale, key_zero, value, value_scale, value_zero,
+        recent_k, recent_v, rank, tl.program_id(0).to(tl.int64), N, BLOCKS, RING, rank_b,
+        H, D, DV, GROUP, SINK, K_BITS, V_BITS, HAS_RANK, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def _keep(
+    k, v, start, due, sink_k, sink_v, recent_k, recent_v, i_bh, o_n, N, RING,
+    D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """New tokens `o_n` that are not packed, into the sink or the ring."""
+    position = start + o_n
     p = position - SINK
-    m_ring = (o_n < N) & (p >= 0) & (RING > 0)
-    if not EXACT:
-        m_ring = m_ring & (p >= tl.load(counts + 2))
+    m_ring = (o_n < N) & (p >= due) & (RING > 0)
     o_ring = i_bh * RING + p % tl.maximum(RING, 1)
     for i_side in tl.static_range(2):
         if i_side == 0:
@@ -241,27 +262,91 @@ def _append_kernel(
         tl.store(ring + o_ring[:, None] * size + o_d[None, :], b_x, mask=m_ring[:, None] & m_d)
 
 
+@triton.jit
+def _keep_kernel(
+    k, v, start_ptr, counts, sink_k, sink_v, recent_k, recent_v, N, RING,
+    D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T new tokens, those that are not packed. With `EXACT` none is."""
+    o_n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    due = 0
+    if not EXACT:
+        due = tl.load(counts + 2)
+    _keep(
+        k, v, tl.load(start_ptr), due, sink_k, sink_v, recent_k, recent_v,
+        tl.program_id(0).to(tl.int64), o_n, N, RING, D, DV, SINK, BLOCK_D, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def _append_kernel(
+    k, v, start_ptr, counts, block_start, sink_k, sink_v, key, key_scale, key_zero,
+    value, value_scale, value_zero, recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All of it for a few tokens of one KV head: at most one block is due.
+
+    `counts` was written before, so that no program reads the starts that one of them writes.
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    start = tl.load(start_ptr)
+    used, old, due = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
+    if old < due:
+        _pack_block(
+            k, v, start, used, old, due, 0, key, key_scale, key_zero,
+            value, value_scale, value_zero, recent_k, recent_v, rank, i_bh, N, BLOCKS, RING, rank_b,
+            H, D, DV, GROUP, SINK, K_BITS, V_BITS, HAS_RANK, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+        if i_bh == 0:
+            _set_starts(block_start, used, old, due, BLOCKS, GROUP, BLOCK)
+        tl.debug_barrier()  # a new token takes the place of one that was packed
+    _keep(
+        k, v, start, due, sink_k, sink_v, recent_k, recent_v, i_bh, tl.arange(0, BLOCK_T),
+        N, RING, D, DV, SINK, BLOCK_D, BLOCK_V,
+    )  # fmt: skip
+
+
 def append(
     new: dict[str, Tensor],
     part: dict[str, Tensor],
     start: Tensor,
     rank: Tensor | None,
     fmt: Blocks | None,
+    counts: Tensor | None = None,
 ) -> None:
-    """Store the new tokens of one head class: blocks that are due, then sink and ring."""
+    """Store the new tokens of one head class: blocks that are due, then sink and ring.
+
+    `counts` is what `_plan_kernel` would find, where a decoding kernel has written it: then it
+    takes one kernel, with at most a block's tokens.
+    """
     k, v = new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, none = v.shape[3], k
+    wide = {"BLOCK_D": tile(dim, most=256), "BLOCK_V": tile(value_dim, most=256)}
+    kept = part.get("sink_key", none), part.get("sink_value", none)
+    if fmt is not None and counts is not None and queries <= fmt.group:
+        blocks = part["key"].shape[2]
+        _append_kernel[(batch * heads,)](
+            k, v, start, counts, part["block_start"], *kept, *_stored(part, none),
+            none if rank is None else rank, queries, blocks, part["recent_key"].shape[2],
+            0 if rank is None else rank.stride(0),
+            BLOCK_T=tile(queries), BLOCK=tile(blocks + 1, most=1024),
+            **_packing(new, fmt, rank), **wide,
+        )  # fmt: skip
+        return
     counts = none if fmt is None else _pack(new, part, start, rank, fmt)
     # A class that is stored exactly is a ring that never wraps.
     ring_k, ring_v = (part["key"], part["value"]) if fmt is None else (
         part["recent_key"], part["recent_value"],
     )  # fmt: skip
-    _append_kernel[(batch * heads, triton.cdiv(queries, 32))](
-        k, v, start, counts, part.get("sink_key", none), part.get("sink_value", none),
-        ring_k, ring_v, queries, ring_k.shape[2],
+    _keep_kernel[(batch * heads, triton.cdiv(queries, 32))](
+        k, v, start, counts, *kept, ring_k, ring_v, queries, ring_k.shape[2],
         D=dim, DV=value_dim, SINK=0 if fmt is None else fmt.sink, EXACT=fmt is None, BLOCK_T=32,
-        BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
+        **wide,
     )  # fmt: skip
 
 
@@ -274,7 +359,7 @@ def _pack(
 ) -> Tensor:
     """Pack the blocks that are due; returns the counts of `_plan_kernel`."""
     k, v, starts = new["key"], new["value"], part["block_start"]
-    batch, heads, queries, dim = k.shape
+    batch, heads, queries, _ = k.shape
     blocks, none = part["key"].shape[2], k
     counts = starts.new_empty(3)
     _plan_kernel[(1,)](
@@ -283,14 +368,24 @@ def _pack(
     )  # fmt: skip
     if blocks:
         _pack_kernel[(batch * heads, min(blocks, triton.cdiv(queries, fmt.group)))](
-            k, v, start, counts, part["key"], part.get("key_scale", none),
-            part.get("key_zero", none), part["value"], part.get("value_scale", none),
-            part.get("value_zero", none), part["recent_key"], part["recent_value"],
-            none if rank is None else rank, queries, blocks, part["recent_key"].shape[2],
-            0 if rank is None else rank.stride(0),
-            H=heads, D=dim, DV=v.shape[3], GROUP=fmt.group, SINK=fmt.sink,
-            K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, HAS_RANK=rank is not None,
-            BLOCK_K=triton.next_power_of_2(dim // max(1, 8 // fmt.key_bits)),
-            BLOCK_V=triton.next_power_of_2(v.shape[3]),
+            k, v, start, counts, *_stored(part, none), none if rank is None else rank,
+            queries, blocks, part["recent_key"].shape[2], 0 if rank is None else rank.stride(0),
+            **_packing(new, fmt, rank), BLOCK_V=triton.next_power_of_2(v.shape[3]),
         )  # fmt: skip
     return counts
+
+
+def _stored(part: dict[str, Tensor], none: Tensor) -> list[Tensor]:
+    """Packed tensors and the ring, in the order in which kernels take them."""
+    packed = (f"{side}{kind}" for side in ("key", "value") for kind in ("", "_scale", "_zero"))
+    return [part.get(name, none) for name in (*packed, "recent_key", "recent_value")]
+
+
+def _packing(new: dict[str, Tensor], fmt: Blocks, rank: Tensor | None) -> dict[str, Any]:
+    """What a kernel that packs is compiled for."""
+    heads, dim = new["key"].shape[1], new["key"].shape[3]
+    return {
+        "H": heads, "D": dim, "DV": new["value"].shape[3], "GROUP": fmt.group, "SINK": fmt.sink,
+        "K_BITS": fmt.key_bits, "V_BITS": fmt.value_bits, "HAS_RANK": rank is not None,
+        "BLOCK_K": triton.next_power_of_2(dim // max(1, 8 // fmt.key_bits)),
+    }  # fmt: skip

@@ -38,18 +38,19 @@ def attend_and_append(
         return attend_exact(attention, arguments, new, part, mask, begin)
     new = {side: x.contiguous() for side, x in new.items()}
     rank = None if mask is None else _seen(mask, arguments)
+    counts = start.new_empty(3) if decoding and fmt is not None else None
     if decoding:
         if fmt is None:
             out = decode_exact(arguments, new, part, start, rank)
         elif serves(arguments, new, part, fmt):
-            out = decode_packed(arguments, new, part, start, rank, fmt)
+            out = decode_packed(arguments, new, part, start, rank, fmt, counts=counts)
         else:
-            out = decode(arguments, new, part, start, rank, fmt)
+            out = decode(arguments, new, part, start, rank, fmt, counts=counts)
     else:
         assert fmt is not None
         begin = tokens_before(queries, start, mask, length)
         out = attend_image(attention, arguments, new, part, mask, fmt, begin)
-    append(new, part, start, rank, fmt)
+    append(new, part, start, rank, fmt, counts)
     return out
 
 

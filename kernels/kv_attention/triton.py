@@ -112,15 +112,29 @@ def blocks_used(block_start, packed, GROUP: tl.constexpr):
 
 
 @triton.jit
+def note_due(counts, used, packed, start, N, kept, GROUP: tl.constexpr):
+    """What there is to pack after this call, for the kernel that will: int64 [3], blocks in use,
+    tokens packed before, tokens packed after. `kept` tokens, residual and sink, are not."""
+    due = tl.maximum((start + N - kept) // GROUP * GROUP, packed)
+    tl.store(counts, used.to(tl.int64))
+    tl.store(counts + 1, packed)
+    tl.store(counts + 2, due)
+
+
+@triton.jit
 def exact_tokens(
-    b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
-    q_position, m_q, rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens, N, RING,
+    i_e, shares, b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc,
+    i_bh, start, packed, q_position, m_q, rank, bias, p_bias, bias_t, scale, softcap, window,
+    sink_tokens, N, RING,
     D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """What is stored exactly joins: sink, recent and new tokens, each from its first position."""
+    """What is stored exactly joins: sink, recent and new tokens, each from its first position.
+
+    With several shares it is the `i_e`-th: tiles are dealt out, of each part to another one first.
+    """
     o_d, o_v, o_t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_T)
     m_d, m_v = o_d < D, o_v < DV
     for i_part in tl.static_range(3):
@@ -133,7 +147,7 @@ def exact_tokens(
         else:
             first, count, rows = start, N + start * 0, N
             x_k, x_v = k, v
-        for i_t in range(0, count, BLOCK_T):
+        for i_t in range((i_e + i_part) % shares * BLOCK_T, count, shares * BLOCK_T):
             o_x = i_t + o_t
             m_t = o_x < count
             slot = o_x
@@ -155,7 +169,7 @@ def exact_tokens(
 def _decode_kernel(
     q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows,
-    out, out_m, out_l, N, BLOCKS, RING, rank_b, bias_b, bias_h, bias_n, bias_t,
+    out, out_m, out_l, counts, N, BLOCKS, RING, kept, rank_b, bias_b, bias_h, bias_n, bias_t,
     scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
@@ -179,6 +193,8 @@ def _decode_kernel(
     start = tl.load(start_ptr)
     packed = tl.load(block_start + BLOCKS)
     used = blocks_used(block_start, packed, GROUP)
+    if (i_bh == 0) & (i_s == 0):
+        note_due(counts, used, packed, start, N, kept, GROUP)
     p_q = q + (i_bh * G * N + o_m)[:, None] * D + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
     q_position = start + o_m % N
@@ -218,10 +234,10 @@ def _decode_kernel(
 
     if i_s == shares - 1:
         b_m, b_l, b_acc = exact_tokens(
-            b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
-            q_position, m_m, rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
-            N, RING, D, DV, SINK, CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
-            BLOCK_D, BLOCK_V, BLOCK_T,
+            0, 1, b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc,
+            i_bh, start, packed, q_position, m_m, rank, bias, p_bias, bias_t, scale, softcap,
+            window, sink_tokens, N, RING, D, DV, SINK, CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW,
+            HAS_SOFTCAP, UPCAST, BLOCK_D, BLOCK_V, BLOCK_T,
         )  # fmt: skip
 
     o_row = (i_s * tl.num_programs(0) + i_bh) * G * N + o_m
@@ -270,10 +286,12 @@ def decode(
     rank: Tensor | None,
     fmt: Blocks,
     splits: int | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """One packed head class: [B, N, heads, Dv] of its queries over the stored and the new tokens.
 
     `rank` [B, T] is 0 where a key is hidden; where there are windows, it counts the others.
+    `counts` int64 [3] takes what `append` then has to do (`note_due`).
     """
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
@@ -294,7 +312,8 @@ def decode(
         part.get("value_zero", none), part["recent_key"], part["recent_value"],
         none if rank is None else rank, none if bias is None else bias,
         none if windows is None else windows,
-        partial, top, total, queries, blocks, part["recent_key"].shape[2],
+        partial, top, total, start.new_empty(3) if counts is None else counts,
+        queries, blocks, part["recent_key"].shape[2], fmt.residual + fmt.sink,
         0 if rank is None else rank.stride(0), *strides,
         arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,

@@ -25,18 +25,18 @@ from fxopt.kernels.kv_attention.triton import (
     combine,
     exact_tokens,
     near_tiles,
+    note_due,
     window_table,
 )
+
+from . import launch
 
 BITS = (8, 4, 2)
 DIMS = (64, 128)
 MOST_ROWS = 16
 # An int8 instruction sums 32 products.
 LEAST_DEPTH = 32
-# What a multiprocessor of an H100 holds: bytes of shared memory, and warps of 255 registers.
-SHARED, WARPS = 228 * 1024, 8
 STAGES = 3
-MOST_SPLITS = 127
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Adding 1.5 * 2 ** 23 rounds to the nearest integer, which the low bits then hold.
@@ -238,12 +238,12 @@ def _packed_share(
 @triton.jit
 def _exact_share(
     q, k, v, sink_k, sink_v, recent_k, recent_v, rank, out, out_m, out_l,
-    i_bh, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
+    i_bh, i_s, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
     D: tl.constexpr, DV: tl.constexpr, SINK: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr, TILE: tl.constexpr,
+    UPCAST: tl.constexpr, TILE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmax sums over what is stored exactly, TILE tokens at a time."""
+    """Partial softmax sums over a share of what is stored exactly, TILE tokens at a time."""
     o_m, o_d, o_v = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, DV)
     m_m = o_m < rows
     p_q = q + (i_bh * rows + o_m)[:, None] * D + o_d[None, :]
@@ -252,8 +252,9 @@ def _exact_share(
     b_l = tl.zeros((16,), tl.float32)
     b_acc = tl.zeros((16, DV), tl.float32)
     b_m, b_l, b_acc = exact_tokens(
-        b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc, i_bh, start, packed,
-        start + o_m % N, m_m, rank, q, o_m, 0, scale, softcap, window, sink_tokens,
+        i_s, SHARES, b_q, k, v, sink_k, sink_v, recent_k, recent_v, b_m, b_l, b_acc,
+        i_bh, start, packed, start + o_m % N, m_m, rank, q, o_m, 0, scale, softcap, window,
+        sink_tokens,
         N, RING, D, DV, SINK, CAUSAL, HAS_RANK, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, D, DV, TILE,
     )  # fmt: skip
     tl.store(out_m + i_out + o_m, b_m, mask=m_m)
@@ -266,16 +267,16 @@ def _exact_share(
 def _decode_packed_kernel(
     q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, windows,
-    out, out_m, out_l, N, BLOCKS, RING, rank_b, scale, softcap,
+    out, out_m, out_l, counts, N, BLOCKS, RING, kept, rank_b, scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """As `_decode_kernel`, for packed keys and values without a bias.
 
-    The first share is what is stored exactly; the others divide the blocks in use.
+    The first shares divide what is stored exactly; the others divide the blocks in use.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
@@ -290,14 +291,18 @@ def _decode_packed_kernel(
         window = tl.load(windows + 2 * i_h)
         sink_tokens = tl.load(windows + 2 * i_h + 1)
     i_out = (i_s * tl.num_programs(0) + i_bh) * rows
-    if i_s == 0:
+    if i_s < EXACT:
+        if (i_bh == 0) & (i_s == 0):
+            used = blocks_used(block_start, packed, GROUP)
+            note_due(counts, used, packed, start, N, kept, GROUP)
         _exact_share(
             q, k, v, sink_k, sink_v, recent_k, recent_v, rank, out, out_m, out_l,
-            i_bh, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
-            D, DV, SINK, CAUSAL, HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, UPCAST, TILE,
+            i_bh, i_s, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
+            D, DV, SINK, CAUSAL, HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, UPCAST, TILE, EXACT,
         )  # fmt: skip
     else:
         used = blocks_used(block_start, packed, GROUP)
+        i_s -= EXACT
         sinks, skipped = 0, 0
         if HAS_WINDOW:
             apart = tl.minimum(tl.maximum(sink_tokens - SINK, 0), packed)
@@ -308,9 +313,9 @@ def _decode_packed_kernel(
             skipped = near_tiles(start - SINK, window, sink_tokens, sinks, GROUP, HAS_RANK)
             skipped = skipped.to(tl.int32)
             used -= skipped
-        shares = tl.num_programs(1) - 1
-        first = ((i_s - 1) * used // shares).to(tl.int32)
-        end = (i_s * used // shares).to(tl.int32)
+        shares = tl.num_programs(1) - EXACT
+        first = (i_s * used // shares).to(tl.int32)
+        end = ((i_s + 1) * used // shares).to(tl.int32)
         _packed_share(
             q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
             out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, start, BLOCKS, N, rows,
@@ -348,15 +353,24 @@ def decode_packed(
     num_warps: int | None = None,
     num_stages: int = STAGES,
     exact_tile: int | None = None,
+    counts: Tensor | None = None,
+    exact_shares: int | None = None,
 ) -> Tensor:
-    """As `decode`, where `serves` says so. `splits` counts the shares of the packed blocks."""
+    """As `decode`, where `serves` says so. `splits` counts the shares of the packed blocks,
+    `exact_shares` those of the tokens that are stored exactly."""
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
     blocks, rows, none = part["key"].shape[2], group * queries, q
-    num_warps = num_warps or _warps(fmt, rows)
-    at_once = _at_once(fmt, dim, value_dim, num_warps, num_stages)
-    shares = 1 + (splits or _splits(batch * heads, blocks, at_once, processors(q.device)))
+    num_warps = num_warps or launch.warps(fmt, rows)
+    at_once = launch.at_once(fmt, dim, value_dim, num_warps, num_stages)
+    count = processors(q.device)
+    splits = splits or launch.splits(batch * heads, blocks, at_once, count)
+    exact_tile, ring = exact_tile or launch.exact_tile(fmt), part["recent_key"].shape[2]
+    exact_shares = exact_shares or launch.exact_shares(
+        triton.cdiv(ring, exact_tile), blocks, splits, at_once * count // (batch * heads)
+    )
+    shares = exact_shares + splits
     partial = q.new_empty((shares, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))
@@ -366,54 +380,16 @@ def decode_packed(
         part.get("sink_value", none), part["key"], part["key_scale"], part["key_zero"],
         part["value"], part["value_scale"], part["value_zero"], part["recent_key"],
         part["recent_value"], none if rank is None else rank,
-        none if windows is None else windows, partial, top, total, queries, blocks,
-        part["recent_key"].shape[2], 0 if rank is None else rank.stride(0),
+        none if windows is None else windows, partial, top, total,
+        start.new_empty(3) if counts is None else counts, queries, blocks, ring,
+        fmt.residual + fmt.sink, 0 if rank is None else rank.stride(0),
         arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
         K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
         HAS_RANK=rank is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST, ASM=not INTERPRETED,
-        R=tile(rows, least=4), TILE=exact_tile or _exact_tile(fmt),
+        R=tile(rows, least=4), TILE=exact_tile, EXACT=exact_shares,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     combine(partial, top, total, arguments.sinks, out)
     return out
-
-
-def _warps(fmt: Blocks, rows: int) -> int:
-    """One, for up to four query rows: two that exchange planes of 4-bit keys took 3.6 times as
-    long. Keys of 8 bits have one plane, and spill in one warp, which took twice as long; so do
-    more rows (1.4 times as long with 8 of them, 1.8 with 16)."""
-    return 2 if fmt.key_bits == 8 or rows > 4 else 1
-
-
-def _exact_tile(fmt: Blocks) -> int:
-    """Tokens that are stored exactly, read at a time. 32 took 3 % less than 16 of the whole with
-    8 bits, as much with 4 and a quarter more with 2, where programs are smaller without them."""
-    return 16 if min(fmt.key_bits, fmt.value_bits) == 2 else 32
-
-
-def _at_once(fmt: Blocks, dim: int, value_dim: int, num_warps: int, num_stages: int) -> int:
-    """Programs that one multiprocessor runs at a time."""
-    stored = fmt.group * (dim * fmt.key_bits + value_dim * fmt.value_bits) // 8
-    # Scales, what tiles are exchanged through, and what the driver takes, as compiled.
-    held = (num_stages - 1) * stored + 4096
-    return max(1, min(WARPS // num_warps, SHARED // held))
-
-
-def _splits(heads: int, blocks: int, at_once: int, count: int) -> int:
-    """Shares of the blocks of one KV head on `count` multiprocessors; one more is of what is
-    stored exactly.
-
-    All run at a time, but shares of under 16 blocks are no gain beyond four programs a
-    multiprocessor. Where that makes fewer than four, heads are so many that whole waves are
-    fuller: the least waves that leave the fewest places empty.
-    """
-    places = at_once * count
-    splits = places // heads - 1
-    if splits >= 4:
-        splits = min(splits, max(4 * count // heads, blocks // 16))
-    else:
-        waves = {wave: wave * places // heads for wave in range(1, 5)}
-        splits = waves[max(waves, key=lambda wave: waves[wave] / wave)]
-    return max(1, min(MOST_SPLITS, blocks, splits))

@@ -20,7 +20,8 @@ from fxopt.kernels.kv_attention.device import ranks
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
-from fxopt.kernels.kv_int8.triton import _splits, decode_packed, serves  # pyright: ignore[reportPrivateUsage]
+from fxopt.kernels.kv_int8 import launch
+from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORIGIN = torch.zeros((), dtype=torch.int64)
@@ -53,7 +54,7 @@ def filled(
 def error(
     layout: str, group: int, dims: tuple[int, int], length: int, *, kv: int = 1, queries: int = 1,
     hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int = 3,
-    scale: float = 1.0, sinks: Tensor | None = None, sink_tokens: int = 2,
+    scale: float = 1.0, sinks: Tensor | None = None, sink_tokens: int = 2, exact: int | None = None,
 ) -> float:  # fmt: skip
     """Of the kernel, relative to float64 over the dequantised cache."""
     part, fmt = filled(layout, kv, dims, length, crop, scale)
@@ -66,7 +67,7 @@ def error(
     assert serves(arguments, new, part, fmt)
     rank = ranks(mask) if hidden else None
     start = torch.tensor(length, device=DEVICE)
-    out = decode_packed(arguments, new, part, start, rank, fmt, splits)
+    out = decode_packed(arguments, new, part, start, rank, fmt, splits, exact_shares=exact)
     wide = Arguments(q.double(), None, *rest)
     stored = {n: t.double() if t.is_floating_point() else t for n, t in part.items()}
     fresh = {n: t.double() for n, t in new.items()}
@@ -89,6 +90,10 @@ def error(
         ("k4v8g32r8s4", 16, (64, 64), 301, {"softcap": 3.0, "hidden": 150}),
         ("k4v4g64r0s4", 3, (64, 64), 241, {"crop": 100}),
         ("k4v4g64r64s4", 2, (64, 64), 60, {}),
+        ("k4v4g64r64s4", 2, (64, 64), 195, {"exact": 1}),
+        ("k4v4g64r64s4", 2, (64, 64), 195, {"exact": 2, "queries": 3}),
+        ("k4v4g64r64s4", 4, (64, 64), 195, {"exact": 3, "window": 70}),
+        ("k4v4g64r64s0", 2, (64, 64), 190, {"exact": 7, "hidden": 100}),
     ],
 )
 def test_near_float64(
@@ -135,7 +140,24 @@ def test_what_it_serves() -> None:
     ],
 )
 def test_shares_fill_an_h100(heads: int, blocks: int, at_once: int, splits: int) -> None:
-    assert _splits(heads, blocks, at_once, 132) == splits
+    assert launch.splits(heads, blocks, at_once, 132) == splits
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "splits", "places", "shares"),
+    [
+        (6, 15, 15, 99, 4),  # a block each: the exact tokens would take longest
+        (6, 258, 5, 6, 1),  # many blocks each
+        (2, 15, 15, 99, 2),
+        (6, 5, 5, 7, 2),  # as many as run at a time
+        (6, 3, 3, 1, 1),
+        (0, 15, 15, 99, 1),
+    ],
+)
+def test_shares_of_what_is_exact(
+    tiles: int, blocks: int, splits: int, places: int, shares: int
+) -> None:
+    assert launch.exact_shares(tiles, blocks, splits, places) == shares
 
 
 COMPILE = """
@@ -148,11 +170,12 @@ p, long, byte, wide = "*bf16", "*i64", "*u8", "*fp32"
 kinds = dict(
     q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, key=byte, key_scale=p,
     key_zero=p, value=byte, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank="*i32",
-    windows=long, out=wide, out_m=wide, out_l=wide, scale="fp32", softcap="fp32",
+    windows=long, out=wide, out_m=wide, out_l=wide, counts=long, scale="fp32", softcap="fp32",
 )
 constants = dict(
     N=1, H=8, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=4, V_BITS=2, CAUSAL=True,
     HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4, TILE=16,
+    EXACT=2,
 )
 names = kernel.arg_names
 signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}

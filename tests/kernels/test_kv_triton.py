@@ -274,6 +274,7 @@ state = dict(
 )
 shares = dict(out="*fp32", out_m="*fp32", out_l="*fp32", scale="fp32", softcap="fp32")
 masks = dict(bias=p, windows=long)
+starts = dict(block_start=long, counts=long, sink_k=p, sink_v=p)
 every = dict(
     CAUSAL=True, HAS_RANK=True, HAS_BIAS=True, HAS_WINDOW=True, HAS_SOFTCAP=True, UPCAST=False,
 )
@@ -288,16 +289,22 @@ for bits, value_bits, group in ((4, 2, 64), (16, 8, 32)):
     wide = 64 if bits == 16 else 32
     build(
         decode._decode_kernel,
-        dict(state, **kind, q=p, block_start=long, sink_k=p, sink_v=p, **masks, **shares),
+        dict(state, **kind, **starts, q=p, **masks, **shares),
         H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, **every, **side,
     )
     build(
         append._pack_kernel, dict(state, **kind, counts=long),
         H=8, D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, **side,
     )
-for alone in (False, True):
     build(
         append._append_kernel,
+        dict(state, **kind, **starts),
+        H=8, D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, BLOCK_D=64, BLOCK_T=16,
+        BLOCK=512, **side,
+    )
+for alone in (False, True):
+    build(
+        append._keep_kernel,
         dict(k=p, v=p, start_ptr=long, counts=long, sink_k=p, sink_v=p, recent_k=p, recent_v=p),
         D=64, DV=48, SINK=4, EXACT=alone, BLOCK_T=32, BLOCK_D=64, BLOCK_V=64,
     )
