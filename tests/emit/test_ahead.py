@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -147,11 +148,32 @@ def test_a_cpu_has_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["exact", "k4v4"])
+def test_nothing_between_two_steps_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the answer to the step before."""
+    seen: list[int] = []
+
+    class Watched(ahead._Ended):  # pyright: ignore[reportPrivateUsage]
+        def __call__(self, last: Tensor) -> bool:
+            # The first steps compile and are captured.
+            torch.cuda.set_sync_debug_mode("error" if 4 <= self._steps < 60 else "default")
+            seen.append(self._steps)
+            return super().__call__(last)
+
+    monkeypatch.setattr(ahead, "_Ended", Watched)
+    opt: Any = copy.deepcopy(pair("llama", kind, torch.bfloat16)[1]).to("cuda")
+    ids = prompts(2, 60).to("cuda")
+    try:
+        opt.generate(ids, max_new_tokens=80, min_new_tokens=80, eos_token_id=7, pad_token_id=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == 80
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["exact", "k4v4"])
 def test_rows_end_where_they_end_on_a_gpu(kind: str, mode: dict[str, Any]) -> None:
-    import copy
-
     opt: Any = copy.deepcopy(pair("llama", kind, torch.float32)[1]).to("cuda")
     ids = prompts(3, 60).to("cuda")
     whole = opt.generate(ids, max_new_tokens=40, do_sample=False)[:, 60:]
