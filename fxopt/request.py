@@ -21,6 +21,7 @@ from .ir.workload import Forward, Generate, Train, Workload, scenarios
 from .progress import Progress
 
 EXAMPLE = "fxopt.Generate(batch=1, prompt=1024, new_tokens=128)"
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def check(model: object, budget: object, workload: object) -> None:
     if not isinstance(model, nn.Module):
         raise FxoptError(f"model: takes a torch.nn.Module, not {_kind(model)}")
     inner = getattr(model, "_orig_mod", None)
-    if inner is not None or isinstance(model, nn.DataParallel):
+    if inner is not None or isinstance(model, WRAPPERS):
         name = "._orig_mod" if inner is not None else ".module"
         raise FxoptError(
             f"model: {type(model).__name__} wraps the model itself: pass model{name}, and wrap "

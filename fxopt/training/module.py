@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..ir.errors import FxoptError
 from .capture import scalar_loss
 from .huggingface import without_idle_mask
+from .parallel import check_whole
 
 Inputs = dict[str, Any]
 Run = Callable[[Mapping[str, Tensor], Inputs], Any]
@@ -64,10 +65,12 @@ class TrainingModule(nn.Module):
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
         inputs = without_idle_mask(inner, bound(inner, args, kwargs))
+        tensors = _tensors_by_name(inner)
+        check_whole(tensors)
         key = _key(inner, inputs)
         if key not in self._runs:
             self._runs[key] = self._planned(inner, inputs)
-        output = self._runs[key](_tensors_by_name(inner), inputs)
+        output = self._runs[key](tensors, inputs)
         loss = scalar_loss(output)
         if loss is None:
             return output
@@ -132,6 +135,7 @@ class _LossOnly(torch.autograd.Function):
 
 def clone(model: nn.Module) -> nn.Module:
     """The module tree again over the same parameters and buffers."""
+    check_whole(dict(model.named_parameters()))
     tensors = [*model.parameters(), *model.buffers()]
     try:
         return copy.deepcopy(model, {id(t): t for t in tensors})
