@@ -31,6 +31,8 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.activation.cut_cross_entropy:CutCrossEntropy",
     "fxopt.passes.activation.recompute:Recompute",
     "fxopt.passes.activation.offload:Offload",
+    "fxopt.passes.activation.packed_mask:PackedMask",
+    "fxopt.passes.activation.approximate_backward:ApproximateBackward",
     "fxopt.passes.activation.quantized_saved:QuantizedSaved",
 )
 ON_REQUEST = frozenset(

@@ -22,6 +22,9 @@ class Image:
     of the backward that reads it, a tensor like x, with its strides. `rounding` is the relative
     error of that tensor that is to be expected (root mean square); 0: none.
 
+    With `replaces` x does not come back at all: `unpack(gradient, part, *unpack_arguments)` takes
+    the place of the one op of the backward that reads it. `pack` returns the one part alone.
+
     With `release` and `fetch` there is one part, returned alone, which is made and read back while
     other ops run:
     `release(part, x)` returns the part once x is needed no more; `fetch(part, *unpack_arguments)`
@@ -33,5 +36,6 @@ class Image:
     unpack: Callable[..., Any]
     unpack_arguments: tuple[Any, ...]
     rounding: float = 0.0
+    replaces: bool = False
     release: Callable[..., Any] | None = None
     fetch: Callable[..., Any] | None = None

@@ -68,12 +68,33 @@ class TemporaryInfo:
 
 
 @dataclass(frozen=True)
+class Derivative:
+    """What alone reads a saved tensor in the backward: `op(gradient, ..., x, ...)`, which is the
+    gradient times a function of each x.
+
+    x is argument number `place` and lies in memory without gaps, with the strides `stride`;
+    `arguments` are the others, without the gradient. The result is of the gradient's dtype.
+    """
+
+    op: str
+    place: int
+    arguments: tuple[float, ...]
+    keywords: tuple[tuple[str, str], ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    gradient: tuple[int, ...]
+    """Strides of the gradient."""
+    dtype: torch.dtype
+    call: OpCall = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class SavedInfo:
     """A tensor that the forward of a training step makes and its backward reads.
 
     `output` is its place among the results of its op. `bytes` of its memory, which is that of this
     tensor alone where `whole`; `calls` are the ops that make it again from what else is saved,
-    `blocked` says why they cannot run twice.
+    `blocked` says why they cannot run twice. `derivative` is what alone reads it, if that is one.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +106,7 @@ class SavedInfo:
     output: int = 0
     blocked: str | None = None
     calls: tuple[OpCall, ...] = field(default=(), compare=False, repr=False)
+    derivative: Derivative | None = None
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,12 @@ class _Written:
 
 def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
     """Insert what the schedule adds, and let the backward read it."""
+    replaced = scheduled.replaced
     for item in scheduled.items:
         if item.kind == "run":
+            if item.node in replaced:
+                owner = replaced[item.node]
+                _replace(item.node, owner, scheduled, written)
             if item.node not in scheduled.again:
                 _reread(item.node, written.copies)
             continue
@@ -86,10 +90,21 @@ def _image(graph: fx.Graph, item: Item, image: Image, written: _Written) -> None
         written.copies[node] = _like(graph, node, image.unpack, arguments)
 
 
+def _replace(node: fx.Node, owner: fx.Node, scheduled: Schedule, written: _Written) -> None:
+    """Let the backward read an owner's image, and views of the memory go."""
+    image = scheduled.images[owner].image
+    node.target = image.unpack
+    node.args = (node.args[0], *written.parts[owner], *image.unpack_arguments)
+    node.kwargs = {}
+    for view in reversed(scheduled.step.readers[owner]):
+        if view is not node:
+            node.graph.erase_node(view)
+
+
 def _pack(graph: fx.Graph, node: fx.Node, image: Image) -> list[fx.Node]:
     whole = graph.call_function(image.pack, (node, *image.pack_arguments))
     values = parts_of(image, node.meta["val"])
-    if image.fetch:
+    if image.fetch or image.replaces:
         whole.meta["val"] = values[0]
         return [whole]
     parts = [graph.call_function(operator.getitem, (whole, i)) for i in range(len(values))]

@@ -32,6 +32,11 @@ class Form:
     host: int = 0
     transfer: float = 0.0
 
+    @property
+    def restores(self) -> bool:
+        """Whether what is computed from the tensor that comes back is what it was."""
+        return not self.error and not self.image.replaces
+
 
 Treatment = Form | Literal["again"]
 Choices = Mapping[fx.Node, Treatment]

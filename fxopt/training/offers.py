@@ -44,7 +44,7 @@ class Offers:
         more than another place can change."""
         forms = self.forms.get(site, ())
         if site in stops:
-            return [None, *(form for form in forms if not form.error)]
+            return [None, *(form for form in forms if form.restores)]
         dropped: list[Treatment | None] = [AGAIN] if site in self.droppable else []
         return [None, *dropped, *forms]
 
@@ -161,7 +161,7 @@ def _exactly(
     for s in starts:
         name = f"{dropped}!{s}"
         for treatment, row in zip(options[s], amounts[s], strict=True):
-            if isinstance(treatment, Form) and treatment.error:
+            if isinstance(treatment, Form) and not treatment.restores:
                 limits[name] = amounts[dropped][1][name] = row[name] = 1.0
     return limits
 

@@ -154,14 +154,14 @@ def _treatment(saved: Saved, decision: Decision) -> Treatment:
 
 
 def _check_starts(saved: Saved, plan: StepPlan) -> None:
-    """PlanError where ops would run again from memory that was rounded."""
-    rounded = {owner for owner, form in plan.images.items() if form.error}
+    """PlanError where ops would run again from memory that does not come back as it was."""
+    rounded = {owner for owner, form in plan.images.items() if not form.restores}
     found = laid_out(saved.step, plan).starts() & rounded
     if found:
         names = [key for key, owner in saved.owners.items() if owner in found]
         raise PlanError(
-            f"the plan rounds {names[:3]}, from which it computes other tensors again: their "
-            "error would grow unseen; keep one or the other"
+            f"the plan rounds {names[:3]}, or keeps but a derivative, and computes other tensors "
+            "again from there: their error would grow unseen; keep one or the other"
         )
 
 

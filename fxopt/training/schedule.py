@@ -91,12 +91,21 @@ class Schedule:
 
     def _workspaces(self) -> np.ndarray:
         extra = np.zeros(len(self.items))
+        replaced = self.replaced
         for i, item in enumerate(self.items):
             if item.kind == "pack":
                 extra[i] = self.images[item.node].packing
             elif item.kind == "unpack":
                 extra[i] = self.images[item.node].unpacking
+            elif item.kind == "run" and item.node in replaced:
+                extra[i] = self.images[replaced[item.node]].unpacking
         return extra
+
+    @property
+    def replaced(self) -> dict[fx.Node, fx.Node]:
+        """The ops of the backward in whose place others read images, to the owners of these."""
+        owners = [owner for owner, form in self.images.items() if form.image.replaces]
+        return {self.step.reader(owner): owner for owner in owners}
 
 
 def schedule(
@@ -130,11 +139,12 @@ def schedule(
         return not blocked[op]
 
     items = _forward(step, images)
+    replaced = {owner for owner, form in images.items() if form.image.replaces}
     made: set[fx.Node] = set()
     place = {node: i for i, node in enumerate(step.forward)}
     for node in step.backward:
         needed: set[fx.Node] = set()
-        waiting = list(reads[node])
+        waiting = [n for n in reads[node] if step.owner.get(n) not in replaced]
         while waiting:
             source = waiting.pop()
             if source in made or source in needed or not made_again(source):
@@ -240,10 +250,18 @@ def _touched(laid: Schedule, item: Item) -> list[Key]:
         owner = step.owner.get(source)
         if owner is None or (owner.op == "placeholder" and not _is_tangent(owner)):
             continue
+        if item.kind == "run" and in_backward and _replaced(laid, owner):
+            found.append((owner, "image"))
+            continue
         # a view of kept memory may be taken again: the memory is the first run's
         again = in_backward and (owner in laid.again or owner in laid.images)
         found.append((owner, "again" if again else "first"))
     return found
+
+
+def _replaced(laid: Schedule, owner: fx.Node) -> bool:
+    """Whether the backward reads an image in place of an owner's memory."""
+    return owner in laid.images and laid.images[owner].image.replaces
 
 
 def _unread(step: Step, items: tuple[Item, ...]) -> np.ndarray:

@@ -87,7 +87,7 @@ def frontier(
     the forward is tried.
     """
     offers = Offers(step, seconds, frozenset(droppable), forms or {})
-    movable = {o for o, found in offers.forms.items() if not all(f.error for f in found)}
+    movable = {o for o, found in offers.forms.items() if any(f.restores for f in found)}
     limits = {"error": error**2, "host": host}
     known: Known = {}
     found = [_plan(step, seconds, {}, frozenset())]
@@ -226,5 +226,5 @@ def _effect(step: Step, seconds: Seconds, choices: Choices, stops: frozenset[fx.
         calls.live(),
         {"seconds": added + calls.wait, **sums},
         calls.starts(),
-        frozenset(owner for owner, form in stored.items() if form.error),
+        frozenset(owner for owner, form in stored.items() if not form.restores),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..ir.saved import AGAIN, MARK, Image
 from ..ir.site import SavedInfo, Site
 from ..ir.workload import Train, scenarios
 from ..passes.activation.cut_cross_entropy import EARLY
+from .derivatives import derivative_of
 from .forms import Form, Treatment, parts_of
 from .heads import Cut
 from .pricing import op_call
@@ -159,6 +160,7 @@ def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site
         int(owner.args[1]) if owner.target is operator.getitem else 0,  # pyright: ignore
         step.blocked(step.maker(owner)),
         tuple(calls),
+        derivative_of(step, owner),
     )
     # gradients that wait for the backward to begin are read first thing: nothing else pays
     early = info.blocked if step.maker(owner).target is EARLY else None
@@ -185,6 +187,11 @@ def _offer(saved: Saved, proposal: Proposal, model: CostModel, workload: Train) 
     (scenario,) = scenarios(workload)
     calls = rewrite.lower(match, candidate, scenario)
     form = _form(saved.step, owner, mark, candidate.label or rewrite.name, calls, model)
+    derivative = saved.sites[key].info.derivative  # pyright: ignore
+    if mark.replaces and derivative:
+        # never a gain: that would be worth it without a budget
+        left = form.seconds - _seconds(model, [derivative.call])
+        form = replace(form, seconds=max(0.0, left))
     alone = schedule(saved.step, (), (), {owner: form}).wait + form.seconds
     return Offer(proposal, form, Cost(seconds=alone, temporary_bytes=form.bytes))
 

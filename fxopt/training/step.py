@@ -73,6 +73,16 @@ class Step:
         return tuple(n for n in self.forward if n in wanted - self.outputs)
 
     @cached_property
+    def readers(self) -> dict[fx.Node, list[fx.Node]]:
+        """The backward nodes that read the memory of each forward owner, or view it, in order."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.backward:
+            for owner in dict.fromkeys(self.owner.get(n) for n in node.all_input_nodes):
+                if owner in self.inside:
+                    found.setdefault(owner, []).append(node)
+        return found
+
+    @cached_property
     def reads(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
         """What each node reads."""
         return {node: tuple(node.all_input_nodes) for node in (*self.forward, *self.backward)}
@@ -112,6 +122,10 @@ class Step:
             elif any(n in found for n in node.all_input_nodes):
                 found.add(node)
         return frozenset(found)
+
+    def reader(self, owner: fx.Node) -> fx.Node:
+        """The first op of the backward that reads an owner's memory, views of it aside."""
+        return next(n for n in self.readers[owner] if self.owner.get(n) is not owner)
 
     def maker(self, owner: fx.Node) -> fx.Node:
         """The op that makes an owner's memory."""
