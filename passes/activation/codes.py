@@ -42,9 +42,9 @@ def mark(match: Match, pieces: Pieces, editor: Editor) -> None:
     found: Derivative = match.extra["derivative"]
     editor.node(match.site).meta[MARK] = Image(
         derivative_codes,
-        (list(pieces.borders), pieces.bits),
+        (pieces.borders, pieces.bits),
         times_derivative,
-        (list(found.stride), list(pieces.levels), pieces.bits),
+        (found.stride, pieces.levels, pieces.bits),
         pieces.error,
         replaces=True,
     )
