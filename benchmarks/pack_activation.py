@@ -3,8 +3,9 @@
     python benchmarks/pack_activation.py [--values 268435456] [--dtype bfloat16]
 
 One JSON line a format. `copy` is `clone()`, which reads and writes 16 bits a value where packing
-writes half or a quarter; `ratio` is to it. Codes are compared with the reference first, on a part
-of the values. Medians of CUDA events around single calls.
+writes half or a quarter; `ratio` is to it. `codes` and `times` are those of a derivative, which
+`gelu_backward` computes from the values. Codes are compared with the reference first, on a part of
+the values. Medians of CUDA events around single calls.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fxopt.kernels.activation_function import code_bytes, derivative_codes, times_derivative
+from fxopt.kernels.activation_function import reference as derivative
 from fxopt.kernels.pack_activation import (
     REFERENCE,
     pack_activation,
@@ -48,6 +51,44 @@ def main() -> None:
         for name, call in calls.items():
             taken = seconds(call)
             line = {"run": name, "bits": bits, "ms": 1e3 * taken, "TB/s": 1e-12 * moved / taken}
+            print(json.dumps({**line, "ratio": taken / copy}), flush=True)
+    derivatives(x, copy)
+
+
+def derivatives(x: torch.Tensor, copy: float) -> None:
+    """Codes of a derivative, and gradients times it."""
+    gradient = torch.randn_like(x)
+    exact = seconds(lambda: torch.ops.aten.gelu_backward(gradient, x))
+    moved = 3 * x.nbytes
+    print(json.dumps({"run": "gelu_backward", "ms": 1e3 * exact, "TB/s": 1e-12 * moved / exact}))
+    for bits in (1, 2, 3, 4):
+        borders = torch.linspace(-2, 2, 2**bits - 1).tolist()
+        levels = torch.linspace(0, 1, 2**bits).tolist()
+        codes = derivative_codes(x, borders, bits)
+        part = x[:CHECKED].cpu(), gradient[:CHECKED].cpu()
+        whole = derivative.derivative_codes(part[0], borders, bits)
+        mine = derivative_codes(x[:CHECKED], borders, bits)
+        assert torch.equal(mine.cpu(), whole), f"{bits} bits differ from the reference"
+        product = times_derivative(gradient[:CHECKED], mine, (1,), levels, bits)
+        assert torch.equal(
+            product.cpu(), derivative.times_derivative(part[1], whole, (1,), levels, bits)
+        )
+        stored = code_bytes(x.numel(), bits)
+        calls: dict[str, tuple[int, Callable[[], Any]]] = {
+            "codes": (
+                x.nbytes + stored,
+                lambda borders=borders, bits=bits: derivative_codes(x, borders, bits),
+            ),
+            "times": (
+                2 * x.nbytes + stored,
+                lambda codes=codes, levels=levels, bits=bits: times_derivative(
+                    gradient, codes, x.stride(), levels, bits
+                ),
+            ),
+        }
+        for name, (bytes_, call) in calls.items():
+            taken = seconds(call)
+            line = {"run": name, "bits": bits, "ms": 1e3 * taken, "TB/s": 1e-12 * bytes_ / taken}
             print(json.dumps({**line, "ratio": taken / copy}), flush=True)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.site import Derivative
-from ..kernels.pack_activation.reference import is_dense
 from .pricing import op_call
 from .random import dropout_noise
 from .step import Step
@@ -43,7 +42,7 @@ def derivative_of(step: Step, owner: fx.Node) -> Derivative | None:
         return None
     x, given = args[place].meta["val"], gradient.meta["val"]
     inside = any(step.owner.get(n) is owner for n in op.all_input_nodes if n is not args[place])
-    if inside or not _whole(x, step.bytes[owner]) or op.meta["val"].dtype != given.dtype:
+    if inside or not whole(x, step.bytes[owner]) or op.meta["val"].dtype != given.dtype:
         return None
     rest = tuple(a for i, a in enumerate(args) if i not in (0, place))
     return Derivative(
@@ -69,7 +68,8 @@ def _call(op: fx.Node, owner: fx.Node) -> tuple[tuple[Any, ...], int | None, str
     return op.args, PLACES.get(op.target), name
 
 
-def _whole(x: Tensor, size: int) -> bool:
-    """Whether a view covers a memory of so many bytes, each place once."""
-    covers = x.numel() * x.element_size() == size
-    return covers and is_dense(tuple(x.shape), tuple(x.stride()))
+def whole(x: Tensor, size: int) -> bool:
+    """Whether a tensor covers its memory of so many bytes, each place once."""
+    with torch.no_grad():
+        dense = x.stride() == torch.empty_like(x).stride()
+    return dense and x.numel() * x.element_size() == size

@@ -22,7 +22,7 @@ from ..ir.saved import AGAIN, MARK, Image
 from ..ir.site import SavedInfo, Site
 from ..ir.workload import Train, scenarios
 from ..passes.activation.cut_cross_entropy import EARLY
-from .derivatives import derivative_of
+from .derivatives import derivative_of, whole
 from .forms import Form, Treatment, parts_of
 from .heads import Cut
 from .pricing import op_call
@@ -156,7 +156,7 @@ def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site
         value.dtype,
         str(value.device),
         step.bytes[owner],
-        value.numel() * value.element_size() == step.bytes[owner] and _dense(value),
+        whole(value, step.bytes[owner]),
         int(owner.args[1]) if owner.target is operator.getitem else 0,  # pyright: ignore
         step.blocked(step.maker(owner)),
         tuple(calls),
@@ -165,12 +165,6 @@ def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site
     # gradients that wait for the backward to begin are read first thing: nothing else pays
     early = info.blocked if step.maker(owner).target is EARLY else None
     return Site("activation", key, owner.name, info, op=key, blocked=early)
-
-
-def _dense(value: Tensor) -> bool:
-    """Whether a tensor that is as large as its memory has each place of it once."""
-    with torch.no_grad():
-        return value.stride() == torch.empty_like(value).stride()
 
 
 def _offer(saved: Saved, proposal: Proposal, model: CostModel, workload: Train) -> Offer:

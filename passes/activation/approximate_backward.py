@@ -4,7 +4,7 @@
     h = gelu(x);  saved: codes of x, 2 to 4 bits    backward: dx = dh * level[code]
 
 The forward stays exact. The levels are the best piecewise constant derivative (`pieces.py`), so a
-gradient that passes through is off by 4 % (4 bits) to 15 % (2 bits) of itself, one value as much
+gradient that passes through is off by 4 % (4 bits) to 13 % (2 bits) of itself, one value as much
 up as the next down; the budget needs a row for it (`relative_error`, measured against eager's
 gradients). Pays where nothing else reads x: a code is an eighth to a quarter of 16 bits.
 """

@@ -58,7 +58,7 @@ def test_more_bits_are_closer_to_the_derivative_of_gelu() -> None:
     errors = [derivative_pieces(*GELU, bits).error for bits in (1, 2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     # what the pieces leave, for values of three spreads
-    for bits, most in ((2, 0.2), (3, 0.11), (4, 0.06)):
+    for bits, normal, most in ((2, 0.133, 0.2), (3, 0.076, 0.11), (4, 0.037, 0.06)):
         pieces = derivative_pieces(*GELU, bits)
         assert pieces.bits == bits
         for spread in (0.3, 1.0, 3.0):
@@ -66,7 +66,9 @@ def test_more_bits_are_closer_to_the_derivative_of_gelu() -> None:
             exact = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
             number = torch.bucketize(x, torch.tensor(pieces.borders, dtype=torch.float64))
             off = exact - torch.tensor(pieces.levels, dtype=torch.float64)[number]
-            assert off.norm() / exact.norm() < most
+            error = float(off.norm() / exact.norm())
+            assert error < most
+            assert spread != 1.0 or error == pytest.approx(normal, rel=0.05)
 
 
 @pytest.mark.parametrize("op", SMOOTH)
