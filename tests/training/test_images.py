@@ -214,7 +214,7 @@ def test_smaller_budgets_bring_smaller_peaks(small: Example) -> None:
 
     _, _, saved = treated(small, choose)
     exact, some, free = plans
-    assert not any(plan.images for plan in exact)
+    assert not any(form.error for plan in exact for form in plan.images.values())
     assert free[-1].peak < exact[-1].peak
     assert any(plan.dropped and plan.images for plan in free)
     for limit, found in zip((0.0, 0.004, 0.1), plans, strict=True):
@@ -316,8 +316,9 @@ def test_a_prior_that_is_wrong_is_corrected_by_what_is_measured(
 def test_without_an_error_row_nothing_is_rounded(small: Example) -> None:
     model, inputs = small
     plan = fxopt.plan(model, fxopt.Budget(activations="80%"), inputs, workload=work(inputs))
-    assert {d.rewrite for d in plan.rewritten} == {"activation.recompute"}
-    assert not any(a.rewrite == ROUNDED for d in plan.decisions for a in d.alternatives)
+    assert {d.rewrite for d in plan.rewritten} <= {"activation.recompute", "activation.packed_mask"}
+    lossy = {ROUNDED, "activation.approximate_backward"}
+    assert not any(a.rewrite in lossy for d in plan.decisions for a in d.alternatives)
     with pytest.raises(fxopt.FxoptError, match=r"quantized_saved rounds.*relative_error=0.01"):
         fxopt.plan(
             model, fxopt.Budget(activations="80%"), inputs, workload=work(inputs),
