@@ -9,7 +9,6 @@ FlashAttention, 2022), in float32 and powers of two.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -17,132 +16,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._triton.attention import (
+    LOG2E,
+    choices,
+    descriptor,
+    has_rows,
+    is_hopper,
+    is_seen,
+    limits,
+    load_rows,
+    rank_of,
+    spans_of,
+    visited,
+    visits,
+)
 from .._triton.common import DOT_UPCAST, dot, tile
 from .blocks import TileLists
 from .spec import Attention
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _ranges(
-    first, last, begin, solid_begin, solid_end, sink_end, keys, window,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Key tiles that positions [first, last] see: sink tiles, then [begin, end) around the window.
-
-    Of these, [full_begin, full_end) are seen whole by every row. Keys before `begin` are padding,
-    those in [solid_begin, solid_end) are certainly not.
-    """
-    end = keys
-    sink = begin
-    full_begin = solid_begin
-    full_end = solid_end
-    if HAS_WINDOW and window > 0:
-        begin = tl.maximum(begin, first - window + 1)
-        full_begin = tl.maximum(full_begin, last - window + 1)
-        if not CAUSAL:
-            end = tl.minimum(end, last + window)
-            full_end = tl.minimum(full_end, first + window)
-    if CAUSAL:
-        end = tl.minimum(end, last + 1)
-        full_end = tl.minimum(full_end, first + 1)
-        sink_end = tl.minimum(sink_end, last + 1)
-    begin_tile = begin // BLOCK_N
-    end_tile = tl.maximum(tl.cdiv(tl.maximum(end, 0), BLOCK_N), begin_tile)
-    sink_tile = sink // BLOCK_N
-    sink_tiles = tl.maximum(tl.cdiv(tl.maximum(sink_end, 0), BLOCK_N) - sink_tile, 0)
-    # Ranges that touch become one, so that no tile is visited twice.
-    touch = (sink_tile <= end_tile) & (sink_tile + sink_tiles >= begin_tile)
-    if (sink_tiles > 0) & touch:
-        end_tile = tl.maximum(end_tile, sink_tile + sink_tiles)
-        begin_tile = tl.minimum(begin_tile, sink_tile)
-        sink_tiles = 0
-    full_begin = tl.maximum(tl.cdiv(tl.maximum(full_begin, 0), BLOCK_N), begin_tile)
-    full_begin = tl.minimum(full_begin, end_tile)
-    full_end = tl.minimum(tl.maximum(full_end, 0) // BLOCK_N, end_tile)
-    full_end = tl.maximum(full_end, full_begin)
-    return sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end
-
-
-@triton.jit
-def _range_tile(step, sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end):
-    """The tile of a step: sink, before the full range, behind it, then the full range."""
-    before = full_begin - begin_tile
-    partial = sink_tiles + before + end_tile - full_end
-    index = tl.where(step < sink_tiles, sink_tile + step, begin_tile + step - sink_tiles)
-    index += tl.where(step >= sink_tiles + before, full_end - full_begin, 0)
-    return tl.where(step >= partial, full_begin + step - partial, index)
-
-
-@triton.jit
-def _listed_tile(step, partial, total, partial_at, full_at, SPLITS: tl.constexpr):
-    """The tile of a step from the lists, whose tiles hold SPLITS tiles of the kernel."""
-    step = tl.minimum(step, total - 1)
-    at = tl.where(step < partial, partial_at + step // SPLITS, full_at + (step - partial) // SPLITS)
-    # An empty row still asks once, for a tile that it does not visit.
-    return tl.load(at, mask=total > 0, other=0) * SPLITS + step % SPLITS
-
-
-@triton.jit
-def load_rows(
-    source, batch, head, start, stride_b, stride_h, stride_t, stride_d, size,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Rows [start, start + BLOCK) of one head, [BLOCK, BLOCK_D]; zeros outside."""
-    if TMA:
-        block = source.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_D)
-    else:
-        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-        rows = tl.arange(0, BLOCK)
-        dims = tl.arange(0, BLOCK_D)
-        at = base + start.to(tl.int64) * stride_t + rows[:, None] * stride_t + dims * stride_d
-        if EVEN and DIM == BLOCK_D:
-            block = tl.load(at)
-        else:
-            block = tl.load(at, mask=(start + rows < size)[:, None] & (dims < DIM), other=0.0)
-    return block
-
-
-@triton.jit
-def _limits(positions, keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The first and the last key that each row sees, sink tokens and padding aside."""
-    lower = tl.zeros_like(positions)
-    upper = lower + keys - 1
-    if CAUSAL:
-        upper = tl.minimum(upper, positions)
-    if HAS_WINDOW and window > 0:
-        lower = positions - window + 1
-        upper = tl.minimum(upper, positions + window - 1)
-    return lower, upper
-
-
-@triton.jit
-def _hide(
-    scores, columns, lower, upper, rank_at, keys, sink_tokens,
-    HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """-inf where a row does not see a key."""
-    seen = columns[None, :] <= upper[:, None]
-    rank = columns + 1
-    if HAS_MASK:
-        rank = tl.load(rank_at + columns, mask=columns < keys, other=0)
-        seen &= (rank > 0)[None, :]
-    if HAS_WINDOW:
-        seen &= (columns[None, :] >= lower[:, None]) | (rank <= sink_tokens)[None, :]
-    return tl.where(seen, scores, float("-inf"))
-
 
 @triton.jit
 def _visit(
-    index, hidden, acc, highest, total, q, rows, lower, upper, batch, kv_head,
+    index, hidden, acc, highest, total, q, rows, lower, upper, last, batch, kv_head,
     k_ptr, v_ptr, rank_at, bias_at,
     k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, bias_n, bias_t,
     queries, keys, scale, softcap, sink_tokens,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
@@ -169,9 +69,16 @@ def _visit(
         scores = scores * factor + bias.to(tl.float32) * LOG2E
         factor = 1.0
     if hidden:
-        scores = _hide(
-            scores, columns, lower, upper, rank_at, keys, sink_tokens, HAS_MASK, HAS_WINDOW
-        )
+        rank = columns + 1
+        if HAS_MASK:
+            rank = tl.load(rank_at + columns, mask=columns < keys, other=0)
+        seen = is_seen(
+            columns[None, :], lower[:, None], upper[:, None], last[:, None],
+            (rank <= sink_tokens)[None, :], CAUSAL, HAS_WINDOW,
+        )  # fmt: skip
+        if HAS_MASK:
+            seen &= (rank > 0)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, 1) * factor)
     # Rows that have seen nothing stay at -inf, and -inf - -inf is no number.
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -215,36 +122,15 @@ def _attention_forward(
     if HAS_WINDOW:
         window = tl.load(window_ptr + 2 * kv_head)
         sink_tokens = tl.load(window_ptr + 2 * kv_head + 1)
-    lower, upper = _limits(rows + (keys - queries), keys, window, CAUSAL, HAS_WINDOW)
+    lower, upper, last = limits(rows + (keys - queries), keys, window, CAUSAL, HAS_WINDOW)
 
-    if LIST_N:
-        list_tile = query_tile * BLOCK_M // LIST_M
-        line = batch * list_b + head // list_group * list_h + list_tile
-        partial_at = partial_ptr + line.to(tl.int64) * partial_max
-        full_at = full_ptr + line.to(tl.int64) * full_max
-        partial = tl.load(partial_count_ptr + line) * (LIST_N // BLOCK_N)
-        steps = partial + tl.load(full_count_ptr + line) * (LIST_N // BLOCK_N)
-        index = _listed_tile(0, partial, steps, partial_at, full_at, LIST_N // BLOCK_N)
-    else:
-        begin = 0
-        solid_begin = 0
-        solid_end = keys
-        sink_end = tl.minimum(sink_tokens, keys)
-        if HAS_MASK:
-            span_at = span_ptr + 4 * (batch * num_kv_heads + kv_head)
-            begin = tl.load(span_at)
-            solid_begin = tl.load(span_at + 1)
-            solid_end = tl.load(span_at + 2)
-            sink_end = tl.load(span_at + 3)
-        first = query_tile * BLOCK_M + keys - queries
-        last = tl.minimum(query_tile * BLOCK_M + BLOCK_M, queries) - 1 + keys - queries
-        sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end = _ranges(
-            first, last, begin, solid_begin, solid_end, sink_end, keys, window,
-            CAUSAL, HAS_WINDOW, BLOCK_N,
-        )  # fmt: skip
-        steps = sink_tiles + end_tile - begin_tile
-        partial = steps - (full_end - full_begin)
-        index = _range_tile(0, sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end)
+    steps, partial, a, b, c, d, e, f = visits(
+        query_tile, batch, head, kv_head, window, sink_tokens, span_ptr,
+        partial_count_ptr, partial_ptr, full_count_ptr, full_ptr,
+        list_b, list_h, partial_max, full_max, list_group, num_kv_heads, queries, keys,
+        CAUSAL, HAS_MASK, HAS_WINDOW, LIST_M, LIST_N, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    index = visited(0, steps, partial, a, b, c, d, e, f, LIST_N, BLOCK_N)
 
     q = load_rows(
         q_ptr + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, batch, head,
@@ -260,20 +146,13 @@ def _attention_forward(
     bias_at = bias_ptr + batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
 
     for step in range(steps):
-        if LIST_N:
-            following = _listed_tile(
-                step + 1, partial, steps, partial_at, full_at, LIST_N // BLOCK_N
-            )
-        else:
-            following = _range_tile(
-                step + 1, sink_tile, sink_tiles, begin_tile, end_tile, full_begin, full_end
-            )
+        following = visited(step + 1, steps, partial, a, b, c, d, e, f, LIST_N, BLOCK_N)
         acc, highest, total = _visit(
             index, step < partial, acc, highest, total,
-            q, rows, lower, upper, batch, kv_head, k_ptr, v_ptr, rank_at, bias_at,
+            q, rows, lower, upper, last, batch, kv_head, k_ptr, v_ptr, rank_at, bias_at,
             k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, bias_n, bias_t,
             queries, keys, scale, softcap, sink_tokens,
-            HAS_MASK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, TMA, EVEN,
+            CAUSAL, HAS_MASK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, TMA, EVEN,
             DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, UPCAST,
         )  # fmt: skip
         index = following
@@ -305,7 +184,7 @@ def attention_forward(
     kv, keys, value_dim = v.shape[1:]
     out = torch.empty((batch, queries, heads, value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    rank = None if call.mask is None else _rank(call.mask)
+    rank = None if call.mask is None else rank_of(call.mask)
     bias = None if call.bias is None else call.bias.expand(batch, heads, queries, keys)
     has_window = not call.dense
     described = has_rows(k) and has_rows(v)
@@ -326,8 +205,8 @@ def attention_forward(
         q if rank is None else rank,
         q if bias is None else bias,
         q if call.sinks is None else call.sinks,
-        _choices(call.window, call.sink_tokens, q.device) if has_window else q,
-        q if rank is None else _spans(rank, call.sink_tokens),
+        choices(call.window, call.sink_tokens, q.device) if has_window else q,
+        q if rank is None else spans_of(rank, call.sink_tokens),
         *((q, q, q, q) if lists is None else lists.tensors()),
         out, lse,
         *q.stride(), *k.stride(), *v.stride(), *((0, 0, 0, 0) if bias is None else bias.stride()),
@@ -380,56 +259,8 @@ def tiles_for(
     }
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def with_positive_scale(call: Attention) -> Attention:
     """The kernel takes the maximum before it scales."""
     if call.scale > 0:
         return call
     return replace(call, q=call.q * (-1.0 if call.scale < 0 else 0.0), scale=abs(call.scale) or 1.0)
-
-
-def has_rows(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe x: rows without gaps, the rest 16-byte aligned."""
-    size = x.element_size()
-    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    aligned = all(s > 0 and s * size % 16 == 0 for s in strides)
-    return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] * size >= 16
-
-
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of [B, H, T, D], a block a head; dimensions of one entry have any stride that is aligned."""
-    step = 16 // x.element_size()
-    strides = [s if n > 1 else step for s, n in zip(x.stride(), x.shape, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, columns])
-
-
-def _rank(mask: Tensor) -> Tensor:
-    """[B, T] int32: how many unmasked keys there are up to each one; 0 for masked ones."""
-    unmasked = mask != 0
-    return (unmasked.cumsum(1) * unmasked).to(torch.int32)
-
-
-def _spans(rank: Tensor, sink_tokens: tuple[int, ...]) -> Tensor:
-    """[B, KV, 4] int32: the first unmasked key; a range without masked ones, which is all that
-    there are or empty; and the key behind the last sink token."""
-    keys = rank.shape[1]
-    positions = torch.arange(keys, device=rank.device, dtype=torch.int32)
-    unmasked = rank > 0
-    first = torch.where(unmasked, positions, keys).amin(1)
-    behind = torch.where(unmasked, positions + 1, 0).amax(1)
-    solid = torch.where(behind - first == unmasked.sum(1), behind, first)
-    limits = _choices(sink_tokens, sink_tokens, rank.device)[:, 0]
-    sinks = unmasked[:, None] & (rank[:, None] <= limits[None, :, None])
-    sink_end = torch.where(sinks, positions + 1, 0).amax(2)
-    shared = (x[:, None].expand_as(sink_end) for x in (first, first, solid))
-    return torch.stack([*shared, sink_end], -1).to(torch.int32).contiguous()
-
-
-@functools.cache
-def _choices(window: tuple[int, ...], sink_tokens: tuple[int, ...], device: torch.device) -> Tensor:
-    """[KV, 2] int32 on the device; kept, so that a captured CUDA graph copies nothing."""
-    return torch.tensor([window, sink_tokens], dtype=torch.int32).T.contiguous().to(device)

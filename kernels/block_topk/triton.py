@@ -15,17 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._triton.attention import LOG2E, descriptor, has_rows, is_hopper, load_rows
 from fxopt.kernels._triton.common import DOT_UPCAST, dot
 from fxopt.kernels.attention.blocks import TileLists
 from fxopt.kernels.attention.spec import Attention
-from fxopt.kernels.attention.triton import (
-    LOG2E,
-    descriptor,
-    has_rows,
-    is_hopper,
-    load_rows,
-    with_positive_scale,
-)  # fmt: skip
+from fxopt.kernels.attention.triton import with_positive_scale
 
 from . import reference as topk
 

@@ -86,6 +86,7 @@ def check(call: dict[str, Any]) -> None:
         {},
         {"causal": False},
         {"causal": False, "window": [9]},
+        {"causal": False, "window": [9], "sink_tokens": [40]},
         {"window": [70]},
         {"window": [9], "sink_tokens": [3]},
         {"window": [0, 20], "sink_tokens": [5, 2]},
