@@ -1,7 +1,8 @@
 """Attention kernels against the library's fastest dense kernel: windows and block-sparse masks.
 
-    python benchmarks/attention.py [--only check dense window sparse topk] [--out attention.jsonl]
-    python benchmarks/attention.py --sweep [--dims 64 128 256]
+    python benchmarks/attention.py [--only check dense window sparse topk backward] [--out FILE]
+    python benchmarks/attention.py --sweep forward [--dims 64 128 256]
+    python benchmarks/attention.py --sweep backward [--dims 64 128 256]
 
 32 query heads, 8 KV heads, head size 128, bfloat16, causal, forward. The baseline is the faster of
 SDPA's cuDNN and flash backends at the same length, measured in the same run. "speedup" is baseline
@@ -13,8 +14,13 @@ checked against float64 first. One JSON line a measurement.
 lists included; "estimate_ms" is what these two take, "of_dense" their part of the baseline (target:
 0.05 at 131,072 tokens). How many tiles are kept does not depend on the data.
 
---sweep times tile shapes, warps and stages under sink 64 + window 4,096 and under lists of 128x128
-tiles at density 0.1, both at 32,768 tokens: what the table in kernels/attention/triton.py holds.
+"backward" is the gradient of q, k and v by the kernels of kernels/attention_backward/, from what
+the forward kept: 5 products where the forward makes 2. "efficiency" is its rate over the
+forward's (target: 0.6); for lists, turning them around is part of it.
+
+--sweep forward times tile shapes, warps and stages under sink 64 + window 4,096 and under lists of
+128x128 tiles at density 0.1, both at 32,768 tokens: what the table in kernels/attention/triton.py
+holds. --sweep backward does so for each of the two kernels of the backward, under the window.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,7 @@ from fxopt.kernels.attention.blocks import (
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import Attention, bind
 from fxopt.kernels.attention.triton import attention_forward
+from fxopt.kernels.attention_backward.triton import attention_gradients, sizes_for, turned
 from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
 from fxopt.kernels.block_topk.triton import kept_lists
 
@@ -52,6 +59,7 @@ SINK, WINDOW = 64, 4096
 DENSE_LENGTHS = (4096, 16384, 65536)
 WINDOW_TARGETS = {16384: 1.6, 65536: 5.5, 131072: 11.0}
 SPARSE_LENGTH, DENSITIES, OVERHEAD_TARGET = 32768, (0.05, 0.1, 0.25, 0.5), 1.6
+BACKWARD_LENGTHS = (16384, 65536)
 TOPK_LENGTHS, SHARES = (16384, 32768, 65536, 131072), (50, 100, 200)
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SWEEP_SECONDS = 130
@@ -77,12 +85,33 @@ SWEEP = {
 }  # fmt: skip
 
 
+# The same, for the kernel of dQ and for that of dK and dV.
+SWEEP_BACKWARD = {
+    64: (
+        [(128, 64, 4, 2, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1), (128, 64, 4, 3, 1),
+         (128, 128, 4, 2, 1), (64, 64, 4, 3, 1)],
+        [(64, 128, 4, 2, 1), (64, 128, 8, 2, 1), (128, 128, 8, 2, 1), (64, 64, 4, 2, 1),
+         (64, 128, 8, 3, 1), (32, 128, 4, 3, 1)],
+    ),
+    128: (
+        [(128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1),
+         (64, 64, 4, 2, 1), (64, 64, 4, 3, 1), (128, 64, 8, 2, 0)],
+        [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (32, 128, 8, 3, 1), (64, 64, 4, 2, 1),
+         (128, 64, 8, 2, 1), (64, 128, 8, 1, 1), (64, 128, 8, 2, 0)],
+    ),
+    256: (
+        [(64, 64, 8, 2, 1), (64, 32, 4, 2, 1), (64, 64, 8, 1, 1), (128, 32, 8, 1, 1)],
+        [(32, 64, 8, 2, 1), (64, 64, 8, 1, 1), (32, 64, 8, 1, 1), (64, 64, 8, 2, 1)],
+    ),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=["check", "dense", "window", "sparse", "topk"])
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", nargs="*", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--sweep", choices=list(SWEEPS))
     parser.add_argument("--dims", nargs="*", type=int, default=[128, 64, 256])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -95,13 +124,10 @@ def main() -> None:
 
     report(device=torch.cuda.get_device_name(), torch=torch.__version__)
     if args.sweep:
-        sweep(args.dims, report)
+        SWEEPS[args.sweep](args.dims, report)
     else:
-        steps = {
-            "check": check, "dense": dense, "window": windowed, "sparse": sparse, "topk": topk,
-        }  # fmt: skip
         for name in args.only:
-            steps[name](report)
+            STEPS[name](report)
     if args.out is not None:
         args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -247,6 +273,72 @@ def topk(report: Report) -> None:
             )  # fmt: skip
 
 
+def backward(report: Report) -> None:
+    """Gradients under a window with sink tokens, under lists, and under causality alone."""
+    window = {"window": [WINDOW], "sink_tokens": [SINK]}
+    for length in BACKWARD_LENGTHS:
+        timed_backward(length, f"sink {SINK} + window {WINDOW}", None, window, report)
+    length = BACKWARD_LENGTHS[0]
+    lists = random_lists(length, length, HEADS, 0.25, 128)
+    timed_backward(length, "random 128x128 tiles", lists, {}, report)
+    timed_backward(length, "causal", None, {}, report)
+
+
+def timed_backward(
+    length: int, case: str, lists: TileLists | None, options: dict[str, Any], report: Report
+) -> None:
+    q, k, v = qkv(length)
+    given = {"window": [0], "softcap": 0.0, "sink_tokens": [0]} | options
+    call = bind(q, k, v, None, None, None, DIM**-0.5, True, **given)
+    out, lse = attention_forward(call, lists)
+    gradient = torch.randn_like(out)
+    forward = seconds(lambda: attention_forward(call, lists))
+    ours = seconds(lambda: attention_gradients(gradient, out, lse, call, lists))
+    line: dict[str, Any] = {}
+    pairs = length * length / 2
+    if lists is not None:
+        pairs *= kept_pairs(lists)
+        line["turning_ms"] = ms(seconds(lambda: turned(lists, length)))
+    elif given["window"][0]:
+        pairs = length * (SINK + WINDOW) - (SINK + WINDOW) ** 2 / 2
+    rate = 4e-12 * HEADS * DIM * pairs / forward
+    back = 10e-12 * HEADS * DIM * pairs / ours
+    report(
+        case=case, length=length, forward_ms=ms(forward), backward_ms=ms(ours),
+        forward_tflops=round(rate), backward_tflops=round(back),
+        efficiency=round(back / rate, 3), target=0.6, **line,
+    )  # fmt: skip
+
+
+def sweep_backward(dims: list[int], report: Report) -> None:
+    """Each kernel with the other at the sizes of the table."""
+    start, length = time.monotonic(), 32768
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
+    for dim in dims:
+        q, k, v = qkv(length, dim)
+        call = bind(q, k, v, None, None, None, dim**-0.5, True, [WINDOW], 0.0, [SINK])
+        gradient = torch.randn_like(q.transpose(1, 2))
+        run = partial(attention_gradients, gradient, *attention_forward(call), call, None)
+        chosen = sizes_for(dim, dim, 2, True)
+        expected = run(chosen)
+        for which, config in ((i, c) for i in (0, 1) for c in SWEEP_BACKWARD[dim][i]):
+            if time.monotonic() - start > SWEEP_SECONDS:
+                report(out_of_time=config)
+                return
+            sizes = list(chosen)
+            sizes[which] = dict(zip(names, config, strict=True))
+            line: dict[str, Any] = {"dim": dim, "kernel": ("dq", "dk dv")[which], "config": config}
+            try:
+                found = run(tuple(sizes))
+                line["agrees"] = all(
+                    bool((found[n] - x).norm() < 0.01 * x.norm()) for n, x in expected.items()
+                )
+                line["both_ms"] = ms(seconds(partial(run, tuple(sizes)), 0.1))
+            except Exception as error:
+                line["error"] = f"{type(error).__name__}: {error}"[:100]
+            report(**line)
+
+
 def sweep(dims: list[int], report: Report) -> None:
     start, length = time.monotonic(), 32768
     for dim in dims:
@@ -351,6 +443,14 @@ def ms(value: float) -> float:
 def tflops(length: int, value: float) -> int:
     return round(2e-12 * HEADS * DIM * length * length / value)
 
+
+STEPS: dict[str, Callable[[Report], None]] = {
+    "check": check, "dense": dense, "window": windowed, "sparse": sparse, "topk": topk,
+    "backward": backward,
+}  # fmt: skip
+SWEEPS: dict[str, Callable[[list[int], Report], None]] = {
+    "forward": sweep, "backward": sweep_backward,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

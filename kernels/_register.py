@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+_FRAGMENT = torch.library.Library("fxopt", "FRAGMENT")
+
 
 def register(
     name: str,
@@ -21,13 +23,15 @@ def register(
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Any:
     """Make `torch.ops.fxopt.<name>` and return its default overload.
 
     `implementation` serves every device, but CUDA where `cuda` is given; `fake` makes an output
     of the same shape, dtype and strides; `backward` and `setup_context` are those of
-    `torch.library.register_autograd`.
+    `torch.library.register_autograd`; `autograd` takes their place where what runs depends on
+    whether a gradient is wanted.
     """
     op = f"fxopt::{name}"
     torch.library.define(op, schema)
@@ -37,4 +41,6 @@ def register(
     torch.library.register_fake(op, fake)
     if backward is not None:
         torch.library.register_autograd(op, backward, setup_context=setup_context)
+    if autograd is not None:
+        _FRAGMENT.impl(name, autograd, "Autograd")
     return getattr(torch.ops.fxopt, name).default

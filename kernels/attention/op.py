@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import _C, Tensor  # pyright: ignore[reportPrivateUsage]
@@ -12,12 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._register import register
 from .._triton import AVAILABLE
 from . import reference
-from .spec import Attention, bind, put, query_heads
+from .blocks import TileLists
+from .spec import Attention, bind, pick, put, query_heads
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
     "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0]) -> Tensor"
 )
+BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
+"""Places of the arguments that are a bias, and that have gradients."""
 # Measured on Hopper: cuDNN is 1.7 to 1.9 times as fast as flash, the default, in prefill.
 # It takes 36 ms to plan for a new length, which short inputs do not win back.
 LEAST_QUERIES = 1024
@@ -44,12 +48,9 @@ def attention_cuda(
     top: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_reference` by the fastest kernel that CUDA has for the call."""
-    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
-    if call.plain:
-        return _library(call)
-    if not AVAILABLE or q.dtype == torch.float64 or not call.k.shape[2] or not q.numel():
-        return reference.compute(call)
-    return _own_kernel(call)
+    return _forward(
+        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    )[0]
 
 
 def _fake(
@@ -69,122 +70,173 @@ def _fake(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _own_kernel(call: Attention) -> Tensor:
+def _with_lse(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`attention`, and what its gradients want: the log-sum-exp [B, H, N] in float32. It is never
+    written where the library computes a head, as its own backward makes it again."""
+    out, lse = _forward(bind(*inputs))
+    return out, _empty_lse(inputs[0]) if lse is None else lse
+
+
+def _fake_with_lse(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _fake(*inputs), _empty_lse(inputs[0])
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _forward(call: Attention) -> tuple[Tensor, Tensor | None]:
+    shares = _shares(call)
+    if len(shares) == 1:
+        return _compute(call, shares[0][1])
+    batch, heads, queries, _ = call.q.shape
+    shape = (batch, queries, heads, call.v.shape[3])
+    out = torch.empty(shape, dtype=call.q.dtype, device=call.q.device)
+    lse = _empty_lse(call.q)
+    for chosen, way in shares:
+        rows = query_heads(chosen, call.group_size)
+        values, sums = _compute(call.heads(chosen), way)
+        put(out, 2, rows, values)
+        if sums is not None:
+            put(lse, 1, rows, sums)
+    return out, lse
+
+
+Way = Literal["library", "kernel", "kept tiles", "reference"]
+
+
+def _shares(call: Attention) -> list[tuple[list[int], Way]]:
+    """KV heads, and what computes them fastest. Dense ones keep the library's kernel: a neighbour
+    with a window does not slow them down."""
+    heads = list(range(call.num_kv_heads))
+    if call.plain:
+        return [(heads, "library")]
+    if not _has_kernel(call.q) or not call.k.shape[2] or not call.q.numel():
+        return [(heads, "reference")]
+    kept = [h for h in heads if call.top[h]]
+    bounded = [h for h in heads if call.window[h]]
+    dense = [h for h in heads if not call.top[h] and not call.window[h]]
+    long = bool(kept) or call.q.shape[2] >= LEAST_QUERIES
+    shares: list[tuple[list[int], Way]] = []
+    if dense and long and call.heads(dense).plain:
+        shares.append((dense, "library"))
+    else:
+        bounded = sorted(bounded + dense)
+    if bounded:
+        shares.append((bounded, "kernel"))
+    if not kept:
+        return shares
+    from fxopt.kernels.block_topk.triton import heads_at_once
+
+    # As many at a time as the lists of tiles leave room for.
+    most = heads_at_once(call)
+    return shares + [(kept[i : i + most], "kept tiles") for i in range(0, len(kept), most)]
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return AVAILABLE and q.is_cuda and q.dtype != torch.float64
+
+
+def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
+    if way == "library":
+        with _backends(call):
+            return reference.compute(call), None
+    if way == "reference":
+        return reference.compute(call), None
     from .triton import attention_forward
 
-    kept = [h for h, t in enumerate(call.top) if t]
-    if len(kept) == call.num_kv_heads:
-        return _over_kept_tiles(call)
-    if kept:
-        others = [h for h, t in enumerate(call.top) if not t]
-        rest = _library if call.heads(others).plain else _own_kernel
-        return _joined(call, [(others, rest), (kept, _over_kept_tiles)])
-    dense = [h for h, w in enumerate(call.window) if not w]
-    split = 0 < len(dense) < call.num_kv_heads and call.q.shape[2] >= LEAST_QUERIES
-    if not split or not call.heads(dense[:1]).plain:
-        return attention_forward(call)[0]
-    # Dense heads keep the library's kernel; a windowed neighbour does not slow them down.
-    bounded = [h for h, w in enumerate(call.window) if w]
-    return _joined(call, [(dense, _library), (bounded, lambda part: attention_forward(part)[0])])
+    return attention_forward(call, _lists(call, way))
 
 
-def _over_kept_tiles(call: Attention) -> Tensor:
-    """As many KV heads at a time as the lists of tiles leave room for."""
-    from fxopt.kernels.block_topk.triton import heads_at_once, kept_lists
+def _lists(call: Attention, way: Way) -> TileLists | None:
+    if way != "kept tiles":
+        return None
+    from fxopt.kernels.block_topk.triton import kept_lists
 
-    from .triton import attention_forward
-
-    def run(part: Attention) -> Tensor:
-        return attention_forward(part, kept_lists(part))[0]
-
-    heads, most = list(range(call.num_kv_heads)), heads_at_once(call)
-    if most >= len(heads):
-        return run(call)
-    return _joined(call, [(heads[i : i + most], run) for i in range(0, len(heads), most)])
+    return kept_lists(call)
 
 
-def _joined(
-    call: Attention, shares: Sequence[tuple[list[int], Callable[[Attention], Tensor]]]
-) -> Tensor:
-    """The output, each share of KV heads computed in its own way."""
-    out = torch.empty(
-        (call.q.shape[0], call.q.shape[2], call.q.shape[1], call.v.shape[3]),
-        dtype=call.q.dtype,
-        device=call.q.device,
-    )
-    for heads, run in shares:
-        put(out, 2, query_heads(heads, call.group_size), run(call.heads(heads)))
-    return out
-
-
-def _library(call: Attention) -> Tensor:
+def _backends(call: Attention) -> AbstractContextManager[Any]:
+    """What the library is to choose from."""
     short = call.q.shape[2] < LEAST_QUERIES
     if short or torch.cuda.get_device_capability(call.q.device)[0] != 9:
-        return reference.compute(call)
-    with sdpa_kernel(HOPPER_BACKENDS, set_priority=True):
-        return reference.compute(call)
+        return nullcontext()
+    return sdpa_kernel(HOPPER_BACKENDS, set_priority=True)
 
 
 def _gradients(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: Sequence[int],
-    softcap: float,
-    sink_tokens: Sequence[int],
-    top: Sequence[int] = (0,),
+    gradient: Tensor, out: Tensor | None, lse: Tensor | None, *inputs: Any
 ) -> list[Tensor]:
     """Gradients of q, k, v and of those of bias and sinks that are given; contiguous.
 
-    An op of its own so that tracers do not look into its loops.
+    `out` and `lse` are what `attention_with_lse` returned; without them all is computed again. An
+    op of its own so that tracers do not look into its loops.
     """
-    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    call = bind(*inputs)
+    if out is None or lse is None:
+        return [t.contiguous() for t in _recomputed(gradient, call).values()]
+    shares = _shares(call)
+    if len(shares) == 1:
+        parts = _backward_of(gradient, out, lse, call, shares[0][1])
+        return [t.contiguous() for t in parts.values()]
+    given = {name: getattr(call, name) for name in ("q", "k", "v", "sinks")}
+    found = {n: t.new_empty(t.shape) for n, t in given.items() if t is not None}
+    for chosen, way in shares:
+        rows = query_heads(chosen, call.group_size)
+        outer, inner, sums = pick(gradient, 2, rows), pick(out, 2, rows), pick(lse, 1, rows)
+        for name, part in _backward_of(outer, inner, sums, call.heads(chosen), way).items():
+            put(found[name], 0 if name == "sinks" else 1, chosen if name in "kv" else rows, part)
+    return list(found.values())
+
+
+def _backward_of(
+    gradient: Tensor, out: Tensor, lse: Tensor, call: Attention, way: Way
+) -> dict[str, Tensor]:
+    if way in ("library", "reference"):
+        with _backends(call):
+            return _recomputed(gradient, call)
+    from fxopt.kernels.attention_backward.triton import attention_gradients
+
+    return attention_gradients(gradient, out, lse, call, _lists(call, way))
+
+
+def _recomputed(gradient: Tensor, call: Attention) -> dict[str, Tensor]:
     # An op runs below autograd; the recomputation inside this one needs it.
     with _C._SetExcludeDispatchKeyGuard(_C.DispatchKey.AutogradFunctionality, False):  # pyright: ignore[reportPrivateUsage]
-        return [t.contiguous() for t in reference.gradients(gradient, call).values()]
+        return reference.gradients(gradient, call)
 
 
 def _fake_gradients(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: Sequence[int],
-    softcap: float,
-    sink_tokens: Sequence[int],
-    top: Sequence[int] = (0,),
+    gradient: Tensor, out: Tensor | None, lse: Tensor | None, *inputs: Any
 ) -> list[Tensor]:
-    given = (t for t in (q, k, v, bias, sinks) if t is not None)
-    return [t.new_empty(t.shape) for t in given]
+    return [inputs[i].new_empty(inputs[i].shape) for i in FLOATING if inputs[i] is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
-    tensors, ctx.options = inputs[:6], inputs[6:]
-    ctx.save_for_backward(*tensors)
+class _Attend(torch.autograd.Function):
+    """The op, which keeps what its backward kernels want where there are some."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        has_kernel = _has_kernel(inputs[0]) and inputs[BIAS] is None
+        with _C._AutoDispatchBelowAutograd():  # pyright: ignore[reportPrivateUsage]
+            out, lse = attention_with_lse(*inputs) if has_kernel else (attention(*inputs), None)
+        ctx.save_for_backward(out if has_kernel else None, lse, *inputs[:6])
+        ctx.options = inputs[6:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        found = iter(attention_backward(gradients[0], out, lse, *tensors, *ctx.options))
+        given = [i in FLOATING and t is not None for i, t in enumerate(tensors)]
+        return (*(next(found) if g else None for g in given), *(None,) * len(ctx.options))
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, mask, bias, sinks = ctx.saved_tensors
-    grads = attention_backward(gradient, q, k, v, mask, bias, sinks, *ctx.options)
-    rest = iter(grads[3:])
-    return (
-        *grads[:3],
-        None,
-        None if bias is None else next(rest),
-        None if sinks is None else next(rest),
-        *(None,) * len(ctx.options),
-    )
+def _autograd(*inputs: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return _Attend.apply(*inputs)  # pyright: ignore
+    with _C._AutoDispatchBelowAutograd():  # pyright: ignore[reportPrivateUsage]
+        return attention(*inputs)
 
 
 attention = register(
@@ -193,12 +245,17 @@ attention = register(
     reference.attention_reference,
     cuda=attention_cuda,
     fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    autograd=_autograd,
+)
+attention_with_lse = register(
+    "attention_with_lse",
+    SCHEMA.replace("-> Tensor", "-> (Tensor, Tensor)"),
+    _with_lse,
+    fake=_fake_with_lse,
 )
 attention_backward = register(
     "attention_backward",
-    f"(Tensor gradient, {SCHEMA[1 : SCHEMA.index(')')]}) -> Tensor[]",
+    f"(Tensor gradient, Tensor? out, Tensor? lse, {SCHEMA[1 : SCHEMA.index(')')]}) -> Tensor[]",
     _gradients,
     fake=_fake_gradients,
 )

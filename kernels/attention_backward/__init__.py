@@ -1,0 +1,1 @@
+"""Gradients of attention over the key tiles that its queries see."""
