@@ -50,9 +50,10 @@ from fxopt.kernels.attention.blocks import (
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import Attention, bind
 from fxopt.kernels.attention.triton import attention_forward
-from fxopt.kernels.attention_backward.triton import attention_gradients, sizes_for, turned
+from fxopt.kernels.attention_backward.triton import attention_gradients, sizes_for
 from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
 from fxopt.kernels.block_topk.triton import kept_lists
+from fxopt.kernels.turned_lists.triton import turned
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SINK, WINDOW = 64, 4096

@@ -161,7 +161,7 @@ def test_lists(options: dict[str, Any], heads: int, query_tile: int, key_tile: i
 
 
 def test_lists_are_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxopt.kernels.attention_backward import triton
+    from fxopt.kernels.turned_lists import triton
 
     monkeypatch.setattr(triton, "TURNED_AT_ONCE", 3)
     call = make(200, 333)
@@ -182,7 +182,7 @@ def test_lists_are_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lists_of_a_wide_window_need_no_square() -> None:
-    from fxopt.kernels.attention_backward.triton import turned
+    from fxopt.kernels.turned_lists.triton import turned
 
     tiles = 2**9
     lists = lists_of_window(128 * tiles, 128 * tiles, [512], [64], True, 128, 128, DEVICE)

@@ -1,0 +1,1 @@
+"""For each key tile, the query tiles that visit it."""
