@@ -3,6 +3,7 @@
     python benchmarks/attention.py [--only check dense window sparse topk backward] [--out FILE]
     python benchmarks/attention.py --sweep forward [--dims 64 128 256]
     python benchmarks/attention.py --sweep backward [--dims 64 128 256]
+    python benchmarks/attention.py --sweep estimate [--dims 64 128 256]
 
 32 query heads, 8 KV heads, head size 128, bfloat16, causal, forward. The baseline is the faster of
 SDPA's cuDNN and flash backends at the same length, measured in the same run. "speedup" is baseline
@@ -20,7 +21,8 @@ forward's (target: 0.6); for lists, turning them around is part of it.
 
 --sweep forward times tile shapes, warps and stages under sink 64 + window 4,096 and under lists of
 128x128 tiles at density 0.1, both at 32,768 tokens: what the table in kernels/attention/triton.py
-holds. --sweep backward does so for each of the two kernels of the backward, under the window.
+holds. --sweep backward does so for each of the two kernels of the backward, under the window,
+--sweep estimate for the choice of tiles at 131,072 tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +88,12 @@ SWEEP = {
 }  # fmt: skip
 
 
-# The same, for the kernel of dQ and for that of dK and dV.
+# BLOCK_M, STEPS, warps, stages
+SWEEP_ESTIMATE = [
+    (64, 8, 4, 2), (64, 16, 4, 2), (64, 16, 4, 3), (128, 8, 8, 2), (128, 16, 8, 2), (128, 32, 8, 2),
+    (128, 16, 8, 3), (128, 32, 8, 3), (128, 16, 4, 2), (128, 32, 4, 3), (256, 16, 8, 2),
+]  # fmt: skip
+# As SWEEP, for the kernel of dQ and for that of dK and dV.
 SWEEP_BACKWARD = {
     64: (
         [(128, 64, 4, 2, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1), (128, 64, 4, 3, 1),
@@ -340,6 +347,27 @@ def sweep_backward(dims: list[int], report: Report) -> None:
             report(**line)
 
 
+def sweep_estimate(dims: list[int], report: Report) -> None:
+    """The choice of tiles alone, as a part of what the library takes for 128 channels."""
+    start, length = time.monotonic(), TOPK_LENGTHS[-1]
+    names = ("BLOCK_M", "STEPS", "num_warps", "num_stages")
+    for dim in dims:
+        given = (None, None, None, dim**-0.5, True, [0], 0.0, [0], [SHARES[0]])
+        call = bind(*qkv(length, dim), *given)
+        for config in SWEEP_ESTIMATE:
+            if time.monotonic() - start > SWEEP_SECONDS:
+                report(out_of_time=config)
+                return
+            line: dict[str, Any] = {"dim": dim, "config": config}
+            try:
+                sizes = dict(zip(names, config, strict=True))
+                line["ms"] = ms(found := seconds(partial(kept_lists, call, **sizes), 0.1))
+                line["of_dense"] = round(found / baseline(length), 4) if dim == DIM else None
+            except Exception as error:
+                line["error"] = f"{type(error).__name__}: {error}"[:100]
+            report(**line)
+
+
 def sweep(dims: list[int], report: Report) -> None:
     start, length = time.monotonic(), 32768
     for dim in dims:
@@ -450,7 +478,7 @@ STEPS: dict[str, Callable[[Report], None]] = {
     "backward": backward,
 }  # fmt: skip
 SWEEPS: dict[str, Callable[[list[int], Report], None]] = {
-    "forward": sweep, "backward": sweep_backward,
+    "forward": sweep, "backward": sweep_backward, "estimate": sweep_estimate,
 }  # fmt: skip
 
 if __name__ == "__main__":

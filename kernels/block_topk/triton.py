@@ -23,9 +23,6 @@ from fxopt.kernels.attention.triton import with_positive_scale
 
 from . import reference as topk
 
-# Queries of a program, and the key tiles that it visits. With three stages of 128 channels only one
-# program would fit a multiprocessor.
-BLOCK_M, STEPS, STAGES = 64, 8, 2
 ASKED = topk.TILE // topk.STRIDE
 TILE, LEAST = tl.constexpr(topk.TILE), tl.constexpr(topk.LEAST)
 STRIDE, FORCED = tl.constexpr(topk.STRIDE), tl.constexpr(topk.FORCED)
@@ -41,9 +38,11 @@ def _tile_sums_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, STEPS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
+    # Programs that run together read the same keys: fewer queries a program, or keys first, would
+    # read more from the L2 cache than it gives in the time of the products.
     batch = tl.program_id(2) // num_heads
     head = tl.program_id(2) % num_heads
-    start = tl.program_id(1) * BLOCK_M
+    start = tl.program_id(0) * BLOCK_M
     own = start + tl.arange(0, BLOCK_M)
     # Positions; behind the queries there is the last one again.
     seen = tl.minimum((first + own + 1) * STRIDE, queries) - 1 + keys - queries
@@ -55,7 +54,7 @@ def _tile_sums_kernel(
         first + start, 0, 0, DIM, 1, count, DIM, BLOCK_M, BLOCK_D, False, False,
     )  # fmt: skip
     sums = sums_ptr + (batch * num_heads + head).to(tl.int64) * run_count * tiles
-    begin = tl.program_id(0) * STEPS
+    begin = tl.program_id(1) * STEPS
     end = tl.minimum(begin + STEPS, tl.minimum(highest // TILE + 1, tiles))
     for step in range(end - begin):
         tile = begin + step
@@ -147,8 +146,9 @@ def heads_at_once(call: Attention) -> int:
     return max(1, topk.MOST_ENTRIES // (lines * topk.tiles(call.k.shape[2]) * lists))
 
 
-def kept_lists(call: Attention) -> TileLists:
-    """The tiles that `topk.chosen_tiles` keeps, as lists of each query head."""
+def kept_lists(call: Attention, **sizes: int) -> TileLists:
+    """The tiles that `topk.chosen_tiles` keeps, as lists of each query head. `sizes` replace those
+    of `sizes_for`."""
     call = with_positive_scale(call)
     q, k, device = call.q, call.k, call.q.device
     batch, heads, queries, dim = q.shape
@@ -164,20 +164,20 @@ def kept_lists(call: Attention) -> TileLists:
     run = max(1, min(query_tiles, topk.MOST_SUMS // (batch * heads * ASKED * tiles)))
     sums = torch.empty(batch * heads * run * ASKED * tiles, device=device)
     block_d = max(16, triton.next_power_of_2(dim))
+    chosen = sizes_for(q.element_size()) | sizes
     tma = is_hopper(device) and q.element_size() == 2 and has_rows(k)
     rows = descriptor(k, topk.TILE, block_d) if tma else k
     mask = None if call.mask is None else (call.mask != 0).to(torch.uint8)
     for first in range(0, query_tiles, run):
         many = min(run, query_tiles - first)
-        grid = (-(-tiles // STEPS), -(-many * ASKED // BLOCK_M), batch * heads)
-        _tile_sums_kernel[grid](
+        blocks, shares = -(-many * ASKED // chosen["BLOCK_M"]), -(-tiles // chosen["STEPS"])
+        _tile_sums_kernel[blocks, shares, batch * heads](
             asked, rows, asked if mask is None else mask, sums,
             *k.stride(), 0 if mask is None else mask.stride(0),
             heads, call.group_size, asked.shape[2], first * ASKED, many * ASKED,
             queries, keys, tiles, float(call.scale), float(call.softcap),
             HAS_MASK=mask is not None, HAS_SOFTCAP=call.softcap > 0, TMA=tma,
-            EVEN=keys % topk.TILE == 0, DIM=dim, BLOCK_D=block_d, BLOCK_M=BLOCK_M, STEPS=STEPS,
-            UPCAST=DOT_UPCAST, num_warps=4, num_stages=STAGES,
+            EVEN=keys % topk.TILE == 0, DIM=dim, BLOCK_D=block_d, UPCAST=DOT_UPCAST, **chosen,
         )  # fmt: skip
         block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
@@ -188,6 +188,15 @@ def kept_lists(call: Attention) -> TileLists:
             ASKED=ASKED, BLOCK=block, num_warps=select_warps(block),
         )  # fmt: skip
     return TileLists(counts[0], partial, counts[1], full, topk.TILE, topk.TILE)
+
+
+def sizes_for(element_size: int) -> dict[str, int]:
+    """Queries of a program and the key tiles that it visits, warps and stages."""
+    if element_size == 4:
+        return {"BLOCK_M": 64, "STEPS": 8, "num_warps": 4, "num_stages": 2}
+    # Two programs of 128 channels fit a multiprocessor: one multiplies while one exponentiates,
+    # which takes as long.
+    return {"BLOCK_M": 128, "STEPS": 16, "num_warps": 8, "num_stages": 2}
 
 
 def select_warps(block: int) -> int:

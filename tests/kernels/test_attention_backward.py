@@ -342,3 +342,19 @@ def test_the_op_on_the_device(options: dict[str, Any]) -> None:
                 assert error < 0.1
         else:
             check(dict(zip("qkv", found, strict=True)), plain, exact)
+
+
+def test_the_op_keeps_its_promises_to_tracers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_has_kernel", lambda q: q.dtype != torch.float64)
+    call = make(19, 23, kv=1, batch=1, logits=True)
+    q, k, v, sinks = (
+        t.detach().requires_grad_() for t in (call.q, call.k, call.v, call.sinks) if t is not None
+    )
+    options = (0.25, True, [9], 0.0, [2])
+    torch.library.opcheck(torch.ops.fxopt.attention.default, (q, k, v, None, None, sinks, *options))
+    plain = (*(t.detach() for t in (q, k, v)), None, None, sinks.detach(), *options)
+    torch.library.opcheck(torch.ops.fxopt.attention_with_lse.default, plain)
+    saved = torch.ops.fxopt.attention_with_lse(*plain)
+    torch.library.opcheck(
+        torch.ops.fxopt.attention_backward.default, (torch.randn_like(saved[0]), *saved, *plain)
+    )

@@ -356,7 +356,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fxopt.kernels.block_topk.triton import (
-    _select_kernel, _tile_sums_kernel, select_warps, ASKED, BLOCK_M, STAGES, STEPS)
+    _select_kernel, _tile_sums_kernel, select_warps, sizes_for, ASKED)
 
 def build(kernel, constants, types, **options):
     signature = {
@@ -369,11 +369,13 @@ def build(kernel, constants, types, **options):
 
 for dtype, dim, tma, extras in (("bf16", 128, 1, 0), ("bf16", 64, 0, 1), ("fp16", 256, 1, 1)):
     k = f"tensordesc<{dtype}[1, 1, 128, {dim}]>" if tma else "*" + dtype
+    sizes = sizes_for(2)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(k_d=1, HAS_MASK=extras, HAS_SOFTCAP=extras, TMA=tma, EVEN=False, DIM=dim,
-                     BLOCK_D=dim, BLOCK_M=BLOCK_M, STEPS=STEPS, UPCAST=False)
+                     BLOCK_D=dim, UPCAST=False, **sizes)
     types = dict(asked_ptr="*" + dtype, k_ptr=k, mask_ptr="*u8", sums_ptr="*fp32",
                  scale="fp32", softcap="fp32")
-    build(_tile_sums_kernel, constants, types, num_warps=4, num_stages=STAGES)
+    build(_tile_sums_kernel, constants, types, **options)
 types = dict.fromkeys(("state_ptr", "top_ptr", "partial_count_ptr", "partial_ptr",
                        "full_count_ptr", "full_ptr"), "*i32") | {"sums_ptr": "*fp32"}
 for block in (128, 1024, 8192):
