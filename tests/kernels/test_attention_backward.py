@@ -238,12 +238,24 @@ build("bf16", 64, (), 1, True, False, ("list_group", "list_tiles", "list_h", "fu
 """
 
 
+TURN = """
+from fxopt.kernels.turned_lists.triton import _turn
+
+for write in (False, True):
+    constants = dict(WRITE=write, CHUNK=64, BLOCK=128)
+    signature = {name: "constexpr" if name in constants else "*i32" if name.endswith("_ptr")
+                 else "i32" for name in _turn.arg_names}
+    source = ASTSource(fn=_turn, signature=signature, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+"""
+
+
 @pytest.mark.slow
 def test_compiles_ahead_of_time_for_hopper() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", COMPILE + TURN], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     built = [line.split() for line in done.stdout.splitlines()]
@@ -355,7 +367,8 @@ def test_kept_tiles_on_the_device() -> None:
 
 
 def through_the_op(gradient: Tensor, call: Attention, compiled: bool) -> dict[str, Tensor]:
-    arguments = (None, None, None, call.scale, True, call.window, 0.0, call.sink_tokens, call.top)
+    arguments = (None, None, None, call.scale, True, list(call.window), call.softcap,
+                 list(call.sink_tokens), list(call.top))  # fmt: skip
     leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v)]
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
