@@ -381,7 +381,7 @@ def sizes_for(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tile sizes, warps, stages and whether rows come through tensor descriptors (TMA)."""
     widest = tile(max(dim, value_dim), most=1024)
-    if hopper and element_size == 2:
+    if hopper and element_size == 2 and widest <= 256:
         chosen, tma = HOPPER_SIZES[max(64, widest)], 1
     else:
         # Exact float32 products run outside the tensor cores, element by element.
