@@ -313,7 +313,7 @@ def attention_gradients(
     q, k, v = call.q, call.k, call.v
     batch, heads, queries, dim = q.shape
     kv, keys, value_dim = v.shape[1:]
-    gradient, out = gradient.contiguous(), out.contiguous()
+    gradient, out, lse = gradient.contiguous(), out.contiguous(), lse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     rank = None if call.mask is None else rank_of(call.mask)
@@ -371,7 +371,7 @@ def attention_gradients(
 # for dK and dV.
 HOPPER_SIZES = {
     64: ((128, 64, 4, 2), (64, 128, 8, 2)),
-    128: ((128, 64, 8, 2), (64, 128, 8, 2)),
+    128: ((128, 64, 8, 3), (64, 64, 4, 2)),
     256: ((64, 64, 8, 2), (64, 64, 8, 2)),
 }
 

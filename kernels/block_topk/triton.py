@@ -196,7 +196,7 @@ def sizes_for(element_size: int) -> dict[str, int]:
         return {"BLOCK_M": 64, "STEPS": 8, "num_warps": 4, "num_stages": 2}
     # Two programs of 128 channels fit a multiprocessor: one multiplies while one exponentiates,
     # which takes as long.
-    return {"BLOCK_M": 128, "STEPS": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "STEPS": 32, "num_warps": 8, "num_stages": 2}
 
 
 def select_warps(block: int) -> int:

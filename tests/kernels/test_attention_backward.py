@@ -111,6 +111,22 @@ def test_shapes(queries: int, keys: int, options: dict[str, Any]) -> None:
     against_reference(make(queries, keys, **options))
 
 
+def test_some_heads_of_a_call() -> None:
+    """What the op hands over where a library computes the other heads: views."""
+    call = make(69, 69, window=[0, 20])
+    gradient = torch.randn_like(call.q).transpose(1, 2)
+    from fxopt.kernels.attention.triton import attention_forward
+    from fxopt.kernels.attention_backward.triton import attention_gradients
+
+    whole, lse = attention_forward(call)
+    sizes = (SMALL, SMALL) if DEVICE == "cpu" else None
+    parts = attention_gradients(
+        gradient[:, :, 2:], whole[:, :, 2:], lse[:, 2:], call.heads([1]), None, sizes
+    )
+    for name, found in kernel(gradient, call).items():
+        torch.testing.assert_close(parts[name], found[:, 2 if name == "q" else 1 :])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype) -> None:
     against_reference(make(63, 63, 64, dtype=dtype, window=[20], sink_tokens=[2]))
