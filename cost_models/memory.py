@@ -42,6 +42,13 @@ def evaluate(dim: Any, sizes: Sizes) -> int:
     return int(expression.subs({s: sizes[s.name] for s in expression.free_symbols}))
 
 
+def symbols_of(node: fx.Node) -> set[str]:
+    """Names of the symbols that the shape of a node's (fake) tensor is made of."""
+    value = node.meta.get("val")
+    dims = value.shape if isinstance(value, torch.Tensor) else ()
+    return {s.name for d in dims if not isinstance(d, int) for s in d.node.expr.free_symbols}
+
+
 def peak_temporaries(graph: fx.Graph, sizes: Sizes) -> Peak:
     """Liveness over `graph` in its order; parameters and inputs are not counted.
 

@@ -17,7 +17,7 @@ from . import __version__, passes
 from .capture import Captured, capture
 from .cost_models.hardware import Device, probe
 from .cost_models.measured import Measured
-from .cost_models.memory import live_bytes
+from .cost_models.memory import live_bytes, symbols_of
 from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
 from .decide.peaks import Points, points, shifted
@@ -27,7 +27,7 @@ from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.solve import weighed
 from .decide.statistics import Call, Statistics, collect
 from .decide.table import Column, Preparer, Priors, Table, build
-from .decide.verify import weight_bytes
+from .decide.verify import peak_live_bytes, weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit
 from .emit.targets import written
@@ -97,7 +97,7 @@ class Compiler:
         work = self.request.workload
         if isinstance(work, Generate):
             past = work.new_tokens - 1 + (0 if self.source else work.prompt)
-            return Scenario("final", work.batch, 1, past, repeats=0, source=self.source)
+            return Scenario("final", work.batch, 1, past, 0, self.source, keep=1)
         return replace(self.scenarios[-1], repeats=0)
 
     @cached_property
@@ -173,7 +173,13 @@ class Compiler:
     def sites(self) -> tuple[Site, ...]:
         """The sites of the workload: where nothing is generated, no cache is kept."""
         generates = isinstance(self.request.workload, Generate)
-        return tuple(s for s in self.captured.sites if generates or s.family != "kv_cache")
+        kept = {n for n, dim in self.captured.symbols.items() if dim.role == "keep"}
+        last = {n.name for n in self.captured.graph.graph.nodes if kept & symbols_of(n)}
+        return tuple(
+            replace(s, last=s.family == "linear" and s.node in last)
+            for s in self.captured.sites
+            if generates or s.family != "kv_cache"
+        )
 
     @cached_property
     def proposals(self) -> Proposals:
@@ -234,7 +240,12 @@ class Compiler:
     @cached_property
     def costs(self) -> Measured:
         dtype = next((p.dtype for p in self.request.model.parameters()), torch.float32)
-        return Measured(self.hardware, str(dtype).removeprefix("torch."))
+        return Measured(
+            self.hardware,
+            str(dtype).removeprefix("torch."),
+            working_set=self.kept_weights,
+            peak=peak_live_bytes,
+        )
 
     def table(self) -> Table:
         """Every option priced: statistics, priors and measured costs."""
@@ -312,7 +323,7 @@ class Compiler:
             "batch": scenario.batch,
             "length": scenario.source or scenario.queries,
             "total": scenario.length,
-            "keep": 1 if isinstance(self.request.workload, Generate) else scenario.queries,
+            "keep": scenario.keep or scenario.queries,
         }
         inputs = self.host.inputs if self.host else self.request.example
         shapes = {n: v.shape for n, v in inputs.items() if isinstance(v, Tensor)}

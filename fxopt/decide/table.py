@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..ir.cost import Cost, CostModel, OpCall
-from ..ir.site import GroupInfo, Site
+from ..ir.rewrite import Match
+from ..ir.site import AttentionInfo, GroupInfo, Site
 from ..ir.workload import Scenario
 from .peaks import PEAK_ROWS, row_at
 from .propose import Baseline, Proposal, Proposals, total_cost
@@ -25,7 +26,8 @@ Rows = dict[str, float]
 class Column:
     """One joint option of a group: the proposals it realises (none: keep), what it costs and
     errs. `prior` and `measured` are additive errors; `seconds` is of one call, by scenario, and
-    `timed` names the scenarios of which all ops were timed on the device."""
+    `timed` names the scenarios of which all ops were timed on the device. `host` are the seconds
+    to issue a call, by scenario."""
 
     proposals: tuple[Proposal, ...]
     cost: Cost
@@ -33,6 +35,7 @@ class Column:
     measured: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     timed: frozenset[str] = frozenset()
+    host: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -162,25 +165,25 @@ def build(
     """
     keys: list[tuple[Site, ...]] = []
     columns: list[list[Column]] = []
-    for sites in watch(_joint(proposals.sites)):
+    for sites in watch(joint(proposals.sites)):
         options = [proposals.by_site.get((s.family, s.key), []) for s in sites]
         if not any(options):
             continue
         keys.append(sites)
         made: list[Column] = []
         for chosen in _product(options):
-            total, seconds, timed = _cost(sites, chosen, scenarios, baseline, cost)
+            total, seconds, host, timed = _cost(sites, chosen, scenarios, baseline, cost)
             known = 0.0 if all(p.rewrite.exact for p in chosen) else None
             prior = sum(0.0 if p.rewrite.exact else prior_of(p) for p in chosen)
             if math.isfinite(prior):
-                made.append(Column(chosen, total, prior, known, seconds, timed))
+                made.append(Column(chosen, total, prior, known, seconds, timed, host))
             elif len(chosen) == 1:
                 proposals.refuse(chosen[0], "its output is no number on the calibration data")
         columns.append(made)
     return Table(keys, columns)
 
 
-def _joint(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+def joint(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     """Sites that are decided together: attention and cache of a head; each other site alone."""
     caches = {s.key: s for s in sites if s.family == "kv_cache"}
     groups: list[tuple[Site, ...]] = []
@@ -211,63 +214,73 @@ def _cost(
     scenarios: Sequence[Scenario],
     baseline: Baseline,
     model: CostModel,
-) -> tuple[Cost, dict[str, float], frozenset[str]]:
-    """Seconds summed over scenarios (and of one call each), bytes at the last (longest) one; the
-    scenarios of which the model timed every op.
+) -> tuple[Cost, dict[str, float], dict[str, float], frozenset[str]]:
+    """Seconds summed over scenarios (and of one call each, on the device and to issue), bytes at
+    the last (longest) one; the scenarios of which the model timed every op.
 
     Temporaries are those of the call with the most. A scenario of no repeats is there for its
     bytes: its calls are not timed.
     """
     by_family = {p.site.family: p for p in chosen}
     seconds: dict[str, float] = {}
+    host: dict[str, float] = {}
     timed: set[str] = set()
     known: Collection[str] = getattr(model, "measured", ())
     repeated = 0.0
     bytes_ = Cost()
     for scenario in scenarios:
-        total, made = Cost(), list[OpCall]()
         price = model if scenario.repeats else _bytes_only
-        for site in sites:
-            seen = site.at(scenario)
-            if seen is None:
-                continue
-            if site.family == "kv_cache" and "kv_cache" not in by_family:
-                total += Cost(state_bytes=_state_bytes(baseline, site, seen))
-                continue
-            if site.family == "attention" and "kv_cache" in by_family and seen.past > 0:
-                continue  # the cache's own call reads and attends
-            proposal = by_family.get(site.family)
-            if proposal is None:
-                calls = baseline(site, seen)
-            else:
-                match = _with_window(proposal, by_family)
-                calls = proposal.rewrite.lower(match, proposal.candidate, seen)
-            total += total_cost(calls, price)
-            made += calls
+        made = calls_of(sites, by_family, scenario, baseline)
+        total = total_cost(made, price)
         if scenario.repeats:
-            seconds[scenario.name] = total.seconds
+            seconds[scenario.name], host[scenario.name] = total.seconds, total.host
             repeated += scenario.repeats * total.seconds
             timed |= {scenario.name} if all(call.key in known for call in made) else set()
         bytes_ = replace(total, temporary_bytes=max(bytes_.temporary_bytes, total.temporary_bytes))
-    return replace(bytes_, seconds=repeated), seconds, frozenset(timed)
+    return replace(bytes_, seconds=repeated), seconds, host, frozenset(timed)
+
+
+def calls_of(
+    sites: Sequence[Site],
+    by_family: Mapping[str, Proposal],
+    scenario: Scenario,
+    baseline: Baseline,
+) -> list[OpCall]:
+    """The op calls of sites that are decided together, in a call of the workload; a family
+    without a proposal keeps its site."""
+    made: list[OpCall] = []
+    cached = any(s.family == "kv_cache" and _is_cached(s) for s in sites)
+    for site in sites:
+        seen = site.at(scenario)
+        if seen is None:
+            continue
+        if site.family == "attention" and cached and seen.past > 0:
+            continue  # the cache's own call reads and attends
+        proposal = by_family.get(site.family)
+        if proposal is None:
+            made += baseline(_with_window(site, by_family), seen)
+        else:
+            match = Match(_with_window(site, by_family), proposal.match.extra)
+            made += proposal.rewrite.lower(match, proposal.candidate, seen)
+    return made
 
 
 def _bytes_only(call: OpCall) -> Cost:
     return Cost(0.0, call.weight_bytes, call.state_bytes, call.temporary_bytes)
 
 
-def _state_bytes(baseline: Baseline, site: Site, scenario: Scenario) -> int:
-    return sum(call.state_bytes for call in baseline(site, scenario))
+def _is_cached(site: Site) -> bool:
+    return isinstance(site.info, AttentionInfo) and site.info.cached
 
 
-def _with_window(proposal: Proposal, by_family: Mapping[str, Proposal]) -> Any:
-    """A packed cache under a window reads only the window: tell its `lower`."""
+def _with_window(site: Site, by_family: Mapping[str, Proposal]) -> Site:
+    """A cache under a window is read within the window alone: the site as it then is."""
     attention = by_family.get("attention")
-    if proposal.site.family != "kv_cache" or attention is None:
-        return proposal.match
-    window = attention.candidate.parameters.get("window", 0)
-    match = proposal.match
-    return type(match)(match.site, {**match.extra, "window": window})
+    if site.family != "kv_cache" or attention is None or not isinstance(site.info, AttentionInfo):
+        return site
+    windows = (int(attention.candidate.parameters.get("window", 0)), site.info.window)
+    window = min((w for w in windows if w > 0), default=0)
+    return replace(site, info=replace(site.info, window=window))
 
 
 def _members(site: Site) -> tuple[Site, ...]:

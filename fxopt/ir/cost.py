@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,13 +13,17 @@ class Cost:
     """Additive cost of one op call for one workload scenario on one device.
 
     `seconds` of one call, `weight_bytes` of its parameters, `state_bytes` of its cache at the
-    workload's final length, `temporary_bytes` of workspace alive only inside the call.
+    workload's final length, `temporary_bytes` of workspace alive only inside the call. `host` are
+    seconds to issue the call where a device computes it meanwhile; `doubt` is the standard error
+    of `seconds`.
     """
 
     seconds: float = 0.0
     weight_bytes: int = 0
     state_bytes: int = 0
     temporary_bytes: int = 0
+    host: float = 0.0
+    doubt: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -26,6 +31,8 @@ class Cost:
             self.weight_bytes + other.weight_bytes,
             self.state_bytes + other.state_bytes,
             max(self.temporary_bytes, other.temporary_bytes),
+            self.host + other.host,
+            math.hypot(self.doubt, other.doubt),
         )
 
 
@@ -35,6 +42,8 @@ class OpCall:
 
     `run` makes the inputs on a device and returns a closure to time, so that the measured
     cost model knows no op by name. `key` identifies equal calls across sites and processes.
+    `share` equal calls are one op (the heads of an attention): `run` computes all of them, all
+    other numbers are of one. Calls of one `family` differ in nothing but sizes.
     """
 
     op: str
@@ -47,6 +56,8 @@ class OpCall:
     temporary_bytes: int = 0
     launches: int = 1
     host_bytes: float = 0.0
+    share: int = 1
+    family: str = ""
     run: Callable[[Any], Callable[[], Any]] | None = field(default=None, compare=False, repr=False)
 
 

@@ -157,7 +157,8 @@ class Site:
     `key` is `fqn[#ordinal][/kv=h]`, unique within its family; `node` is the name of the fx node
     in the canonical graph. Attention and KV-cache sites are one a KV head and share `op`, the key
     without the head. `blocked` is the reason when no rewrite is legal here at all. `side` is
-    "encoder" where an encoder-decoder model computes from the encoder's inputs alone.
+    "encoder" where an encoder-decoder model computes from the encoder's inputs alone; `last` where
+    only tokens are computed whose logits are wanted.
     """
 
     family: Family
@@ -168,6 +169,7 @@ class Site:
     head: int | None = None
     blocked: str | None = None
     side: Literal["", "encoder"] = ""
+    last: bool = False
 
     def at(self, scenario: Scenario) -> Scenario | None:
         """A call of the workload as this site sees it; None where it does not run in it.
@@ -176,6 +178,9 @@ class Site:
         cross-attention are the source: stored by the first call, past ones for the others.
         """
         source = scenario.source
+        if self.last and scenario.keep:
+            kept = min(scenario.keep, scenario.queries)
+            return replace(scenario, queries=kept, past=scenario.length - kept)
         if not source:
             return scenario
         first = replace(scenario, queries=source, past=0)

@@ -12,6 +12,7 @@ class Scenario:
 
     `repeats` is how often the workload makes such a call, so that its latency is a sum. `source`
     is how many tokens an encoder reads, once, for each sequence; 0 where there is no encoder.
+    `keep` is of how many tokens of a sequence, the newest, logits are wanted; 0: of all.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Scenario:
     past: int
     repeats: int = 1
     source: int = 0
+    keep: int = 0
 
     @property
     def length(self) -> int:
@@ -78,8 +80,8 @@ def scenarios(workload: Workload, source: int = 0) -> tuple[Scenario, ...]:
     if isinstance(workload, Generate):
         middle = workload.prompt + workload.new_tokens // 2
         return (
-            Scenario("prefill", workload.batch, workload.prompt, 0),
-            Scenario("decode", workload.batch, 1, middle, repeats=workload.new_tokens),
+            Scenario("prefill", workload.batch, workload.prompt, 0, keep=1),
+            Scenario("decode", workload.batch, 1, middle, repeats=workload.new_tokens, keep=1),
         )
     if isinstance(workload, Train):
         return (Scenario("train", workload.batch, workload.seq, 0),)

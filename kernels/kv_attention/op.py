@@ -14,6 +14,8 @@ from fxopt.kernels._register import register
 from fxopt.kernels.attention.op import attention_cuda
 
 from . import reference
+from .layout import Blocks
+from .mutating import Part, append_exact, append_packed
 
 _ATTENTION = (
     "Tensor? mask, Tensor? bias, Tensor? sinks, "
@@ -79,6 +81,21 @@ def _cached_cuda(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length, top,
     )  # fmt: skip
+
+
+def store_first(part: Part, new: Part, start: Tensor, fmt: Blocks | None) -> None:
+    """Fill one head class with keys and values [B, h, N, D], as `cached_attention` does with those
+    of a prompt once it has attended. `start` is 0, on their device."""
+    if fmt is None:
+        append_exact(part, new, 0)
+        return
+    part["block_start"].zero_()
+    if start.is_cuda and _served(new["key"].dtype, (new["key"].shape[3], new["value"].shape[3])):
+        from fxopt.kernels.kv_append.triton import append
+
+        append(new, part, start, None, fmt)
+    else:
+        append_packed(part, fmt, new, None, 0)
 
 
 def _served(dtype: torch.dtype, dims: tuple[int, int]) -> bool:

@@ -86,9 +86,9 @@ class QuantizedSaved(Unchanged):
             return lambda: unpack_activation(codes, top, (count,), (1,), bits, group)
 
         return [
-            OpCall("pack_activation", f"pack_activation/{key}", 0.0, info.bytes, packed, run=pack),
+            OpCall("fxopt::pack_activation", f"pack_activation/{key}", 0.0, info.bytes, packed, run=pack),
             OpCall(
-                "unpack_activation", f"unpack_activation/{key}", 0.0, packed, info.bytes,
+                "fxopt::unpack_activation", f"unpack_activation/{key}", 0.0, packed, info.bytes,
                 run=unpack,
             ),
         ]  # fmt: skip

@@ -39,7 +39,7 @@ def attention_info(match: Match) -> AttentionInfo:
 def attention_call(
     info: AttentionInfo, scenario: Scenario, window: int = 0, sink_tokens: int = 0
 ) -> OpCall:
-    """One KV head with its query heads; 1 / num_kv_heads of the op.
+    """One KV head with its query heads: a share of the op that computes all heads alike.
 
     Products of pairs that a query can see are counted, and each key once that some query sees.
     """
@@ -58,6 +58,8 @@ def attention_call(
         flops=2.0 * batch * group * pairs * channels,
         bytes_read=(rows * info.head_dim + batch * reached * channels) * size,
         bytes_written=rows * info.value_dim * size,
+        share=info.num_kv_heads,
+        family=_family(info, near),
         run=_runner(info, scenario, window, sink_tokens),
     )
 
@@ -86,6 +88,7 @@ def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall
         bytes_written=dense.bytes_written + moved,
         temporary_bytes=min(sums, 4 * topk.MOST_SUMS) + min(lists, 4 * topk.MOST_ENTRIES),
         launches=4,
+        family=_family(info, f"top{top}"),
         run=_runner(info, scenario, 0, 0, top),
     )
 
@@ -107,11 +110,16 @@ def _key(info: AttentionInfo, scenario: Scenario, near: str) -> str:
         for name, given in (("c", info.softcap), ("z", info.has_sinks), ("b", info.has_bias))
         if given
     )
-    group = info.num_heads // info.num_kv_heads
-    sizes = f"b{scenario.batch}g{group}n{scenario.queries}t{scenario.length}"
-    sizes += f"d{info.head_dim}v{info.value_dim}"
+    sizes = f"b{scenario.batch}h{info.num_heads}kv{info.num_kv_heads}"
+    sizes += f"n{scenario.queries}t{scenario.length}d{info.head_dim}v{info.value_dim}"
     kind = f"{'causal' if info.causal else 'full'}{extras}"
     return f"attention/{near}/{kind}/{sizes}/{str(info.dtype).removeprefix('torch.')}"
+
+
+def _family(info: AttentionInfo, near: str) -> str:
+    """Attention calls that differ in nothing but sizes; see `_key`."""
+    kept, kind, _, dtype = _key(info, Scenario("", 1, 1, 0), near).split("/")[1:]
+    return f"attention/{kept}/{kind}/d{info.head_dim}v{info.value_dim}/{dtype}"
 
 
 def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tokens: int) -> int:
@@ -133,18 +141,18 @@ def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tok
 def _runner(
     info: AttentionInfo, scenario: Scenario, window: int, sink_tokens: int, top: int = 0
 ) -> Callable[[Any], Callable[[], Tensor]]:
-    group = info.num_heads // info.num_kv_heads
+    heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
 
     def run(device: Any) -> Callable[[], Tensor]:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
 
-        q = random(batch, group, queries, info.head_dim)
-        k = random(batch, 1, length, info.head_dim)
-        v = random(batch, 1, length, info.value_dim)
-        sinks = random(group) if info.has_sinks else None
-        bias = random(1, group, queries, length) if info.has_bias else None
+        q = random(batch, heads, queries, info.head_dim)
+        k = random(batch, kv_heads, length, info.head_dim)
+        v = random(batch, kv_heads, length, info.value_dim)
+        sinks = random(heads) if info.has_sinks else None
+        bias = random(1, heads, queries, length) if info.has_bias else None
         scale = 1.0 / math.sqrt(info.head_dim)
         return lambda: attention(
             q, k, v, None, bias, sinks,

@@ -101,10 +101,9 @@ class Blocks:
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """Decoding: attention that reads the packed cache, in place of the exact attention's call
-        and within `match.extra["window"]` if that is set. Prefill: packing, beside it."""
+        and within the site's window. Prefill: packing, beside it."""
         info = calls.attention_info(match)
-        windows = [w for w in (info.window, int(match.extra.get("window", 0))) if w > 0]
-        return [calls.cached_call(info, _format_of(candidate), scenario, min(windows, default=0))]
+        return [calls.cached_call(info, _format_of(candidate), scenario, info.window)]
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fxopt.kernels.kv_attention.layout import (
     split_state,
     state_bytes,
 )
-from fxopt.kernels.kv_attention.op import cached_attention, filled_attention
+from fxopt.kernels.kv_attention.op import cached_attention, filled_attention, store_first
 
 _SHORT = {
     torch.bfloat16: "bf16",
@@ -62,8 +63,9 @@ def cached_call(
             bytes_read=new,
             bytes_written=held,
             state_bytes=held,
-            launches=1,
-            run=None,
+            share=info.num_kv_heads,
+            family=f"kv_fill/{_family(info, fmt, 0)}",
+            run=None if info.cross else _storer(info, fmt, scenario),
         )
     group = info.num_heads // info.num_kv_heads
     seen = min(scenario.length, window + scenario.queries - 1) if window else scenario.length
@@ -77,7 +79,8 @@ def cached_call(
         bytes_written=new + rows * info.value_dim * size,
         state_bytes=held,
         temporary_bytes=_image_bytes(info, fmt, scenario),
-        launches=1,
+        share=info.num_kv_heads,
+        family=f"kv_attention/{_family(info, fmt, window)}",
         run=_filled(info, fmt, scenario) if info.cross else _runner(info, fmt, scenario, window),
     )
 
@@ -101,44 +104,77 @@ def _image_bytes(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) ->
 
 def _signature(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int) -> str:
     sizes = f"b{scenario.batch}n{scenario.queries}p{scenario.past}"
-    heads = f"g{info.num_heads // info.num_kv_heads}d{info.head_dim}v{info.value_dim}"
+    sizes += f"h{info.num_heads}kv{info.num_kv_heads}"
+    return f"{sizes}/{_family(info, fmt, window)}"
+
+
+def _family(info: AttentionInfo, fmt: Blocks | None, window: int) -> str:
+    """Calls that differ in nothing but sizes."""
     near = f"w{window}" if window else "x" if info.cross else ""
-    kind = _SHORT.get(info.dtype, str(info.dtype))
-    return f"{fmt or 'exact'}/{sizes}{heads}{near}/{kind}"
+    dims = f"d{info.head_dim}v{info.value_dim}"
+    return f"{fmt or 'exact'}/{dims}{near}/{_SHORT.get(info.dtype, str(info.dtype))}"
 
 
 def _runner(
     info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int
 ) -> Callable[[Any], Callable[[], Tensor]]:
     layout = Layout((HeadClass((), fmt),))
-    group = info.num_heads // info.num_kv_heads
+    heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries = scenario.batch, scenario.queries
 
     def run(device: Any) -> Callable[[], Tensor]:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
 
-        state = allocate(
-            layout, batch, 1, info.head_dim, info.value_dim, scenario.length, info.dtype, device
-        )
+        state = _allocated(info, layout, scenario, device)
         for tensor in state:
             if tensor.is_floating_point():
                 tensor.normal_()
-        for _, packed, part in split_state(layout, 1, state):
+        for _, packed, part in split_state(layout, kv_heads, state):
             if packed is not None:
                 starts = part["block_start"]
                 places = torch.arange(starts.numel(), device=device) * packed.group
                 starts.copy_(places.clamp(max=packed.packed(scenario.past)))
         start = torch.tensor(scenario.past, device=device)
-        q = random(batch, group, queries, info.head_dim)
-        k = random(batch, 1, queries, info.head_dim)
-        v = random(batch, 1, queries, info.value_dim)
-        sinks = random(group) if info.has_sinks else None
+        q = random(batch, heads, queries, info.head_dim)
+        k = random(batch, kv_heads, queries, info.head_dim)
+        v = random(batch, kv_heads, queries, info.value_dim)
+        sinks = random(heads) if info.has_sinks else None
         scale = 1.0 / math.sqrt(info.head_dim)
+        # On a GPU steps are replayed, which read the length on the device.
+        length = scenario.past if torch.device(device).type == "cpu" else None
         return lambda: cached_attention(
             q, k, v, state, start, None, None, sinks,
-            scale, True, [window], info.softcap, [0], str(layout), scenario.past,
+            scale, True, [window], info.softcap, [0], str(layout), length,
         )  # fmt: skip
+
+    return run
+
+
+def _allocated(
+    info: AttentionInfo, layout: Layout, scenario: Scenario, device: Any
+) -> list[Tensor]:
+    return allocate(
+        layout, scenario.batch, info.num_kv_heads, info.head_dim, info.value_dim, scenario.length,
+        info.dtype, device,
+    )  # fmt: skip
+
+
+def _storer(
+    info: AttentionInfo, fmt: Blocks | None, scenario: Scenario
+) -> Callable[[Any], Callable[[], Any]]:
+    """What a prefill does beside attending: its keys and values go to the cache."""
+    layout = Layout((HeadClass((), fmt),))
+
+    def run(device: Any) -> Callable[[], Any]:
+        state = _allocated(info, layout, scenario, device)
+        ((_, _, part),) = split_state(layout, info.num_kv_heads, state)
+        shape = (scenario.batch, info.num_kv_heads, scenario.queries)
+        new = {
+            side: torch.randn(*shape, dim, device=device).to(info.dtype)
+            for side, dim in (("key", info.head_dim), ("value", info.value_dim))
+        }
+        return partial(store_first, part, new, torch.tensor(0, device=device), fmt)
 
     return run
 
@@ -147,16 +183,16 @@ def _filled(
     info: AttentionInfo, fmt: Blocks | None, scenario: Scenario
 ) -> Callable[[Any], Callable[[], Tensor]]:
     layout = str(Layout((HeadClass((), fmt),)))
-    group = info.num_heads // info.num_kv_heads
+    heads, kv_heads = info.num_heads, info.num_kv_heads
 
     def run(device: Any) -> Callable[[], Tensor]:
         def random(*shape: int) -> Tensor:
             made = torch.randn(scenario.batch, *shape, device=device, dtype=torch.float32)
             return made.to(info.dtype)
 
-        q = random(group, scenario.queries, info.head_dim)
-        k = random(1, scenario.length, info.head_dim)
-        v = random(1, scenario.length, info.value_dim)
+        q = random(heads, scenario.queries, info.head_dim)
+        k = random(kv_heads, scenario.length, info.head_dim)
+        v = random(kv_heads, scenario.length, info.value_dim)
         state, scale = fill(k, v, None, layout), 1.0 / math.sqrt(info.head_dim)
         return lambda: filled_attention(q, state, None, None, None, scale, info.softcap, layout)
 

@@ -184,6 +184,7 @@ def linear_call(
         weight_bytes=weight_bytes + bias_bytes,
         temporary_bytes=temporary_bytes,
         launches=launches,
+        family=f"{op}/{form}/{_SHORT[info.dtype]}",
         run=run,
     )
 

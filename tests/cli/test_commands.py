@@ -326,3 +326,6 @@ def test_doctor(fxopt: Invoke) -> None:
     facts = json.loads(fxopt("doctor", "--json")[1])
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
+    (device, *_) = facts["devices"]
+    assert device["kind"] == "cpu"
+    assert f"{device['name']}, measured {device['probed']}" in shown

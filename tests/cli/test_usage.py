@@ -6,16 +6,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 
 from fxopt.cli import run
-from fxopt.cli.doctor import PACKAGES, effects
+from fxopt.cli.doctor import PACKAGES, abilities, effects, no_gpu
 from fxopt.cli.options import Rows, Sizes, rewrite_names
+from fxopt.cost_models.hardware import Device
 from fxopt.ir.workload import Forward, Generate
 
 Invoke = Callable[..., tuple[int, str, str]]
+FACTS = Device(
+    "a card", "cpu", 2e10, {"float32": 5e10}, 2e-6, 24 * 2**30, 2, "2026-01-01",
+    cache_bandwidth=1e11, thread_bandwidth=1e10,
+)  # fmt: skip
 COMMANDS = (
     "optimize", "plan", "apply", "export", "bench", "verify", "diff", "report", "explain",
     "doctor",
@@ -24,12 +31,61 @@ COMMANDS = (
 
 def test_doctor_says_what_a_missing_package_means() -> None:
     everything: dict[str, str | None] = dict.fromkeys(PACKAGES, "1.0")
-    assert "Triton kernels on the GPU" in " ".join(effects(everything, True))
+    assert "Triton kernels on the GPU" in " ".join(effects(everything, None))
     without = {**everything, "triton": None, "onnxruntime": None, "transformers": None}
-    said = " ".join(effects(without, True))
+    said = " ".join(effects(without, None))
     for what in ("no triton", "no onnxruntime: no ONNX export", "no transformers"):
         assert what in said
-    assert "reference kernels" in " ".join(effects(everything, False))
+    (said,) = effects(everything, "the driver is too old")
+    assert said.startswith("no GPU (the driver is too old): ")
+    assert "reference kernels" in said
+
+
+def test_doctor_says_what_a_gpu_lacks() -> None:
+    gpu = replace(FACTS, name="an old card", kind="cuda")
+    everything: dict[str, str | None] = dict.fromkeys(PACKAGES, "1.0")
+    said = effects(everything, None, [gpu, replace(gpu, matmul_rate={"float8_e4m3fn": 1.0})])
+    assert [line for line in said if "fp8" in line] == [
+        "no fp8 products on an old card: fp8 layers save bytes there, not time"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("The NVIDIA driver on your system is too old (found 11040). Please update"),
+         "The NVIDIA driver on your system is too old (found 11040)"),
+        (None, "the driver shows no device"),
+    ],
+)  # fmt: skip
+def test_doctor_says_why_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, says: str
+) -> None:
+    def init() -> None:
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert no_gpu() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert no_gpu() == says
+
+
+def test_doctor_shows_both_directions_and_both_launches() -> None:
+    gpu = replace(
+        FACTS, kind="cuda", to_host=5.5e10, to_device=5.1e10, launch_seconds=6e-6,
+        graph_seconds=1.5e-6, bandwidth=4.2e12, cache_bytes={"L2": 50 * 2**20},
+        cache_bandwidth=7e12, few_rows_rate={"bfloat16": 4e13},
+    )  # fmt: skip
+    rows = abilities(asdict(gpu))
+    assert rows["link"] == "55.0 GB/s to the host, 51.0 GB/s back"
+    assert rows["launch"] == "6 µs eager, 1.5 µs in a CUDA graph"
+    assert rows["memory"] == "24 GiB at 4.20 TB/s"
+    assert rows["caches"] == "L2 50 MiB; the last at 7.00 TB/s"
+    assert rows["of 16 rows"] == "bfloat16 40 TFLOP/s"
+    assert "link" not in abilities(asdict(FACTS))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_prices_can_be_measured(changes: dict[str, Any]) -> None:
         (call,) = REWRITE.lower(match, Candidate(REWRITE.name, "top5%", {"top": 50}), scenario)
         assert call.run is not None
         out = call.run("cpu")()
-        assert out.shape == (1, scenario.queries, 2, 16)
+        assert out.shape == (1, scenario.queries, 6, 16)
         assert out.isfinite().all()
 
 
