@@ -186,9 +186,7 @@ def random_choices(table: Table, count: int) -> list[Choice]:
     return choices
 
 
-def predicted(
-    compiler: Compiler, pace: Pace, table: Table, choice: Choice
-) -> dict[str, float]:
+def predicted(compiler: Compiler, pace: Pace, table: Table, choice: Choice) -> dict[str, float]:
     """Rows of a plan that nothing was measured of."""
     return {**pace.seconds(table, choice), "memory": pace.memory(table, choice)}
 
@@ -209,10 +207,7 @@ def realised(compiler: Compiler, table: Table, choice: Choice) -> dict[str, floa
         steps = DECODE_STEPS if name == "decode" else 1
         rows[name] = timed(call, device) / steps
         if name == "prefill":
-            held: list[Any] = []
-            peak = peak_live_bytes(lambda run=call: held.append(run()), device)
-            rows["memory"] = float(weight_bytes(module) + peak)
-            held.clear()
+            rows["memory"] = float(weight_bytes(module) + peak_live_bytes(call, device))
     del module, editor
     gc.collect()
     return rows

@@ -70,8 +70,8 @@ def _band(left: float, base: float, band: float) -> str:
               (left + band, base), (left, base)]  # fmt: skip
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return (
-        f'<polygon class="band" points="{path}"/><path class="axis" d="M{left} {base}L{right} {top}"'
-        ' stroke-opacity=".5"/>'
+        f'<polygon class="band" points="{path}"/>'
+        f'<path class="axis" d="M{left} {base}L{right} {top}" stroke-opacity=".5"/>'
     )
 
 

@@ -29,6 +29,9 @@ class Parts:
     def __add__(self, other: Parts) -> Parts:
         return Parts(self.device + other.device, self.host + other.host)
 
+    def __mul__(self, factor: float) -> Parts:
+        return Parts(self.device * factor, self.host * factor)
+
     @property
     def bound(self) -> float:
         """What a call takes: the host runs ahead of the device, or the device waits for it."""

@@ -102,7 +102,7 @@ def probe(device: torch.device | str = "cpu", *, refresh: bool = False) -> Devic
 
 
 def _stored(path: Path) -> Device | None:
-    """The facts in a file; None where another torch, or an fxopt that asked for others, left them."""
+    """The facts in a file; None where another torch, or an fxopt that knew others, left them."""
     found = read_json(path)
     facts: Any = found.get("facts") if isinstance(found, Mapping) else None
     if not isinstance(facts, dict) or {*facts} != {f.name for f in fields(Device)}:

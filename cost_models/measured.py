@@ -62,10 +62,10 @@ class Measured:
 
     `limit` is the longest predicted call, in seconds, that is worth running. `working_set` are the
     bytes that a whole call of the model reads: so many, or what fills the caches, are read between
-    two runs, so that weights come from where they come from in the model. `peak` measures the bytes that a call allocates at
-    most, those that it returns included. Results are keyed by the call's key, the source
-    of its kernels, the device, torch's version and thread count; `save` writes new ones. Those
-    that were disturbed are used, counted in `disturbed`, and not written.
+    two runs, so that weights come from where they come from in the model. `peak` measures the bytes
+    that a call allocates at most, those that it returns included. Results are keyed by the call's
+    key, the source of its kernels, the device, torch's version and thread count; `save` writes new
+    ones. Those that were disturbed are used, counted in `disturbed`, and not written.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Measured:
         self._device = torch.device(device.kind)
         most = int(FLUSHED * device.last_cache)
         # powers of two, so that models of about a size share what was measured
-        self._between = min(1 << max(working_set - 1, 0).bit_length(), most)
+        self._between = min(1 << (working_set - 1).bit_length(), most) if working_set > 1 else 0
         identity = f"{device.name}|{torch.__version__}|{device.threads}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._path = (folder or cache_folder()) / f"calls-{name}.json"

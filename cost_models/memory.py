@@ -45,7 +45,7 @@ def evaluate(dim: Any, sizes: Sizes) -> int:
 def symbols_of(node: fx.Node) -> set[str]:
     """Names of the symbols that the shape of a node's (fake) tensor is made of."""
     value = node.meta.get("val")
-    dims = value.shape if isinstance(value, torch.Tensor) else ()
+    dims: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else []
     return {s.name for d in dims if not isinstance(d, int) for s in d.node.expr.free_symbols}
 
 

@@ -142,11 +142,11 @@ def _product(device: torch.device, dtype: torch.dtype, rows: int, size: int) -> 
         codes, others = (100 * a).clamp(-127, 127).to(dtype), (100 * b).clamp(-127, 127).to(dtype)
         if rows < 32 and device.type == "cuda":  # the library's least
             codes = torch.cat([codes] * (32 // rows))
-        product: Callable[..., Tensor] = torch._int_mm  # pyright: ignore[reportPrivateUsage]
+        product: Callable[..., Tensor] = torch._int_mm  # pyright: ignore
         return lambda: product(codes, others.T)
     if device.type != "cuda":
         raise NotImplementedError("eight-bit floats are for matrix units of GPUs")
     one = torch.ones((), device=device)
     left, right = a.to(dtype), b.to(dtype)
-    scaled: Callable[..., Tensor] = torch._scaled_mm  # pyright: ignore[reportPrivateUsage]
+    scaled: Callable[..., Tensor] = torch._scaled_mm  # pyright: ignore
     return lambda: scaled(left, right.T, one, one, out_dtype=torch.bfloat16)

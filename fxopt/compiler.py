@@ -371,7 +371,7 @@ class Compiler:
         constants = {
             "weights": baseline["weights"] - sum(c.weight_bytes for c in kept),
             "kv_cache": baseline["kv_cache_now"] - sum(c.state_bytes for c in kept),
-            "latency": baseline["latency"] - seconds,
+            "latency": baseline.get("kept.latency", baseline["latency"]) - seconds,
             **self._call_constants(baseline, table),
         }
         constants["memory"] = constants["weights"] + constants["kv_cache"]
@@ -395,7 +395,7 @@ class Compiler:
             row = f"latency.{scenario.name}"
             if row in baseline:
                 kept = (columns[0].seconds.get(scenario.name, 0.0) for columns in table.columns)
-                constants[row] = baseline[row] - sum(kept)
+                constants[row] = baseline.get(f"kept.{row}", baseline[row]) - sum(kept)
         return constants
 
     def _objective(self, baseline: Mapping[str, float]) -> dict[str, float]:

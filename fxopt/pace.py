@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ from .cost_models.calls import Parts, Realised
 from .cost_models.timing import time_call, time_calls
 from .decide.propose import Proposal, total_cost
 from .decide.runs import DECODE_STEPS, calls, peak_temporaries
-from .decide.table import Table, calls_of, joint
+from .decide.table import Column, Table, calls_of, joint
 from .emit.hollow import fresh, hollow, zeros_made_once
 from .emit.module import OptimizedModule
 from .ir.cost import Cost
-from .ir.site import GroupInfo, LinearInfo, Site
+from .ir.site import AttentionInfo, GroupInfo, LinearInfo, Site
 from .ir.workload import Generate, Scenario
 from .passes.baseline import baseline_calls
 
@@ -90,16 +91,46 @@ class Pace:
     def calls(self, table: Table, choice: Choice) -> dict[str, Parts]:
         """Seconds of one call of each kind under a choice, by what the device and the host do."""
         picked = [(c[o], c[0]) for c, o in zip(table.columns, choice, strict=True)]
-        return {
-            scenario.name: self._call(
-                scenario,
-                Parts(
-                    sum(c.seconds[scenario.name] - k.seconds[scenario.name] for c, k in picked),
-                    sum(c.host[scenario.name] - k.host[scenario.name] for c, k in picked),
-                ),
+        found: dict[str, Parts] = {}
+        for scenario in self._compiler.scenarios:
+            name = scenario.name
+            more = Parts(
+                sum(c.seconds[name] - k.seconds[name] for c, k in picked),
+                sum(c.host[name] - k.host[name] for c, k in picked),
             )
-            for scenario in self._compiler.scenarios
-        }
+            found[name] = self._call(scenario, more + self._apart(table, choice, scenario))
+        return found
+
+    def _apart(self, table: Table, choice: Choice, scenario: Scenario) -> Parts:
+        """What the heads of one attention take more where they are not all alike.
+
+        Heads are priced as a share of one call of them all. Each kind of them is a call of its
+        own, whose time is taken to be affine in the heads: through all of them and through one.
+        """
+        kinds: dict[tuple[str, str], list[tuple[tuple[Site, ...], Column]]] = {}
+        for sites, columns, option in zip(table.keys, table.columns, choice, strict=True):
+            if isinstance(sites[0].info, AttentionInfo):
+                column = columns[option]
+                kinds.setdefault((sites[0].op, column.label), []).append((sites, column))
+        total, name = Parts(), scenario.name
+        for members in kinds.values():
+            sites, column = members[0]
+            assert isinstance(sites[0].info, AttentionInfo)
+            heads = sites[0].info.num_kv_heads
+            if len(members) < heads:
+                shared = Parts(column.seconds[name], column.host[name])
+                start = (self._alone(sites, column, scenario) + shared * -1) * (heads / (heads - 1))
+                total += start * (1 - len(members) / heads)
+        return total
+
+    def _alone(self, sites: tuple[Site, ...], column: Column, scenario: Scenario) -> Parts:
+        """Seconds of one KV head in a call of its own."""
+        apart = tuple(map(_one_head, sites))
+        by_family = {p.site.family: p for p in column.proposals}
+        cost = total_cost(
+            calls_of(apart, by_family, scenario, baseline_calls), self._compiler.costs
+        )
+        return Parts(cost.seconds, cost.host)
 
     def seconds(self, table: Table, choice: Choice) -> dict[str, float]:
         """Seconds of one call of each kind, calibrated by plans of other models that were realised
@@ -198,6 +229,13 @@ class _Dry:
         }
         made = calls_of(group, chosen, self._scenario, baseline_calls)
         return max((self._costs(call).temporary_bytes for call in made), default=0)
+
+
+def _one_head(site: Site) -> Site:
+    info = site.info
+    assert isinstance(info, AttentionInfo)
+    group = info.num_heads // info.num_kv_heads
+    return replace(site, info=replace(info, num_heads=group, num_kv_heads=1))
 
 
 def _replays(module: Any) -> bool:

@@ -120,10 +120,13 @@ def text(facts: dict[str, Any]) -> str:
 
 def abilities(device: Mapping[str, Any]) -> dict[str, str]:
     """What a device was measured to do, as people write it."""
-    caches = [f"{level} {format_value(size, 'bytes')}" for level, size in device["cache_bytes"].items()]
+    caches = [
+        f"{level} {format_value(size, 'bytes')}" for level, size in device["cache_bytes"].items()
+    ]
+    memory, held = format_value(device["memory_bytes"], "bytes"), ", ".join(caches) or "not known"
     rows = {
-        "memory": f"{format_value(device['memory_bytes'], 'bytes')} at {_rate(device['bandwidth'])}",
-        "caches": f"{', '.join(caches) or 'not known'}; the last at {_rate(device['cache_bandwidth'])}",
+        "memory": f"{memory} at {_rate(device['bandwidth'])}",
+        "caches": f"{held}; the last at {_rate(device['cache_bandwidth'])}",
         "products": _products(device["matmul_rate"]),
         "of 16 rows": _products(device["few_rows_rate"]),
         "launch": format_value(device["launch_seconds"], "s"),

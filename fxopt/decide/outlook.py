@@ -28,13 +28,12 @@ class Standing:
 
     def rows(self, choice: Sequence[int]) -> dict[str, float]:
         """The rows with a limit, the main one and the error, as predicted of `choice`."""
-        limits = self.search.limits
         return {
             name: max(
                 total(self.problem, choice, row) + constant
-                for row, constant in limits.constant(name).items()
+                for row, constant in self.search.constant(name).items()
             )
-            for name in dict.fromkeys((*limits.rows, self.main, "error"))
+            for name in dict.fromkeys((*self.search.limits.rows, self.main, "error"))
         }
 
     def left(self) -> dict[str, float]:
@@ -50,7 +49,9 @@ def standing(search: Search, taken: Trial) -> Standing:
     now = search.predict(taken.choice).get("error", 0.0)
     then = taken.predicted.get("error", 0.0)
     scale = search.correction.get("error", 1.0) * (then / now if now > 0 and then > 0 else 1.0)
-    problem = replace(search, correction={**search.correction, "error": scale}).problem()
+    seconds = {n: taken.correction.get(n, 1.0) for n in search.correction if n != "error"}
+    search = replace(search, correction={**seconds, "error": scale})
+    problem = search.problem()
     # a choice that is handed out though it was predicted to miss a row is compared with itself
     rows = tuple(
         replace(row, limit=max(row.limit, row.constant + total(problem, taken.choice, row.name)))

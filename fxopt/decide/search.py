@@ -20,6 +20,8 @@ GAP = 1e-3
 """Relative gap at which a choice counts as optimal: below what costs are measured to."""
 
 BYTE_ROWS = ("weights", "kv_cache", "memory", "activations")
+NOISE, SCALE_DOUBT, LEAST_SCALE = 0.02, 0.3, 0.1
+"""What whole calls are measured to; how far sums of sites are expected to be off, and at most."""
 FASTER = 1.02
 """A rewrite that serves no byte row must be measured at least this much faster."""
 
@@ -49,25 +51,29 @@ class Limits:
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice with what was predicted and measured of it."""
+    """A choice with what was predicted and measured of it, and the corrections until then."""
 
     choice: Choice
     predicted: Rows
     measured: Rows
     excess: float
     value: float
+    correction: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Search:
     """Proposes choices, is told what they measured, remembers the best.
 
-    `correction` scales a row's predictions to what was measured of whole choices.
+    `correction` scales a row's predictions to what was measured of whole choices: an error as a
+    whole, seconds in what a choice adds to the model that keeps every site (`moves`: predicted and
+    measured, by row).
     """
 
     table: Table
     limits: Limits
     correction: dict[str, float] = field(default_factory=dict)
+    moves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     stopped: bool = False
     solver_seconds: float = 40.0
@@ -77,9 +83,9 @@ class Search:
         rows = tuple(
             Row(row, limit, constant)
             for name, limit in self.limits.rows.items()
-            for row, constant in self.limits.constant(name).items()
+            for row, constant in self.constant(name).items()
         )
-        groups = self.table.groups(self.correction.get("error", 1.0))
+        groups = self.table.groups(self.correction)
         forbidden = self._forbidden()
         return Problem(
             groups,
@@ -117,7 +123,7 @@ class Search:
             for expanded in self.limits.constant(name)
         ]
         pairs: set[tuple[int, int]] = set()
-        for g, group in enumerate(self.table.groups(1.0)):
+        for g, group in enumerate(self.table.groups({})):
             kept, columns = group.options[0], self.table.columns[g]
             for o, option in enumerate(group.options[1:], 1):
                 smaller = any(option.amount(row) < kept.amount(row) for row in rows)
@@ -174,17 +180,29 @@ class Search:
         return {
             name: max(
                 total(problem, choice, row) + constant
-                for row, constant in self.limits.constant(name).items()
+                for row, constant in self.constant(name).items()
             )
             for name in sorted(names)
         }
+
+    def constant(self, name: str) -> dict[str, float]:
+        """The constants of a row; what scales seconds leaves the kept model's as they are."""
+        scale = self.correction.get(name, 1.0)
+        if not name.startswith("latency") or scale == 1.0:
+            return self.limits.constant(name)
+        return {name: self.limits.constants.get(name, 0.0) + (1 - scale) * self._kept(name)}
+
+    def _kept(self, name: str) -> float:
+        """What the sites add to a row, all of them kept."""
+        return sum(self.table.amounts(c[0], c[0]).get(name, 0.0) for c in self.table.columns)
 
     def tell(self, choice: Choice, measured: Rows) -> Trial:
         """Record what `choice` measured; later predictions are corrected by it."""
         predicted = self.predict(choice)
         value = sum(w * measured.get(n, predicted[n]) for n, w in self.limits.objective.items())
         value = value if math.isfinite(value) else math.inf
-        trial = Trial(choice, predicted, measured, self.limits.excess(measured), value)
+        excess, then = self.limits.excess(measured), dict(self.correction)
+        trial = Trial(choice, predicted, measured, excess, value, then)
         self.trials.append(trial)
         self.correct(choice, predicted, measured)
         return trial
@@ -198,8 +216,12 @@ class Search:
         )
 
     def correct(self, choice: Choice, predicted: Rows, measured: Rows) -> None:
-        """Scale the error row by measured / predicted, within a factor of 10 at a time; move the
-        point of the program where the peak was expected by what it measured more or less."""
+        """Scale the error row by measured / predicted, within a factor of 10 at a time, and
+        seconds by the line through the kept model and all trials; move the point of the program
+        where the peak was expected by what it measured more or less."""
+        for name in measured:
+            if name.startswith("latency") and name in predicted:
+                self._scale_seconds(name, predicted[name], measured[name])
         peak = next((n for n in PEAK_ROWS if n in measured and n in self.limits.rows), None)
         if peak is not None and self.limits.points:
             widest = self._widest(choice, peak)
@@ -209,6 +231,14 @@ class Search:
             ratio = measured["error"] / predicted["error"]
             before = self.correction.get("error", 1.0)
             self.correction["error"] = before * min(max(ratio, 0.1), 10.0)
+
+    def _scale_seconds(self, name: str, predicted: float, measured: float) -> None:
+        kept = self.limits.constants.get(name, 0.0) + self._kept(name)
+        if not (math.isfinite(measured) and kept > 0):
+            return
+        expected = (predicted - kept) / self.correction.get(name, 1.0)
+        self.moves.setdefault(name, []).append((expected, measured - kept))
+        self.correction[name] = slope(self.moves[name], NOISE * kept)
 
     def tighten(self, trial: Trial, row: str, factor: float) -> None:
         """What was measured of `trial` elsewhere was `factor` times worse in `row`: ask that much
@@ -235,6 +265,13 @@ class Search:
     def columns(self, choice: Choice) -> list[Column]:
         """The columns that a choice takes."""
         return [c[o] for c, o in zip(self.table.columns, choice, strict=True)]
+
+
+def slope(moves: Sequence[tuple[float, float]], noise: float) -> float:
+    """Measured over predicted changes, the most probable where each was measured to `noise` and
+    1 +- `SCALE_DOUBT` was expected: changes within the noise say nothing."""
+    both = sum(x * y for x, y in moves) / noise**2 + 1 / SCALE_DOUBT**2
+    return max(both / (sum(x * x for x, _ in moves) / noise**2 + 1 / SCALE_DOUBT**2), LEAST_SCALE)
 
 
 def _least(problem: Problem, row: Row) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -69,23 +68,27 @@ class Table:
                     changing.setdefault(site.key, []).append(g)
         return tuple(dict.fromkeys(tuple(found) for found in changing.values() if len(found) > 1))
 
-    def groups(self, scale: float) -> tuple[Group, ...]:
-        """The solver's groups, errors multiplied by `scale`."""
+    def groups(self, scales: Mapping[str, float]) -> tuple[Group, ...]:
+        """The solver's groups, amounts in rows multiplied by `scales`."""
+
+        def scaled(amounts: Rows) -> Rows:
+            return {row: scales.get(row, 1.0) * amount for row, amount in amounts.items()}
+
         return tuple(
             Group(
                 sites[0].key,
-                tuple(Option(c.label, self.amounts(c, columns[0], scale)) for c in columns),
+                tuple(Option(c.label, scaled(self.amounts(c, columns[0]))) for c in columns),
             )
             for sites, columns in zip(self.keys, self.columns, strict=True)
         )
 
-    def amounts(self, column: Column, kept: Column, scale: float = 1.0) -> Rows:
+    def amounts(self, column: Column, kept: Column) -> Rows:
         """What a column adds to each row; `kept` is the first of its group."""
         error = column.error if math.isfinite(column.error) else 0.0  # forbidden, then
         if column.measured is None:
             error *= self.factor.get(kind(column), 1.0)
         return {
-            "error": max(error, 0.0) * scale,
+            "error": max(error, 0.0),
             "latency": column.cost.seconds,
             **{f"latency.{name}": seconds for name, seconds in column.seconds.items()},
             "weights": float(column.cost.weight_bytes),

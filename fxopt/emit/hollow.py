@@ -6,7 +6,7 @@ of the module's own code, Python and glue, and nothing of its sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -60,8 +60,7 @@ def hollow(
         q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any, **given: Any
     ) -> Tensor:
         held = attention()
-        state: Sequence[Tensor] = given.get("state") or ()
-        width = (state[-1] if v is None else v).shape[-1]
+        width = (given["state"][-1] if v is None else v).shape[-1]
         output = stand((q.shape[0], q.shape[2], q.shape[1], width), q)
         del held
         return output

@@ -86,7 +86,10 @@ class QuantizedSaved(Unchanged):
             return lambda: unpack_activation(codes, top, (count,), (1,), bits, group)
 
         return [
-            OpCall("fxopt::pack_activation", f"pack_activation/{key}", 0.0, info.bytes, packed, run=pack),
+            OpCall(
+                "fxopt::pack_activation", f"pack_activation/{key}", 0.0, info.bytes, packed,
+                run=pack,
+            ),
             OpCall(
                 "fxopt::unpack_activation", f"unpack_activation/{key}", 0.0, packed, info.bytes,
                 run=unpack,

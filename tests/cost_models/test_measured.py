@@ -168,7 +168,9 @@ def test_calls_between_measured_ones_are_told_by_them(tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(3 * model.prior(asked).seconds)
     assert 0 < found.doubt < 0.3 * found.seconds
     assert "asked" not in model.measured
-    assert model(call(key="asked", bytes_read=3e6, family="other")).seconds == pytest.approx(0.003001)
+    assert model(call(key="asked", bytes_read=3e6, family="other")).seconds == pytest.approx(
+        0.003001
+    )
 
 
 def test_doubt_grows_with_distance_and_with_disagreement(tmp_path: Path) -> None:
