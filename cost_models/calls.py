@@ -13,7 +13,7 @@ import torch
 from .hardware import Device, cache_folder, read_json, write_json
 
 NOISE = 0.03
-SCALE_DOUBT, OFFSET_DOUBT = 0.3, 1e-3
+SCALE_DOUBT, OFFSET_DOUBT = 0.3, 2e-4
 """Before anything was realised: how far parts may be from the whole, as a share, and seconds."""
 KEPT = 16
 """Points that are kept of one model and one kind of call."""

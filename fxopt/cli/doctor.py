@@ -8,14 +8,16 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxopt.cost_models.hardware import Device, probe
 from fxopt.ir.units import format_value
 
 from .command import OK, Output, command
+
+if TYPE_CHECKING:
+    from fxopt.cost_models.hardware import Device
 
 PACKAGES = ("torch", "transformers", "triton", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
@@ -31,14 +33,16 @@ def doctor(
 
     fxopt doctor
     """
-    facts = examine(refresh=refresh)
+    facts = examine(refresh) if refresh else examine()
     output.show(text(facts), facts)
     return OK
 
 
-def examine(*, refresh: bool = False) -> dict[str, Any]:
+def examine(refresh: bool = False) -> dict[str, Any]:
     """Versions, the facts of each device, and, in sentences, the effect of what is missing."""
     import torch
+
+    from fxopt.cost_models.hardware import probe
 
     versions = {name: _version(name) for name in PACKAGES}
     absent = no_gpu()
