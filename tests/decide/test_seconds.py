@@ -22,7 +22,8 @@ def search() -> Search:
 
     def column(seconds: float, error: float) -> Column:
         taken: Any = () if seconds == 4.0 else (SimpleNamespace(
-            rewrite=SimpleNamespace(name="linear.toy"), site=SimpleNamespace(family="linear", key=""),
+            rewrite=SimpleNamespace(name="linear.toy"),
+            site=SimpleNamespace(family="linear", key=""),
             candidate=SimpleNamespace(label=f"{seconds}"),
         ),)  # fmt: skip
         return Column(taken, Cost(seconds), error, error)
