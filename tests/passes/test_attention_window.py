@@ -197,5 +197,5 @@ def test_prices_can_be_measured(changes: dict[str, Any]) -> None:
             (call,) = rewrite.lower(match, candidate, scenario)
             assert call.run is not None
             out = call.run("cpu")()
-            assert out.shape == (1, scenario.queries, 2, 16)
+            assert out.shape == (1, scenario.queries, 6, 16)
             assert out.isfinite().all()

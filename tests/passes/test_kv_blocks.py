@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.decide.table import calls_of
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, LinearInfo, Site
 from fxopt.ir.workload import Generate, Scenario, scenarios
 from fxopt.kernels.kv_attention import allocate, cached_attention, parse, state_bytes
 from fxopt.kernels.kv_attention.filled import fill
+from fxopt.passes.baseline import baseline_calls
 from fxopt.passes.kv_cache.blocks import Blocks, exact_call
 
 INFO = AttentionInfo(
@@ -107,7 +109,7 @@ def test_calls_can_be_timed_and_read_fewer_bytes() -> None:
     for candidate in Blocks().candidates(match, WORK):
         call, fill = (Blocks().lower(match, candidate, s)[0] for s in (decode, prefill))
         assert call.bytes_read < 0.5 * exact.bytes_read
-        assert fill.run is None
+        assert fill.run is not None
         assert fill.flops == 0
         assert fill.state_bytes < call.state_bytes
         keys |= {call.key, fill.key}
@@ -115,19 +117,38 @@ def test_calls_can_be_timed_and_read_fewer_bytes() -> None:
     for timed in (exact, call):
         assert timed.run is not None
         step = timed.run("cpu")
-        assert step().shape == (2, 1, 4, 64)
+        assert step().shape == (2, 1, 4 * timed.share, 64)
         assert step().isfinite().all()
 
 
-def test_a_window_limits_what_is_read() -> None:
+def test_a_run_that_stores_a_prompt_stores_it_each_time() -> None:
+    """Blocks of a state that is full are packed again."""
+    packed = Blocks().lower(matched(), Blocks().candidates(matched(), WORK)[2], WORK[0])[0]
+    for call in (exact_call(INFO, WORK[0]), packed):
+        assert call.run is not None
+        store: Any = call.run("cpu")
+        part, new, *_ = store.args
+        for _ in range(2):
+            part["key"].zero_()
+            store()
+            assert part["key"].any()
+            assert call is packed or torch.equal(part["key"], new["key"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_limits_what_is_read(packed: bool) -> None:
     candidate = Blocks().candidates(matched(), WORK)[2]
-    whole = Blocks().lower(matched(), candidate, WORK[1])[0]
-    near = Blocks().lower(Match(site(), {"window": 64}), candidate, WORK[1])[0]
-    own = Blocks().lower(matched(window=64), candidate, WORK[1])[0]
-    assert near.bytes_read < 0.2 * whole.bytes_read
-    assert near.state_bytes == whole.state_bytes
-    assert near.key != whole.key
-    assert own.bytes_read == near.bytes_read
+    cache: Any = SimpleNamespace(match=matched(), rewrite=Blocks(), candidate=candidate)
+    near: Any = SimpleNamespace(candidate=SimpleNamespace(parameters={"window": 64}))
+    sites = (replace(site(), family="attention"), site())
+    chosen = {"kv_cache": cache} if packed else {}
+    (whole,) = calls_of(sites, chosen, WORK[1], baseline_calls)
+    (window,) = calls_of(sites, {**chosen, "attention": near}, WORK[1], baseline_calls)
+    (own,) = calls_of((sites[0], site(window=64)), chosen, WORK[1], baseline_calls)
+    assert window.bytes_read < 0.2 * whole.bytes_read
+    assert window.state_bytes == whole.state_bytes
+    assert window.key != whole.key
+    assert own.bytes_read == window.bytes_read
 
 
 class Editor:
@@ -202,7 +223,7 @@ def test_cross_attention_is_packed_whole() -> None:
         state = fill(k, v, None, candidate.label)
         assert call.state_bytes == sum(tensor.nbytes for tensor in state) < exact.state_bytes
         assert call.run is not None
-        assert call.run("cpu")().shape == (2, 1, 4, 64)
+        assert call.run("cpu")().shape == (2, 1, 4 * call.share, 64)
 
 
 def test_a_source_shorter_than_a_block_is_refused() -> None:
