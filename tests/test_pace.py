@@ -24,31 +24,41 @@ from fxopt.passes.baseline import baseline_calls
 from fxopt.request import resolve
 
 
-@pytest.fixture(scope="module")
-def compiler() -> Compiler:
+def made(device: str, head_dim: int = 32) -> Compiler:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=128, hidden_size=4 * head_dim, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(128, (1, 160))
+    model = LlamaForCausalLM(config).to(
+        device, torch.float32 if device == "cpu" else torch.bfloat16
+    )
+    ids = torch.randint(128, (1, 160), device=device)
     return Compiler(
         resolve(
-            model, fxopt.Budget(weights="100%"), {"input_ids": ids},
+            model.eval(), fxopt.Budget(weights="100%"), {"input_ids": ids},
             workload=fxopt.Generate(batch=1, prompt=160, new_tokens=8), calibration=None, keep=(),
             rewrites=["linear.quantized", "kv_cache.blocks"], at=None, seed=0, time_limit=None,
         )
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def table(compiler: Compiler) -> Table:
+def priced(compiler: Compiler) -> Table:
     with torch.no_grad():
         return build(
             compiler.proposals, (*compiler.scenarios, compiler.final), baseline_calls,
             compiler.costs, lambda _: 0.0,
         )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Compiler:
+    return made("cpu")
+
+
+@pytest.fixture(scope="module")
+def table(compiler: Compiler) -> Table:
+    return priced(compiler)
 
 
 def labelled(
@@ -161,13 +171,15 @@ def test_peaks_are_predicted_before_anything_is_realised(
         codes = quantized_linear.quantize(weights[proposal.site.info.weight].detach(), 4, 64)
         return dict(zip(("packed", "scale", "zero"), codes, strict=True))
 
+    assert found == pytest.approx(peak_of(compiler, proposals, stored), rel=0.02)
+
+
+def peak_of(compiler: Compiler, proposals: list[Any], stored: Any) -> int:
+    """Bytes of a realised module with what its prompt takes, the cache included."""
     module = compiler.emit(compiler.realise(proposals, stored))
-    request = compiler.request
-    _, prefill = next(calls(module, request.workload, request.example))
+    _, prefill = next(calls(module, compiler.request.workload, compiler.request.example))
     prefill()
-    held: list[Any] = []
-    peak = peak_live_bytes(lambda: held.append(prefill()), compiler.device)
-    assert found == pytest.approx(weight_bytes(module) + peak, rel=0.02)
+    return weight_bytes(module) + peak_live_bytes(prefill, compiler.device)
 
 
 @pytest.mark.usefixtures("clock")
@@ -178,3 +190,18 @@ def test_the_rest_is_timed_once_for_each_kind_of_call(
     rest = Pace(compiler).rest
     assert set(rest) == {"prefill", "decode"}
     assert all(0 < parts.device < 1 and parts.host == 0 for parts in rest.values())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.usefixtures("clock")
+def test_on_a_gpu_steps_are_replayed_and_prompts_are_issued() -> None:
+    compiler = made("cuda", 64)
+    pace, table = Pace(compiler), priced(compiler)
+    assert set(pace.rest) == {"prefill", "decode"}
+    assert pace.replayed == {"decode"}
+    assert all(min(parts.host, parts.device) > 0 for parts in pace.rest.values())
+    none = identity(table)
+    assert pace.calls(table, none)["prefill"].host > pace.rest["prefill"].host
+    assert pace.calls(table, none)["decode"].host == pace.rest["decode"].host
+    assert pace.memory(table, none) == pytest.approx(peak_of(compiler, [], None), rel=0.05)
