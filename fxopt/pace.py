@@ -8,7 +8,6 @@ its output and the workspace that its op was seen to take.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -31,8 +30,6 @@ from .passes.baseline import baseline_calls
 
 if TYPE_CHECKING:
     from .compiler import Compiler
-
-logger = logging.getLogger("fxopt")
 
 SECONDS = 0.3
 """For timing the rest of one kind of call."""
