@@ -97,8 +97,11 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if _is_one_kernel(gate, up):
         return torch.ops.fxopt.gated.default(gate, up, activation)
     if activation == "silu":
-        return F.silu(gate) * up
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+        active = F.silu(gate)
+    else:
+        active = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    del gate  # or the product would be a fourth tensor of this size
+    return active * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -120,6 +123,7 @@ def add_rms_norm(
     if _is_one_kernel(x, residual, weight):
         return torch.ops.fxopt.add_rms_norm.default(x, residual, weight, epsilon)
     total = x + residual
+    del x, residual  # as above
     return total, rms_norm(total, weight, epsilon)
 
 

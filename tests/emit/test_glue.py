@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.capture import capture
+from fxopt.decide.verify import peak_live_bytes
 from fxopt.emit.editor import GraphEditor
 from fxopt.emit.module import OptimizedModule, emit
+from fxopt.ir.ops import gated
 from tests.emit.test_packed_generation import captured
 
 
@@ -127,3 +129,15 @@ def test_models_of_half_precision(name: str, sums: int, norms: int) -> None:
     assert source.count(" rms_norm(") == norms
     assert source.count("gated(") == 1
     assert ("for layer, state in zip(self.layers, past" in source) is bool(sums)
+
+
+@torch.no_grad()
+def test_a_gate_holds_no_more_than_the_two_calls_did() -> None:
+    gate, up = nn.Linear(4, 4096), nn.Linear(4, 4096)
+    x = torch.randn(64, 4)
+
+    def joined() -> Tensor:
+        return gated(gate(x), up(x), "silu")
+
+    size = joined().nbytes
+    assert peak_live_bytes(joined, x.device) < 3.1 * size
