@@ -14,7 +14,7 @@ from ..ir.errors import CaptureError
 from .attention import match_attention
 from .inplace import without_overwriting
 from .interface import PADDING, TRACED
-from .linears import canonical_linears
+from .linears import canonical_linears, free_layouts
 from .names import locate, name_parameters
 from .nodes import ALIASES, CASTS, COPIES, attention_node, padding_source, schema_of, value
 from .shapes import read_sizes_once
@@ -55,6 +55,7 @@ def canonicalize(gm: fx.GraphModule, model: nn.Module, inputs: list[str]) -> fx.
     flatten_output(graph)
     canonical = fx.GraphModule(attributes, graph, type(model).__name__)
     canonical_linears(graph)
+    free_layouts(graph)
     match_attention(canonical)
     graph.eliminate_dead_code()
     read = {str(n.target): attributes[str(n.target)] for n in graph.find_nodes(op="get_attr")}

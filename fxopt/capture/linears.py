@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from .nodes import VIEWS
 
 aten = torch.ops.aten
 
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+DEFAULTS: tuple[Any, ...] = ([1], [0], [1], 1)
+"""Stride, padding, dilation and groups of a convolution."""
 TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.mT.default}
 
 
@@ -33,6 +37,35 @@ def parameter(node: Any) -> tuple[fx.Node, bool] | None:
         return None
     tensor = node.meta.get("val")
     return (node, flipped) if tensor is not None and tensor.dim() == 2 else None
+
+
+def stored(weight: Any) -> tuple[fx.Node, bool] | None:
+    """`parameter`, or the get_attr of a convolution's weight."""
+    held = isinstance(weight, fx.Node) and weight.op == "get_attr"
+    return (weight, False) if held and weight.meta["val"].dim() > 2 else parameter(weight)
+
+
+def patch_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Kernel sizes of a convolution over whole batches whose strides they are: a linear layer over
+    patches. None for every other call."""
+    if node.target not in CONVOLUTIONS or node.kwargs:
+        return None
+    arguments: tuple[Any, ...] = node.args
+    x, weight, *given = arguments
+    stride, padding, dilation, groups = (*given[1:], *DEFAULTS[max(0, len(given) - 1) :])
+    shape = weight.meta["val"].shape
+    kernel = tuple(int(size) for size in shape[2:])
+    strides = tuple(stride) * (len(kernel) if len(stride) == 1 else 1)
+    plain = not any(padding) and groups == 1 and (set(dilation) == {1} or math.prod(kernel) == 1)
+    whole = x.meta["val"].dim() == len(shape)
+    return kernel if plain and whole and strides == kernel else None
+
+
+def free_layouts(graph: fx.Graph) -> None:
+    """Let views copy where they must: a rewritten convolution may return channels last."""
+    if any(patch_of(node) for node in graph.nodes):
+        for node in graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
 
 
 def _replace(graph: fx.Graph, node: fx.Node, x: Any, weight: Any, bias: Any) -> None:

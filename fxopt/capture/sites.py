@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
 
 from ..ir.site import AttentionInfo, LinearInfo, Site
 from .captured import Captured
 from .groups import group_sites
-from .linears import TRANSPOSES, parameter
+from .linears import TRANSPOSES, patch_of, stored
 from .names import attribute, site_keys
+from .shapes import fixed
 from .temporaries import temporary_sites
 
 aten = torch.ops.aten
@@ -83,7 +85,7 @@ def _linear_sites(graph: fx.GraphModule) -> list[Site]:
 
 
 def _is_linear(node: fx.Node) -> bool:
-    return node.target is aten.linear.default
+    return node.target is aten.linear.default or patch_of(node) is not None
 
 
 def _is_experts(node: fx.Node) -> bool:
@@ -127,9 +129,11 @@ def _linear_info(
 ) -> tuple[LinearInfo, str | None]:
     weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
     x, w = node.args[0].meta["val"], weight.meta["val"]  # pyright: ignore
-    found = parameter(weight)
+    patch = patch_of(node) or ()
+    columns = math.prod(int(size) for size in w.shape[1:])
+    found = stored(weight)
     if found is None:
-        info = LinearInfo("", None, int(w.shape[1]), int(w.shape[0]), x.dtype)
+        info = LinearInfo("", None, columns, int(w.shape[0]), x.dtype, patch=patch)
         return info, "the weight is computed in the forward: there is no parameter to replace"
     held, flipped = found
     name = str(held.target)
@@ -142,13 +146,25 @@ def _linear_info(
     info = LinearInfo(
         weight=name,
         bias=str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None,
-        in_features=int(w.shape[1]),
+        in_features=columns,
         out_features=int(w.shape[0]),
         dtype=x.dtype,
         transposed=flipped,
         shared_with=tuple(dict.fromkeys(others)),
+        patch=patch,
+        positions=_positions(node, patch),
     )
     return info, _why_blocked(tensor, bias, others)
+
+
+def _positions(node: fx.Node, patch: tuple[int, ...]) -> int | None:
+    """Rows of one item of the batch: of a convolution at the traced sizes, of a linear only where
+    no input changes them (the patches of an image)."""
+    shape = node.meta["val"].shape
+    sizes = shape[2:] if patch else shape[1:-1]
+    known = [s.node.hint if patch and isinstance(s, SymInt) else fixed(s) for s in sizes]
+    numbers = [int(size) for size in known if size is not None]
+    return math.prod(numbers) if numbers and len(numbers) == len(known) else None
 
 
 def _why_blocked(tensor: Tensor, bias: Any, others: list[str]) -> str | None:

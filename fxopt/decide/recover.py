@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ir.site import GroupInfo, Site
+from ..ir.patches import from_rows, to_rows
+from ..ir.site import GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .propose import Proposal
 from .quality import Quality
@@ -71,20 +72,21 @@ def recover(
     and hold what is alive at one node for all of them.
     """
     linear = [p for p in proposals if p.site.family == "linear"]
-    at = {site.node: (p, k) for p in linear for k, site in _outputs(p)}
+    at = {site.node: (p, k, _patch(site)) for p in linear for k, site in _outputs(p)}
     recovery = Recovery(prepare)
     walks = [_Walk(graph, batches, run, quality) for graph in (original, rewritten)]
     masks = [padding_of(batch) for batch in batches]
     with torch.no_grad():
         for node in [n.name for n in rewritten.graph.nodes if n.name in at]:
-            proposal, member = at[node]
-            before, after = (walk.inputs(node) for walk in walks)
+            proposal, member, patch = at[node]
+            before, after = ([to_rows(x, patch) for x in walk.inputs(node)] for walk in walks)
             if proposal.site.key not in recovery.errors:
                 pairs = list(zip(_rows(before, masks), _rows(after, masks), strict=True))
                 _fit(recovery, proposal, member, pairs, statistics)
             walks[0].proceed()
             tensors = recovery(proposal)
-            walks[1].proceed([_emulated(proposal, tensors, x, member) for x in after])
+            outputs = [_emulated(proposal, tensors, x, member) for x in after]
+            walks[1].proceed([from_rows(y, patch) for y in outputs])
     return recovery
 
 
@@ -93,6 +95,10 @@ def _outputs(proposal: Proposal) -> list[tuple[int, Site]]:
     if not isinstance(info, GroupInfo):
         return [(0, proposal.site)]
     return [(k, info.members[k]) for k in info.outputs]
+
+
+def _patch(site: Site) -> tuple[int, ...]:
+    return site.info.patch if isinstance(site.info, LinearInfo) else ()
 
 
 def _rows(inputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:

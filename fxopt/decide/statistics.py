@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ..ir.errors import FxoptError
 from ..ir.ops import attend
+from ..ir.patches import output_rows, to_rows
 from ..ir.site import GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .quality import Quality, by_row
@@ -169,7 +170,7 @@ class _Recorder(fx.Interpreter):
         self.mask: Tensor | None = None
         self.keep_attention = False
         self._live: list[tuple[str, Tensor, Tensor]] = []
-        self._grams: dict[str, Tensor] = {}
+        self._grams: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def begin(self, batch: Batch, *, keep_attention: bool) -> None:
         self.mask = padding_of(batch)
@@ -198,10 +199,11 @@ class _Recorder(fx.Interpreter):
         self._live.append((n.name, x, output))
 
     def _linear(self, n: fx.Node, args: tuple[Any, ...], output: Tensor) -> None:
-        x, recorded = args[0].detach(), self.nodes[n.name]
-        recorded.weight = args[1].detach()
+        patch, recorded = self.linear[n.name].patch, self.nodes[n.name]
+        x = to_rows(args[0].detach(), patch)
+        recorded.weight = args[1].detach().flatten(1)
         recorded.bias = args[2].detach() if len(args) > 2 and args[2] is not None else None
-        source = n.all_input_nodes[0].name
+        source = n.all_input_nodes[0].name, patch
         if source not in self._grams:
             rows = self._unpadded(x).float()
             self._grams[source] = (rows.T @ rows).double()
@@ -231,6 +233,7 @@ class _Recorder(fx.Interpreter):
             if name not in self.linear:
                 recorded.gradients = gradient
                 continue
+            gradient = output_rows(gradient, self.linear[name].patch)
             rows, grads = self._unpadded(x), self._unpadded(gradient)
             count = min(len(rows), max(1, ROWS // sequences))
             pick = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)

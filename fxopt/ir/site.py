@@ -19,7 +19,9 @@ class LinearInfo:
     """`y[..., out] = x[..., in] @ weight.T + bias`; the weight is stored [out, in].
 
     `transposed` says that the parameter itself is stored [in, out] (GPT-2's Conv1D).
-    `shared_with` names other users of the same parameter (tied embeddings).
+    `shared_with` names other users of the same parameter (tied embeddings). `patch` are the sizes
+    of a convolution's kernel, which are its strides: see `patches`. `positions` are the rows of one
+    item of the batch where the trace fixes them, or None where they are the call's tokens.
     """
 
     weight: str
@@ -29,6 +31,8 @@ class LinearInfo:
     dtype: torch.dtype
     transposed: bool = False
     shared_with: tuple[str, ...] = ()
+    patch: tuple[int, ...] = ()
+    positions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.ir.cost import OpCall
+from fxopt.ir.patches import from_rows, input_steps, output_steps, to_rows
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, LinearInfo, Site
 from fxopt.ir.workload import Scenario
@@ -104,9 +106,24 @@ def with_bias(tensors: dict[str, Tensor], statistics: SiteStatistics) -> dict[st
 
 
 def input_and_bias(node: fx.Node) -> tuple[Any, Any]:
-    """The arguments of an `aten.linear` node that outlive its weight."""
+    """The arguments of a site's node that outlive its weight, as they stand."""
     x, *rest = node.args
     return x, rest[1] if len(rest) > 1 else node.kwargs.get("bias")
+
+
+def rows_and_bias(editor: Editor, site: Site) -> tuple[Any, Any]:
+    """The site's input as rows [..., in], and its bias."""
+    x, bias = input_and_bias(editor.node(site))
+    for target, arguments in input_steps(linear_info(Match(site)).patch):
+        x = editor.call(site, target, (x, *arguments), {})
+    return x, bias
+
+
+def replace_by_rows(editor: Editor, site: Site, y: fx.Node) -> None:
+    """Let rows [..., out] stand for what the site returned."""
+    for target, arguments in output_steps(linear_info(Match(site)).patch):
+        y = editor.call(site, target, (y, *arguments), {})
+    editor.replace(site, y)
 
 
 def call(editor: Editor, site: Site, x: Any, weight: fx.Node, bias: Any) -> fx.Node:
@@ -132,16 +149,25 @@ def rank_step(info: LinearInfo) -> int:
     return 16 if min(info.in_features, info.out_features) >= 512 else 8
 
 
-def tokens(scenario: Scenario) -> int:
+def tokens(info: LinearInfo, scenario: Scenario) -> int:
     """Rows of x in one call."""
-    return scenario.batch * scenario.queries
+    return scenario.batch * (info.positions or scenario.queries)
 
 
 def signature(info: LinearInfo, scenario: Scenario) -> str:
     """Sizes and dtype as they stand in the key of an op call: "m16n4096k4096/bf16"."""
+    patch = f"/{'x'.join(map(str, info.patch))}b{scenario.batch}" if info.patch else ""
     bias = "/bias" if info.bias else ""
-    sizes = f"m{tokens(scenario)}n{info.out_features}k{info.in_features}"
-    return f"{sizes}/{_SHORT[info.dtype]}{bias}"
+    sizes = f"m{tokens(info, scenario)}n{info.out_features}k{info.in_features}"
+    return f"{sizes}/{_SHORT[info.dtype]}{bias}{patch}"
+
+
+def patched_shape(info: LinearInfo, scenario: Scenario) -> tuple[int, ...]:
+    """A shape of x with as many patches as the call has, one below the other."""
+    first, *rest = info.patch
+    count = tokens(info, scenario) // scenario.batch
+    channels = info.in_features // math.prod(info.patch)
+    return (scenario.batch, channels, count * first, *rest)
 
 
 def linear_call(
@@ -155,25 +181,27 @@ def linear_call(
     hidden_elements: int = 0,
     temporary_bytes: int = 0,
     launches: int = 1,
+    convolves: bool = False,
     make: Callable[[Callable[..., Tensor]], tuple[Callable[..., Tensor], tuple[Any, ...]]],
 ) -> OpCall:
     """An op call that reads x and a weight of `weight_bytes` and writes y.
 
     `hidden_elements` are written and read again between two products. `make` gets a function
     that draws a random tensor of the layer's dtype on the device, and returns the op and its
-    arguments after x and before the bias.
+    arguments after x and before the bias. The op takes rows, unless it `convolves`.
     """
-    size, rows = info.dtype.itemsize, tokens(scenario)
+    size, rows = info.dtype.itemsize, tokens(info, scenario)
     bias_bytes = info.out_features * size if info.bias else 0
 
     def run(device: Any) -> Callable[[], Tensor]:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
 
-        x = random(rows, info.in_features)
+        patch = () if convolves else info.patch
+        x = random(*(patched_shape(info, scenario) if info.patch else (rows, info.in_features)))
         bias = random(info.out_features) if info.bias else None
         function, arguments = make(random)
-        return lambda: function(x, *arguments, bias=bias)
+        return lambda: from_rows(function(to_rows(x, patch), *arguments, bias=bias), patch)
 
     return OpCall(
         op=op,
@@ -193,7 +221,7 @@ def elementwise_call(
     op: str, info: LinearInfo, scenario: Scenario, function: Callable[[Tensor], Any], reads: int
 ) -> OpCall:
     """An op call that reads `reads` tensors of the layer's output's size and writes one."""
-    rows, size = tokens(scenario), info.dtype.itemsize
+    rows, size = tokens(info, scenario), info.dtype.itemsize
     elements = rows * info.out_features
 
     def run(device: Any) -> Callable[[], Any]:
@@ -214,12 +242,35 @@ def elementwise_call(
 def dense_call(info: LinearInfo, scenario: Scenario) -> OpCall:
     """The linear layer as it is: the price of keeping it."""
     elements = info.in_features * info.out_features
+
+    def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        weight = random(info.out_features, info.in_features)
+        return (
+            (convolve, (kernel(weight, info), info.patch)) if info.patch else (F.linear, (weight,))
+        )
+
     return linear_call(
-        "aten::linear",
+        "aten::convolution" if info.patch else "aten::linear",
         "",
         info,
         scenario,
         weight_bytes=elements * info.dtype.itemsize,
-        flops=2.0 * tokens(scenario) * elements,
-        make=lambda random: (F.linear, (random(info.out_features, info.in_features),)),
+        flops=2.0 * tokens(info, scenario) * elements,
+        convolves=bool(info.patch),
+        make=make,
     )
+
+
+def kernel(weight: Tensor, info: LinearInfo) -> Tensor:
+    """A weight [out, in] as that of a convolution over the layer's patches."""
+    return weight.reshape(len(weight), -1, *info.patch)
+
+
+def convolution(patch: Sequence[int]) -> Any:
+    """The op that convolves over so many sizes."""
+    return getattr(torch.ops.aten, f"conv{len(patch)}d").default
+
+
+def convolve(x: Tensor, weight: Tensor, patch: Sequence[int], *, bias: Tensor | None) -> Tensor:
+    """The convolution whose kernel is its stride."""
+    return convolution(patch)(x, weight, bias, list(patch))

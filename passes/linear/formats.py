@@ -97,7 +97,7 @@ class Integer:
 
     def cost(self, info: LinearInfo, scenario: Scenario) -> OpCall:
         size, elements = info.dtype.itemsize, info.in_features * info.out_features
-        rows, bits, group = dense.tokens(scenario), self.bits, self.group_size
+        rows, bits, group = dense.tokens(info, scenario), self.bits, self.group_size
 
         def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
             weight = integer.quantize(random(info.out_features, info.in_features), bits, group)
@@ -151,7 +151,7 @@ class Float8:
         return target, (x, tensors["rounded"], tensors["scale"], bias)
 
     def cost(self, info: LinearInfo, scenario: Scenario) -> OpCall:
-        elements, rows = info.in_features * info.out_features, dense.tokens(scenario)
+        elements, rows = info.in_features * info.out_features, dense.tokens(info, scenario)
 
         def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
             weight = random(info.out_features, info.in_features)

@@ -61,23 +61,31 @@ class LowRank(dense.Structure):
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        site = match.site
+        site, info = match.site, dense.linear_info(match)
         x, bias = dense.input_and_bias(editor.node(site))
-        down, up = (editor.tensor(site, name, tensors[name]) for name in ("down", "up"))
+        factors = _kernels(tensors["down"], tensors["up"], info)
+        down, up = (editor.tensor(site, n, f) for n, f in zip(("down", "up"), factors, strict=True))
+        if info.patch:
+            target = dense.convolution(info.patch)
+            hidden = editor.call(site, target, (x, down, None, list(info.patch)), {})
+            editor.replace(site, editor.call(site, target, (hidden, up, bias), {}))
+            return
         target = torch.ops.fxopt.low_rank_linear.default
         editor.replace(site, editor.call(site, target, (x, down, up, bias), {}))
 
 
 def low_rank_call(info: LinearInfo, rank: int, scenario: Scenario) -> OpCall:
     """The op call of two factors in place of the layer."""
-    rows, elements = dense.tokens(scenario), rank * (info.in_features + info.out_features)
+    rows, elements = dense.tokens(info, scenario), rank * (info.in_features + info.out_features)
 
     def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         factors = random(rank, info.in_features), random(info.out_features, rank)
+        if info.patch:
+            return _convolved, (*_kernels(*factors, info), info.patch)
         return low_rank_linear, factors
 
     return dense.linear_call(
-        "fxopt::low_rank_linear",
+        "fxopt::low_rank_convolution" if info.patch else "fxopt::low_rank_linear",
         f"r{rank}",
         info,
         scenario,
@@ -86,8 +94,23 @@ def low_rank_call(info: LinearInfo, rank: int, scenario: Scenario) -> OpCall:
         hidden_elements=rows * rank,
         temporary_bytes=rows * rank * info.dtype.itemsize,
         launches=2,
+        convolves=bool(info.patch),
         make=make,
     )
+
+
+def _kernels(down: Tensor, up: Tensor, info: LinearInfo) -> tuple[Tensor, Tensor]:
+    """The factors as two convolutions, the second over single positions; as they are otherwise."""
+    if not info.patch:
+        return down, up
+    return dense.kernel(down, info), up.reshape(*up.shape, *(1 for _ in info.patch))
+
+
+def _convolved(
+    x: Tensor, down: Tensor, up: Tensor, patch: Sequence[int], *, bias: Tensor | None
+) -> Tensor:
+    hidden = dense.convolve(x, down, patch, bias=None)
+    return dense.convolve(hidden, up, [1] * len(patch), bias=bias)
 
 
 def _rank(candidate: Candidate) -> int:

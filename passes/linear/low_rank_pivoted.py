@@ -49,7 +49,7 @@ class LowRankPivoted(dense.Structure):
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         info, rank = dense.linear_info(match), _rank(candidate)
-        rows, rest = dense.tokens(scenario), info.out_features - rank
+        rows, rest = dense.tokens(info, scenario), info.out_features - rank
         elements = rank * (info.in_features + rest)
         size = info.dtype.itemsize
 
@@ -100,7 +100,7 @@ class LowRankPivoted(dense.Structure):
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site = match.site
-        x, bias = dense.input_and_bias(editor.node(site))
+        x, bias = dense.rows_and_bias(editor, site)
         names = ("pivots", "others", "order")
         pivots, others, order = (editor.tensor(site, name, tensors[name]) for name in names)
         first = dense.call(editor, site, x, pivots, None)
@@ -109,7 +109,7 @@ class LowRankPivoted(dense.Structure):
         y = editor.call(site, aten.index_select.default, (joined, -1, order), {})
         if bias is not None:
             y = editor.call(site, aten.add.Tensor, (y, bias), {})
-        editor.replace(site, y)
+        dense.replace_by_rows(editor, site, y)
 
 
 def _pivoted(

@@ -50,7 +50,7 @@ class LowRankQuantized(dense.Structure):
         info, rank = dense.linear_info(match), _rank(candidate)
         down, up = _formats(candidate, info.in_features)
         first = replace(info, out_features=rank, bias=None)
-        second = replace(info, in_features=rank)
+        second = replace(info, in_features=rank, patch=())
         return [down.cost(first, scenario), up.cost(second, scenario)]
 
     def prepare(
@@ -81,10 +81,11 @@ class LowRankQuantized(dense.Structure):
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site = match.site
-        x, bias = dense.input_and_bias(editor.node(site))
+        x, bias = dense.rows_and_bias(editor, site)
         down, up = _formats(candidate, dense.linear_info(match).in_features)
         hidden = formats.insert(editor, site, down, x, tensors, None, "down_")
-        editor.replace(site, formats.insert(editor, site, up, hidden, tensors, bias, "up_"))
+        y = formats.insert(editor, site, up, hidden, tensors, bias, "up_")
+        dense.replace_by_rows(editor, site, y)
 
 
 def _rank(candidate: Candidate) -> int:

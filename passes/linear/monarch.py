@@ -79,7 +79,7 @@ class Monarch:
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         info, (blocks, rank) = dense.linear_info(match), _size(candidate)
-        inner, rows = blocks * rank, dense.tokens(scenario)
+        inner, rows = blocks * rank, dense.tokens(info, scenario)
         elements = inner * (info.in_features + info.out_features)
 
         def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
@@ -129,10 +129,11 @@ class Monarch:
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site = match.site
-        x, bias = dense.input_and_bias(editor.node(site))
+        x, bias = dense.rows_and_bias(editor, site)
         right, left = (editor.tensor(site, name, tensors[name]) for name in ("right", "left"))
         target = torch.ops.fxopt.monarch_linear.default
-        editor.replace(site, editor.call(site, target, (x, right, left, bias), {}))
+        y = editor.call(site, target, (x, right, left, bias), {})
+        dense.replace_by_rows(editor, site, y)
 
 
 def _size(candidate: Candidate) -> tuple[int, int]:

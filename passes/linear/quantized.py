@@ -96,6 +96,7 @@ class Quantized:
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        x, bias = dense.input_and_bias(editor.node(match.site))
+        x, bias = dense.rows_and_bias(editor, match.site)
         stored = formats.of(candidate.parameters)
-        editor.replace(match.site, formats.insert(editor, match.site, stored, x, tensors, bias))
+        y = formats.insert(editor, match.site, stored, x, tensors, bias)
+        dense.replace_by_rows(editor, match.site, y)

@@ -65,7 +65,7 @@ class QuantizedLowRank(dense.Structure):
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         info, stored = dense.linear_info(match), _format(candidate)
-        beside = low_rank_call(replace(info, bias=None), _rank(candidate), scenario)
+        beside = low_rank_call(replace(info, bias=None, patch=()), _rank(candidate), scenario)
         add = dense.elementwise_call("aten::add", info, scenario, lambda y: y + y, reads=2)
         return [stored.cost(info, scenario), beside, add]
 
@@ -102,13 +102,14 @@ class QuantizedLowRank(dense.Structure):
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site = match.site
-        x, bias = dense.input_and_bias(editor.node(site))
+        x, bias = dense.rows_and_bias(editor, site)
         main = formats.insert(editor, site, _format(candidate), x, tensors, bias)
         down, up = (editor.tensor(site, name, tensors[name]) for name in ("down", "up"))
         target = torch.ops.fxopt.low_rank_linear.default
         beside = editor.call(site, target, (x, down, up, None), {})
         add = torch.ops.aten.add.Tensor
-        editor.replace(site, editor.call(site, add, (main, beside), {}))
+        y = editor.call(site, add, (main, beside), {})
+        dense.replace_by_rows(editor, site, y)
 
 
 def _rank(candidate: Candidate) -> int:

@@ -74,15 +74,15 @@ CASES = {
         ),
         text, 2, 14,
     ),
-    "vit": Case(lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)), image, 2, 13),
+    "vit": Case(lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)), image, 2, 14),
     "clip": Case(
         lambda: hf.CLIPModel(hf.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION)),
-        both, 4, 26, causal=2,
+        both, 4, 27, causal=2,
     ),
     "clip_text": Case(
         lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**CLIP_TEXT)), text, 2, 12, causal=2
     ),
-    "clip_vision": Case(lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)), image, 2, 12),
+    "clip_vision": Case(lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)), image, 2, 13),
     "t5": Case(
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=97)
