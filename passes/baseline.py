@@ -6,7 +6,7 @@ from torch import fx
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Match
-from fxopt.ir.site import AttentionInfo, GroupInfo, LinearInfo, Site, TemporaryInfo
+from fxopt.ir.site import AttentionInfo, EmbeddingInfo, GroupInfo, LinearInfo, Site, TemporaryInfo
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.kv_attention.filled import filled_bytes
 from fxopt.kernels.kv_attention.layout import parse
@@ -15,7 +15,7 @@ from fxopt.kernels.kv_attention.layout import state_bytes as layout_bytes
 from .activation.calls import temporary_call
 from .attention.exact import Exact
 from .kv_cache.blocks import exact_call
-from .linear.dense import dense_call
+from .linear.dense import dense_call, rows_call
 
 
 def baseline_calls(site: Site, scenario: Scenario) -> list[OpCall]:
@@ -24,6 +24,8 @@ def baseline_calls(site: Site, scenario: Scenario) -> list[OpCall]:
         return [call for member in site.info.members for call in baseline_calls(member, scenario)]
     if isinstance(site.info, LinearInfo):
         return [dense_call(site.info, scenario)]
+    if isinstance(site.info, EmbeddingInfo):
+        return [rows_call(site.info, scenario)]
     if site.family == "kv_cache" and isinstance(site.info, AttentionInfo):
         return [exact_call(site.info, scenario)]
     if isinstance(site.info, AttentionInfo):

@@ -16,8 +16,10 @@ from .linears import TRANSPOSES, patch_of, stored
 from .names import attribute, site_keys
 from .shapes import fixed
 from .temporaries import temporary_sites
+from .tied import with_embeddings
 
 aten = torch.ops.aten
+TIED = "tied weight"
 
 
 def find_sites(captured: Captured) -> tuple[Site, ...]:
@@ -80,7 +82,10 @@ def _linear_sites(graph: fx.GraphModule) -> list[Site]:
     for node in nodes:
         experts = _is_experts(node)
         info, blocked = _expert_info(node) if experts else _linear_info(graph, node, users)
-        sites.append(Site("linear", keys[node], node.name, info, op=keys[node], blocked=blocked))
+        site = Site("linear", keys[node], node.name, info, op=keys[node], blocked=blocked)
+        tied = blocked is not None and blocked.startswith(TIED)
+        others = _others(graph, info.weight, node, users) if tied else []
+        sites.append(with_embeddings(site, [user for _, user in others]))
     return sites
 
 
@@ -124,6 +129,18 @@ def _readers(graph: fx.GraphModule) -> dict[int, list[tuple[str, fx.Node]]]:
     return readers
 
 
+def _others(
+    graph: fx.GraphModule,
+    weight: str,
+    node: fx.Node,
+    readers: dict[int, list[tuple[str, fx.Node]]],
+) -> list[tuple[str, fx.Node]]:
+    """(name, node) of each reader of a linear's weight that is not the linear itself."""
+    own = {node, *(n for n in node.all_input_nodes if n.target in TRANSPOSES)}
+    found = readers[id(attribute(graph, weight))]
+    return [(name, user) for name, user in found if user not in own]
+
+
 def _linear_info(
     graph: fx.GraphModule, node: fx.Node, readers: dict[int, list[tuple[str, fx.Node]]]
 ) -> tuple[LinearInfo, str | None]:
@@ -140,8 +157,7 @@ def _linear_info(
     tensor = attribute(graph, name)
     others = [
         f"{other} in {user.meta['fqn'] or 'the root'}"
-        for other, user in readers[id(tensor)]
-        if user is not node and node not in user.users
+        for other, user in _others(graph, name, node, readers)
     ]
     info = LinearInfo(
         weight=name,
@@ -171,7 +187,7 @@ def _why_blocked(tensor: Tensor, bias: Any, others: list[str]) -> str | None:
     if not isinstance(tensor, nn.Parameter):
         return "the weight is a buffer or a constant, not a parameter"
     if others:
-        return f"tied weight: also read as {', '.join(dict.fromkeys(others))}"
+        return f"{TIED}: also read as {', '.join(dict.fromkeys(others))}"
     if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
         return "the bias is computed in the forward: there is no parameter to keep"
     return None

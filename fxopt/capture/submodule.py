@@ -140,6 +140,8 @@ def untied(
     """The sites, those blocked whose weight is `tied` to one outside, without groups of those."""
 
     def other(site: Site) -> str | None:
+        if isinstance(site.info, GroupInfo) and site.info.kind == "tied":
+            return other(site.info.members[-1])
         weight = site.info.weight if isinstance(site.info, LinearInfo) else ""
         return tied.get(id(attribute(graph, weight))) if weight else None
 
@@ -151,7 +153,9 @@ def untied(
     return tuple(
         checked(site)
         for site in sites
-        if not isinstance(site.info, GroupInfo) or not any(map(other, site.info.members))
+        if not isinstance(site.info, GroupInfo)
+        or site.info.kind == "tied"
+        or not any(map(other, site.info.members))
     )
 
 

@@ -37,7 +37,8 @@ def _members(proposals: Proposals, decision: Decision) -> list[tuple[str, str]]:
     """Where the linears of a group are decided by themselves."""
     where = (decision.family, decision.key)
     infos = [site.info for site in proposals.sites if (site.family, site.key) == where]
-    return [(m.family, m.key) for i in infos if isinstance(i, GroupInfo) for m in i.members]
+    members = [m for i in infos if isinstance(i, GroupInfo) for m in i.members]
+    return [(m.family, m.key) for m in members if m.key != decision.key]
 
 
 def refusals(proposals: Proposals) -> list[Refused]:

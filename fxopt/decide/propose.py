@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..ir.cost import Cost, CostModel, OpCall
 from ..ir.names import select
 from ..ir.rewrite import Candidate, Match, Refusal, Rewrite
-from ..ir.site import GroupInfo, LossHeadInfo, Site
+from ..ir.site import EmbeddingInfo, GroupInfo, LossHeadInfo, Site
 from ..ir.workload import Scenario
 
 Baseline = Callable[[Site, Scenario], list[OpCall]]
@@ -72,6 +72,8 @@ def propose(
             by_site.setdefault(where, []).extend(found)
             if reason:
                 refused.setdefault(where, []).append((rewrite.name, reason))
+        if where not in by_site and isinstance(site.info, GroupInfo) and site.info.kind == "tied":
+            refused[where] = [("*", _tied(site.info))]
     return Proposals(tuple(sites), by_site, refused, kept)
 
 
@@ -107,6 +109,12 @@ def _served(rewrite: Rewrite) -> str:
 
 def _group_kind(site: Site) -> str:
     return site.info.kind if isinstance(site.info, GroupInfo | LossHeadInfo) else ""
+
+
+def _tied(info: GroupInfo) -> str:
+    weights = [(m.info.weight, m.key) for m in info.members if isinstance(m.info, EmbeddingInfo)]
+    read = ", ".join(f"{weight} in {key}" for weight, key in weights)
+    return f"tied weight: also read as {read}, and no rewrite of this call serves them together"
 
 
 def _matching(sites: Sequence[Site], patterns: Iterable[str]) -> list[Site]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.patches import from_rows, to_rows
-from ..ir.site import GroupInfo, LinearInfo, Site
+from ..ir.site import EmbeddingInfo, GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .propose import Proposal
 from .quality import Quality
@@ -69,24 +69,25 @@ def recover(
 
     `rewritten` is `original` with the rewrites of the other families, its linears untouched.
     `prepare` gives the tensors to start from. Both graphs are walked once, all `batches` together,
-    and hold what is alive at one node for all of them.
+    and hold what is alive at one node for all of them. A weight that embeddings read too is not
+    fitted: they have no inputs to fit to.
     """
     linear = [p for p in proposals if p.site.family == "linear"]
-    at = {site.node: (p, k, _patch(site)) for p in linear for k, site in _outputs(p)}
+    at = {site.node: (p, k, site) for p in linear for k, site in _outputs(p)}
     recovery = Recovery(prepare)
     walks = [_Walk(graph, batches, run, quality) for graph in (original, rewritten)]
     masks = [padding_of(batch) for batch in batches]
     with torch.no_grad():
         for node in [n.name for n in rewritten.graph.nodes if n.name in at]:
-            proposal, member, patch = at[node]
-            before, after = ([to_rows(x, patch) for x in walk.inputs(node)] for walk in walks)
-            if proposal.site.key not in recovery.errors:
+            proposal, member, site = at[node]
+            before, after = ([_input(x, site) for x in walk.inputs(site)] for walk in walks)
+            if proposal.site.key not in recovery.errors and not _tied(proposal.site):
                 pairs = list(zip(_rows(before, masks), _rows(after, masks), strict=True))
                 _fit(recovery, proposal, member, pairs, statistics)
             walks[0].proceed()
             tensors = recovery(proposal)
             outputs = [_emulated(proposal, tensors, x, member) for x in after]
-            walks[1].proceed([from_rows(y, patch) for y in outputs])
+            walks[1].proceed([from_rows(y, _patch(site)) for y in outputs])
     return recovery
 
 
@@ -95,6 +96,15 @@ def _outputs(proposal: Proposal) -> list[tuple[int, Site]]:
     if not isinstance(info, GroupInfo):
         return [(0, proposal.site)]
     return [(k, info.members[k]) for k in info.outputs]
+
+
+def _tied(site: Site) -> bool:
+    return isinstance(site.info, GroupInfo) and site.info.kind == "tied"
+
+
+def _input(x: Tensor, site: Site) -> Tensor:
+    """A site's input as rows; indices are rows of one number."""
+    return x[..., None] if isinstance(site.info, EmbeddingInfo) else to_rows(x, _patch(site))
 
 
 def _patch(site: Site) -> tuple[int, ...]:
@@ -187,11 +197,12 @@ class _Walk:
         self._last = {source: n for n in self._nodes for source in n.all_input_nodes}
         self._next = 0
 
-    def inputs(self, name: str) -> list[Tensor]:
-        """Run up to the node of that name, and give its first argument for each batch."""
-        while self._nodes[self._next].name != name:
+    def inputs(self, site: Site) -> list[Tensor]:
+        """Run up to the node of `site`, and give what it reads for each batch."""
+        while self._nodes[self._next].name != site.node:
             self.proceed()
-        source: Any = self._nodes[self._next].args[0]
+        operand = 1 if isinstance(site.info, EmbeddingInfo) else 0
+        source: Any = self._nodes[self._next].args[operand]
         return [interpreter.env[source] for interpreter in self._runs]
 
     def proceed(self, outputs: Sequence[Any] | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..ir.errors import FxoptError
 from ..ir.ops import attend
 from ..ir.patches import output_rows, to_rows
-from ..ir.site import GroupInfo, LinearInfo, Site
+from ..ir.site import EmbeddingInfo, GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .quality import Quality, by_row
 
@@ -60,8 +60,10 @@ class Recorded:
         return self.gram_sum / max(self.gram_rows, 1)
 
     def exact(self) -> Tensor:
-        """What a linear returns for the rows in `inputs`."""
+        """What a linear, or an embedding, returns for the rows in `inputs`."""
         assert self.weight is not None
+        if not self.inputs["x"].is_floating_point():
+            return self.weight[self.inputs["x"][:, 0]]
         y = self.inputs["x"] @ self.weight.T
         return y if self.bias is None else y + self.bias
 
@@ -159,13 +161,20 @@ def _sampled_score(output: Tensor, quality: Quality, generator: torch.Generator)
     return log_p.gather(1, labels.to(log_p.device)).sum(), log_p.shape[0]
 
 
+def _alone(site: Site) -> Sequence[Site]:
+    """The site, or the members of a group."""
+    return site.info.members if isinstance(site.info, GroupInfo) else (site,)
+
+
 class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, sites: Sequence[Site], quality: Quality) -> None:
         super().__init__(graph)
+        sites = [one for site in sites for one in _alone(site)]
         self.nodes: dict[str, Recorded] = {
             s.node: Recorded() for s in sites if s.family in ("linear", "attention")
         }
         self.linear = {s.node: s.info for s in sites if isinstance(s.info, LinearInfo)}
+        self.tables = {s.node for s in sites if isinstance(s.info, EmbeddingInfo)}
         self.quality = quality
         self.mask: Tensor | None = None
         self.keep_attention = False
@@ -189,6 +198,8 @@ class _Recorder(fx.Interpreter):
         output = super().run_node(n)
         if n.name in self.linear:
             self._linear(n, args, output)
+        elif n.name in self.tables:
+            self._embedding(n, args, output)
         elif n.target is attend and self.keep_attention:
             self._attention(n, args, kwargs, output)
         return output
@@ -213,6 +224,11 @@ class _Recorder(fx.Interpreter):
         recorded.gram_rows += self._unpadded(x).shape[0]
         self._track(n, x, output)
 
+    def _embedding(self, n: fx.Node, args: tuple[Any, ...], output: Tensor) -> None:
+        """Indices are rows of one number."""
+        self.nodes[n.name].weight = args[0].detach()
+        self._track(n, args[1].detach().unsqueeze(-1), output)
+
     def _attention(
         self, n: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
@@ -230,10 +246,11 @@ class _Recorder(fx.Interpreter):
         """Take the gradients of this sequence's `score` and keep a sample of rows."""
         for (name, x, _), gradient in zip(self._live, self._gradients(score), strict=True):
             recorded = self.nodes[name]
-            if name not in self.linear:
+            if name not in self.linear and name not in self.tables:
                 recorded.gradients = gradient
                 continue
-            gradient = output_rows(gradient, self.linear[name].patch)
+            if name in self.linear:
+                gradient = output_rows(gradient, self.linear[name].patch)
             rows, grads = self._unpadded(x), self._unpadded(gradient)
             count = min(len(rows), max(1, ROWS // sequences))
             pick = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)

@@ -120,11 +120,14 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
         return self._module_reading("input_ids")
 
     def _module_reading(self, name: str) -> nn.Module:
-        node = next(n for n in self.graph.find_nodes(op="placeholder") if n.target == name)
-        for user in node.users:
-            weight = user.args[0] if user.args else None
-            if getattr(weight, "op", "") == "get_attr":
-                return self.get_submodule(str(weight.target).rpartition(".")[0])  # pyright: ignore
+        waiting = [n for n in self.graph.find_nodes(op="placeholder") if n.target == name]
+        for node in waiting:
+            for user in node.users:
+                weight = user.args[0] if user.args else None
+                if getattr(weight, "op", "") == "get_attr":
+                    owner = str(weight.target).rpartition(".")[0]  # pyright: ignore
+                    return self.get_submodule(owner)
+                waiting += [user] if weight is node else []  # a view, as GPT-2 takes
         raise FxoptError(f"{self.program.name}: no embedding reads {name}")
 
     def _cache_for(self, cache: Any, use_cache: bool | None, ids: Tensor) -> Cache | None:

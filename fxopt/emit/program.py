@@ -129,16 +129,20 @@ def edited_tree(
 ) -> tuple[Tree, fx.Graph]:
     """The tree of `model` with the parameters that `edited` reads, and a copy of its graph that
     reads them there. Replaced parameters stand where the old ones stood; those that the original
-    never read stay."""
+    never read stay, unless they are other names of one that is read no more."""
     tree = Tree.of(model)
     graph = _copy(edited.graph)
     before, after = _reads(captured.graph), _reads(graph)
     order = {module: entry.names for module, entry in tree.modules.items()}
+    gone = {tree.key(target) for target in before - after}
     for target in before - after:
         owner, _, name = target.rpartition(".")
         module = tree.module_id(owner)
         if module is not None:
             tree.drop(module, name)
+    for key in gone - {tree.key(target) for target in after}:
+        if key is not None:
+            tree.forget(key)
     renamed: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)

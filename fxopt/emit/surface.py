@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..ir.errors import FxoptError
 from .program import Program
 
 MODALITIES = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
@@ -46,6 +47,13 @@ class HuggingFaceSurface:
     def can_generate(self) -> bool:
         """Whether `generate` works; modules that do say so themselves."""
         return False
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """FxoptError: sizes are part of the plan, and tables may be stored as integers."""
+        raise FxoptError(
+            f"{self.program.name}: the size of the vocabulary is part of the optimised graph; "
+            "resize the original (model.resize_token_embeddings) and optimise that"
+        )
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: weights that the original ties are one Parameter here."""

@@ -158,7 +158,7 @@ class Tree:
         moved = {old: names.pop(old) for old in list(names) if old in later}
         names[local] = self._register(module, local, value)
         names.update(moved)
-        return str(names[local])
+        return f"{module}.{local}" if module else local
 
     def constant(self, name: str, value: Tensor) -> str:
         """Register a tensor of the graph that is no part of the state dict, at the root."""
@@ -175,6 +175,9 @@ class Tree:
         return local
 
     def _register(self, module: str, name: str, value: Tensor) -> str:
+        known = next((key for key, held in self.tensors.items() if held is value), None)
+        if known is not None:
+            return known  # another name of it
         key = f"{module}.{name}" if module else name
         while key in self.tensors:
             key += "_"
@@ -193,6 +196,13 @@ class Tree:
         )
         if not any(others):
             self.tensors.pop(key, None)
+
+    def forget(self, key: str) -> None:
+        """Drop a tensor under every name that it still has."""
+        for module, entry in self.modules.items():
+            held = {**entry.parameters, **entry.buffers}
+            for name in [name for name, value in held.items() if value == key]:
+                self.drop(module, name)
 
     def collect(self, root: nn.Module) -> dict[str, Tensor]:
         """The tensors that `root`, a module built from this tree, holds now, by their keys."""

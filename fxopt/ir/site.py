@@ -36,6 +36,16 @@ class LinearInfo:
 
 
 @dataclass(frozen=True)
+class EmbeddingInfo:
+    """Rows of the `weight` [rows, features] that indices name; only found where it is tied."""
+
+    weight: str
+    rows: int
+    features: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class AttentionInfo:
     """One attention op; query head h reads KV head h // (num_heads // num_kv_heads).
 
@@ -137,10 +147,11 @@ class GroupInfo:
 
     "shared_input": they read one tensor. "channels": each input channel of the last is made, by
     the nodes `between`, of that channel of the others' outputs alone, and they are read nowhere
-    else. Either the group is rewritten or its members are, never both.
+    else. Either the group is rewritten or its members are, never both. "tied": embeddings and,
+    last, the head that multiplies by their weight; they are no sites by themselves.
     """
 
-    kind: Literal["shared_input", "channels"]
+    kind: Literal["shared_input", "channels", "tied"]
     members: tuple[Site, ...]
     between: tuple[str, ...] = ()
 
@@ -148,10 +159,18 @@ class GroupInfo:
     def outputs(self) -> range:
         """Indices of the members whose outputs are seen outside of the group."""
         count = len(self.members)
-        return range(count) if self.kind == "shared_input" else range(count - 1, count)
+        return range(count - 1, count) if self.kind == "channels" else range(count)
 
 
-SiteInfo = LinearInfo | AttentionInfo | TemporaryInfo | SavedInfo | LossHeadInfo | GroupInfo
+SiteInfo = (
+    LinearInfo
+    | EmbeddingInfo
+    | AttentionInfo
+    | TemporaryInfo
+    | SavedInfo
+    | LossHeadInfo
+    | GroupInfo
+)
 
 
 @dataclass(frozen=True)

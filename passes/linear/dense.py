@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from fxopt.ir.cost import OpCall
 from fxopt.ir.patches import from_rows, input_steps, output_steps, to_rows
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import Family, LinearInfo, Site
+from fxopt.ir.site import EmbeddingInfo, Family, LinearInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.passes.linear import projection
 
@@ -257,6 +258,53 @@ def dense_call(info: LinearInfo, scenario: Scenario) -> OpCall:
         weight_bytes=elements * info.dtype.itemsize,
         flops=2.0 * tokens(info, scenario) * elements,
         convolves=bool(info.patch),
+        make=make,
+    )
+
+
+def embedding_call(
+    op: str,
+    form: str,
+    info: EmbeddingInfo,
+    scenario: Scenario,
+    *,
+    row_bytes: int,
+    make: Callable[[Callable[..., Tensor]], Callable[[Tensor], Tensor]],
+) -> OpCall:
+    """An op call that reads one row of `row_bytes` a token. The table's bytes are those of the
+    head that it is tied to. `make` gets what `linear_call` gives, and returns the op of indices."""
+    rows, size = scenario.batch * scenario.queries, info.dtype.itemsize
+
+    def run(device: Any) -> Callable[[], Tensor]:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
+
+        function, ids = make(random), torch.randint(info.rows, (rows,), device=device)
+        return lambda: function(ids)
+
+    return OpCall(
+        op=op,
+        key=f"{op.partition('::')[2]}/{form}{'/' if form else ''}m{rows}n{info.rows}"
+        f"k{info.features}/{_SHORT[info.dtype]}",
+        flops=0.0,
+        bytes_read=rows * row_bytes,
+        bytes_written=rows * info.features * size,
+        run=run,
+    )
+
+
+def rows_call(info: EmbeddingInfo, scenario: Scenario) -> OpCall:
+    """A tied embedding as it is."""
+
+    def make(random: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return partial(F.embedding, weight=random(info.rows, info.features))
+
+    return embedding_call(
+        "aten::embedding",
+        "",
+        info,
+        scenario,
+        row_bytes=info.features * info.dtype.itemsize,
         make=make,
     )
 

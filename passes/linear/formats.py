@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -172,6 +172,19 @@ class Float8:
             launches=1 if rows == 1 else 2,
             make=make,
         )
+
+
+def integers(bits: Sequence[int], group_sizes: Sequence[int], in_features: int) -> list[Integer]:
+    """Groups of `group_sizes` for 4 bits where they divide the input features; 8 bits take the
+    largest of them that does, or else one scale a row."""
+    groups = [g for g in sorted(group_sizes) if in_features % g == 0]
+    found: list[Integer] = []
+    if 8 in bits:
+        group = groups[-1] if groups else in_features
+        found.append(Integer(8, group, whole=group == in_features))
+    if 4 in bits:
+        found += [Integer(4, g, whole=g == in_features) for g in groups if g % 2 == 0]
+    return found
 
 
 def of(parameters: Parameters) -> Format:

@@ -21,7 +21,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.passes.linear import dense, formats
-from fxopt.passes.linear.formats import Float8, Format, Integer
+from fxopt.passes.linear.formats import Float8, Format
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,7 @@ class Quantized:
         return [Candidate(self.name, f.label, f.parameters) for f in stored]
 
     def _formats(self, in_features: int) -> list[Format]:
-        groups = [g for g in sorted(self.group_sizes) if in_features % g == 0]
-        found: list[Format] = []
-        if 8 in self.bits:
-            group = groups[-1] if groups else in_features
-            found.append(Integer(8, group, whole=group == in_features))
-        if 4 in self.bits:
-            found += [Integer(4, g, whole=g == in_features) for g in groups if g % 2 == 0]
+        found: list[Format] = [*formats.integers(self.bits, self.group_sizes, in_features)]
         return [*found, Float8()] if self.fp8 else found
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:

@@ -20,6 +20,9 @@ DAMPING = 3e-3
 BLOCK = 128
 """Columns whose effect on all later ones is applied at once."""
 
+CHUNK = 2**26
+"""Numbers of a weight that are rounded at once: a head of 128k rows would take 20 GiB."""
+
 Nearest = Callable[[int, Tensor], Tensor]
 """(column, values [out] float32) -> the nearest values that can be stored in that column."""
 
@@ -45,7 +48,12 @@ def quantize(
     weight: Tensor, inputs: Rounding, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`packed`, `scale`, `zero` for `quantized_linear`: the better of `propagated` and rounding
-    to nearest."""
+    to nearest. Rows do not depend on each other, and `CHUNK` numbers are taken at a time."""
+    rows = max(1, CHUNK // weight.shape[1])
+    if len(weight) > rows:
+        parts = [quantize(part, inputs, bits, group_size) for part in weight.split(rows)]
+        packed, scale, zero = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
+        return packed, scale, zero
     scale, zero = integer.grid(weight, bits, group_size)
     steps, offsets = scale.float().T.contiguous(), zero.float().T.contiguous()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import Captured, capture
 from fxopt.capture.sites import attention_info
-from fxopt.ir.site import LinearInfo
+from fxopt.ir.site import GroupInfo, LinearInfo
 from fxopt.kernels.kv_attention import op as _  # noqa: F401
 from fxopt.kernels.kv_attention.layout import allocate, parse
 
@@ -173,8 +173,9 @@ def test_sites(trial: Trial) -> None:
     kinds = Counter(s.info.kind for s in sites if s.family == "activation")
     assert (kinds["mlp"], kinds["head"]) == (case.mlps, 1)
     linears = [s for s in sites if isinstance(s.info, LinearInfo)]
-    assert len(linears) == case.linears
-    assert sum(s.blocked is not None for s in linears) == case.blocked
+    tied = [s for s in sites if isinstance(s.info, GroupInfo) and s.info.kind == "tied"]
+    assert len(linears) + len(tied) == case.linears
+    assert sum(s.blocked is not None for s in linears) + len(tied) == case.blocked
     assert sum(s.info.transposed for s in linears) == case.transposed
     attention = [s for s in sites if s.family == "attention"]
     assert tuple(s.info.window for s in attention[:: case.kv_heads]) == case.windows

@@ -1,0 +1,73 @@
+"""The Triton kernel of `quantized_embedding`: interpreted where there is no device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fxopt.kernels.quantized_embedding import triton
+from fxopt.kernels.quantized_linear import dequantize, quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bits", "group"), [(8, 63), (8, 126), (4, 42), (4, 126)])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("block", [16, 1024])
+def test_rows(
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    kind: torch.dtype,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton, "BLOCK", block)
+    packed, scale, zero = quantize(torch.randn(50, 126, device=DEVICE).to(dtype), bits, group)
+    ids = torch.randint(50, (7, 3), device=DEVICE).to(kind).T
+    out = triton.quantized_embedding(packed, ids, scale, zero, bits, group)
+    exact = dequantize(packed, scale.double(), zero.double(), bits, group)[ids.long()]
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    # the interpreter truncates to bfloat16
+    torch.testing.assert_close(out.double(), exact, rtol=2.0 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_no_rows() -> None:
+    packed, scale, zero = quantize(torch.randn(5, 64, device=DEVICE), 8, 64)
+    ids = torch.zeros((0, 4), dtype=torch.long, device=DEVICE)
+    assert triton.quantized_embedding(packed, ids, scale, zero, 8, 64).shape == (0, 4, 64)
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fxopt.kernels.quantized_embedding.triton import _rows_kernel as kernel
+
+for bits in (4, 8):
+    constants = dict(BITS=bits, GROUP=128, BLOCK=1024)
+    names = kernel.arg_names
+    pointers = dict(packed="*u8", indices="*i64", scale="*bf16", zero="*bf16", out="*bf16")
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def test_compile_ahead_of_time_for_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
