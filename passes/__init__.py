@@ -25,6 +25,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.linear.monarch:Monarch",
     "fxopt.passes.linear.quantized:Quantized",
     "fxopt.passes.linear.quantized_tied:QuantizedTied",
+    "fxopt.passes.linear.quantized_experts:QuantizedExperts",
     "fxopt.passes.linear.low_rank_quantized:LowRankQuantized",
     "fxopt.passes.linear.quantized_low_rank:QuantizedLowRank",
     "fxopt.passes.activation.chunked:Chunked",

@@ -6,7 +6,15 @@ from torch import fx
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Match
-from fxopt.ir.site import AttentionInfo, EmbeddingInfo, GroupInfo, LinearInfo, Site, TemporaryInfo
+from fxopt.ir.site import (
+    AttentionInfo,
+    EmbeddingInfo,
+    ExpertsInfo,
+    GroupInfo,
+    LinearInfo,
+    Site,
+    TemporaryInfo,
+)
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.kv_attention.filled import filled_bytes
 from fxopt.kernels.kv_attention.layout import parse
@@ -16,6 +24,7 @@ from .activation.calls import temporary_call
 from .attention.exact import Exact
 from .kv_cache.blocks import exact_call
 from .linear.dense import dense_call, rows_call
+from .linear.quantized_experts import grouped_call
 
 
 def baseline_calls(site: Site, scenario: Scenario) -> list[OpCall]:
@@ -24,6 +33,8 @@ def baseline_calls(site: Site, scenario: Scenario) -> list[OpCall]:
         return [call for member in site.info.members for call in baseline_calls(member, scenario)]
     if isinstance(site.info, LinearInfo):
         return [dense_call(site.info, scenario)]
+    if isinstance(site.info, ExpertsInfo):
+        return [grouped_call(site.info, scenario)]
     if isinstance(site.info, EmbeddingInfo):
         return [rows_call(site.info, scenario)]
     if site.family == "kv_cache" and isinstance(site.info, AttentionInfo):

@@ -11,6 +11,7 @@ from torch import SymInt, Tensor, fx, nn
 
 from ..ir.site import AttentionInfo, LinearInfo, Site
 from .captured import Captured
+from .experts import behind, experts_site, is_experts
 from .groups import group_sites
 from .linears import TRANSPOSES, patch_of, stored
 from .names import attribute, site_keys
@@ -75,12 +76,15 @@ def attention_info(node: fx.Node) -> AttentionInfo:
 
 
 def _linear_sites(graph: fx.GraphModule) -> list[Site]:
-    nodes = [n for n in graph.graph.nodes if _is_linear(n) or _is_experts(n)]
+    nodes = [n for n in graph.graph.nodes if _is_linear(n) or is_experts(n)]
     keys = site_keys(nodes)
     users = _readers(graph)
     sites: list[Site] = []
     for node in nodes:
-        experts = _is_experts(node)
+        experts = is_experts(node)
+        if served := experts_site(graph, node, keys[node]):
+            sites.append(served)
+            continue
         info, blocked = _expert_info(node) if experts else _linear_info(graph, node, users)
         site = Site("linear", keys[node], node.name, info, op=keys[node], blocked=blocked)
         tied = blocked is not None and blocked.startswith(TIED)
@@ -93,24 +97,10 @@ def _is_linear(node: fx.Node) -> bool:
     return node.target is aten.linear.default or patch_of(node) is not None
 
 
-def _is_experts(node: fx.Node) -> bool:
-    """A product with the weights of several experts, stacked in one parameter."""
-    if "grouped_mm" not in str(node.target) and node.target is not aten.bmm.default:
-        return False
-    held = _behind(node.args[1])
-    return held.op == "get_attr" and held.meta["val"].dim() == 3
-
-
-def _behind(node: Any) -> fx.Node:
-    while node.target in TRANSPOSES:
-        node = node.args[0]
-    return node
-
-
 def _expert_info(node: fx.Node) -> tuple[LinearInfo, str]:
     x, weight = (arg.meta["val"] for arg in node.args[:2])  # pyright: ignore
     count, rows, columns = weight.shape
-    held = _behind(node.args[1])
+    held = behind(node.args[1])
     info = LinearInfo(str(held.target), None, int(rows), int(columns), x.dtype)
     return info, (
         f"mixture experts: the weights of {count} experts are stacked in {held.target}, which is "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..ir.cost import Cost, CostModel, OpCall
 from ..ir.names import select
 from ..ir.rewrite import Candidate, Match, Refusal, Rewrite
-from ..ir.site import EmbeddingInfo, GroupInfo, LossHeadInfo, Site
+from ..ir.site import EmbeddingInfo, ExpertsInfo, GroupInfo, LossHeadInfo, Site
 from ..ir.workload import Scenario
 
 Baseline = Callable[[Site, Scenario], list[OpCall]]
@@ -72,8 +72,8 @@ def propose(
             by_site.setdefault(where, []).extend(found)
             if reason:
                 refused.setdefault(where, []).append((rewrite.name, reason))
-        if where not in by_site and isinstance(site.info, GroupInfo) and site.info.kind == "tied":
-            refused[where] = [("*", _tied(site.info))]
+        if where not in by_site and (reason := _unasked(site)):
+            refused.setdefault(where, [("*", reason)])
     return Proposals(tuple(sites), by_site, refused, kept)
 
 
@@ -108,10 +108,19 @@ def _served(rewrite: Rewrite) -> str:
 
 
 def _group_kind(site: Site) -> str:
-    return site.info.kind if isinstance(site.info, GroupInfo | LossHeadInfo) else ""
+    return site.info.kind if isinstance(site.info, GroupInfo | LossHeadInfo | ExpertsInfo) else ""
 
 
-def _tied(info: GroupInfo) -> str:
+def _unasked(site: Site) -> str | None:
+    """What a site is for which only some rewrites are made, none of which was asked."""
+    info = site.info
+    if isinstance(info, ExpertsInfo):
+        return (
+            f"mixture experts: the weights of {info.count} experts are stacked in {info.weight}, "
+            "and no rewrite of this call serves them together"
+        )
+    if not isinstance(info, GroupInfo) or info.kind != "tied":
+        return None
     weights = [(m.info.weight, m.key) for m in info.members if isinstance(m.info, EmbeddingInfo)]
     read = ", ".join(f"{weight} in {key}" for weight, key in weights)
     return f"tied weight: also read as {read}, and no rewrite of this call serves them together"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.patches import from_rows, to_rows
-from ..ir.site import EmbeddingInfo, GroupInfo, LinearInfo, Site
+from ..ir.site import EmbeddingInfo, ExpertsInfo, GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .propose import Proposal
 from .quality import Quality
@@ -70,9 +70,13 @@ def recover(
     `rewritten` is `original` with the rewrites of the other families, its linears untouched.
     `prepare` gives the tensors to start from. Both graphs are walked once, all `batches` together,
     and hold what is alive at one node for all of them. A weight that embeddings read too is not
-    fitted: they have no inputs to fit to.
+    fitted: they have no inputs to fit to. Experts stand as in `rewritten`.
     """
-    linear = [p for p in proposals if p.site.family == "linear"]
+    linear = [
+        p
+        for p in proposals
+        if p.site.family == "linear" and not isinstance(p.site.info, ExpertsInfo)
+    ]
     at = {site.node: (p, k, site) for p in linear for k, site in _outputs(p)}
     recovery = Recovery(prepare)
     walks = [_Walk(graph, batches, run, quality) for graph in (original, rewritten)]

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..ir.errors import FxoptError
 from ..ir.ops import attend
 from ..ir.patches import output_rows, to_rows
-from ..ir.site import EmbeddingInfo, GroupInfo, LinearInfo, Site
+from ..ir.site import EmbeddingInfo, ExpertsInfo, GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .quality import Quality, by_row
 
@@ -60,10 +60,12 @@ class Recorded:
         return self.gram_sum / max(self.gram_rows, 1)
 
     def exact(self) -> Tensor:
-        """What a linear, or an embedding, returns for the rows in `inputs`."""
+        """What a linear, an embedding, or an expert each returns for the rows in `inputs`."""
         assert self.weight is not None
         if not self.inputs["x"].is_floating_point():
             return self.weight[self.inputs["x"][:, 0]]
+        if "expert" in self.inputs:
+            return _by_expert(self.inputs["x"], self.weight, self.inputs["expert"])
         y = self.inputs["x"] @ self.weight.T
         return y if self.bias is None else y + self.bias
 
@@ -166,6 +168,18 @@ def _alone(site: Site) -> Sequence[Site]:
     return site.info.members if isinstance(site.info, GroupInfo) else (site,)
 
 
+def _by_expert(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """Each row times the transposed weight of its expert."""
+    y = x.new_empty((len(x), weight.shape[1]))
+    for e in expert.unique().tolist():
+        y[expert == e] = x[expert == e] @ weight[e].T
+    return y
+
+
+def _given(inputs: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    return [inputs[name]] if name in inputs else []
+
+
 class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, sites: Sequence[Site], quality: Quality) -> None:
         super().__init__(graph)
@@ -174,11 +188,14 @@ class _Recorder(fx.Interpreter):
             s.node: Recorded() for s in sites if s.family in ("linear", "attention")
         }
         self.linear = {s.node: s.info for s in sites if isinstance(s.info, LinearInfo)}
+        self.experts = {s.node for s in sites if isinstance(s.info, ExpertsInfo)}
         self.tables = {s.node for s in sites if isinstance(s.info, EmbeddingInfo)}
+        self.rows = {*self.linear, *self.experts, *self.tables}
         self.quality = quality
         self.mask: Tensor | None = None
         self.keep_attention = False
         self._live: list[tuple[str, Tensor, Tensor]] = []
+        self._expert: dict[str, Tensor] = {}
         self._grams: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def begin(self, batch: Batch, *, keep_attention: bool) -> None:
@@ -198,6 +215,8 @@ class _Recorder(fx.Interpreter):
         output = super().run_node(n)
         if n.name in self.linear:
             self._linear(n, args, output)
+        elif n.name in self.experts:
+            self._experts(n, args, kwargs, output)
         elif n.name in self.tables:
             self._embedding(n, args, output)
         elif n.target is attend and self.keep_attention:
@@ -229,6 +248,22 @@ class _Recorder(fx.Interpreter):
         self.nodes[n.name].weight = args[0].detach()
         self._track(n, args[1].detach().unsqueeze(-1), output)
 
+    def _experts(
+        self, n: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        """Rows of all experts, with the expert of each; one gram for all of them."""
+        x, recorded = args[0].detach(), self.nodes[n.name]
+        offsets = args[2] if len(args) > 2 else kwargs["offs"]
+        places = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
+        found = torch.searchsorted(offsets, places, right=True)
+        self._expert[n.name] = found.clamp(max=len(offsets) - 1)
+        recorded.weight = args[1].detach().mT
+        rows = x.float()
+        gram = (rows.T @ rows).double()
+        recorded.gram_sum = gram if recorded.gram_sum is None else recorded.gram_sum + gram
+        recorded.gram_rows += len(x)
+        self._track(n, x, output)
+
     def _attention(
         self, n: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
@@ -246,17 +281,22 @@ class _Recorder(fx.Interpreter):
         """Take the gradients of this sequence's `score` and keep a sample of rows."""
         for (name, x, _), gradient in zip(self._live, self._gradients(score), strict=True):
             recorded = self.nodes[name]
-            if name not in self.linear and name not in self.tables:
+            if name not in self.rows:
                 recorded.gradients = gradient
                 continue
             if name in self.linear:
                 gradient = output_rows(gradient, self.linear[name].patch)
-            rows, grads = self._unpadded(x), self._unpadded(gradient)
+            # rows of experts are in another order than the mask
+            padded = name not in self.experts
+            rows, grads = (self._unpadded(t) if padded else t for t in (x, gradient))
             count = min(len(rows), max(1, ROWS // sequences))
             pick = torch.randperm(len(rows), generator=generator)[:count].to(rows.device)
             before = recorded.inputs.get("x")
             rows, grads = rows[pick], grads[pick] * (len(rows) / max(count, 1)) ** 0.5
             recorded.inputs["x"] = rows if before is None else torch.cat([before, rows])
+            if name in self.experts:
+                drawn = [self._expert[name][pick], *_given(recorded.inputs, "expert")]
+                recorded.inputs["expert"] = torch.cat(drawn[::-1])
             kept = recorded.gradients
             recorded.gradients = grads if kept is None else torch.cat([kept, grads])
         self._live.clear()

@@ -46,6 +46,20 @@ class EmbeddingInfo:
 
 
 @dataclass(frozen=True)
+class ExpertsInfo:
+    """`y[r] = x[r] @ weight[expert of r].T` for rows sorted by expert; `count` experts, of which
+    each token is given to `chosen`. The parameter is stored [count, out, in], or transposed."""
+
+    weight: str
+    count: int
+    chosen: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    kind: Literal["experts"] = "experts"
+
+
+@dataclass(frozen=True)
 class AttentionInfo:
     """One attention op; query head h reads KV head h // (num_heads // num_kv_heads).
 
@@ -165,6 +179,7 @@ class GroupInfo:
 SiteInfo = (
     LinearInfo
     | EmbeddingInfo
+    | ExpertsInfo
     | AttentionInfo
     | TemporaryInfo
     | SavedInfo

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxopt.ir.cost import OpCall
 from fxopt.ir.patches import from_rows, input_steps, output_steps, to_rows
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import EmbeddingInfo, Family, LinearInfo, Site
+from fxopt.ir.site import EmbeddingInfo, ExpertsInfo, Family, LinearInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.passes.linear import projection
 
@@ -72,6 +72,11 @@ def refusal(site: Site) -> Refusal | None:
         return Refusal(site.blocked)
     if info.shared_with:
         return Refusal(f"the weight is shared with {', '.join(info.shared_with)}")
+    return unfit(info)
+
+
+def unfit(info: LinearInfo | ExpertsInfo) -> Refusal | None:
+    """Why a weight of this dtype or size is left alone, if it is."""
     if info.dtype not in _SHORT:
         return Refusal(f"weights of {info.dtype} are not supported")
     if min(info.in_features, info.out_features) < LEAST_FEATURES:
@@ -161,6 +166,11 @@ def signature(info: LinearInfo, scenario: Scenario) -> str:
     bias = "/bias" if info.bias else ""
     sizes = f"m{tokens(info, scenario)}n{info.out_features}k{info.in_features}"
     return f"{sizes}/{_SHORT[info.dtype]}{bias}{patch}"
+
+
+def short(info: ExpertsInfo) -> str:
+    """The dtype as it stands in keys."""
+    return _SHORT[info.dtype]
 
 
 def patched_shape(info: LinearInfo, scenario: Scenario) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import Captured, capture
 from fxopt.capture.sites import attention_info
-from fxopt.ir.site import GroupInfo, LinearInfo
+from fxopt.ir.site import ExpertsInfo, GroupInfo, LinearInfo
 from fxopt.kernels.kv_attention import op as _  # noqa: F401
 from fxopt.kernels.kv_attention.layout import allocate, parse
 
@@ -38,7 +38,7 @@ class Case:
     linears: int
     mlps: int = 2
     windows: tuple[int, int] = (0, 0)
-    blocked: int = 0
+    together: int = 0
     transposed: int = 0
     positions: str = "index"
 
@@ -58,7 +58,7 @@ CASES = {
                 layer_types=["sliding_attention", "full_attention"],
             )
         ),
-        2, 15, windows=(8, 0), blocked=1,
+        2, 15, windows=(8, 0), together=1,
     ),
     "phi3": Case(lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED, pad_token_id=0)), 2, 9),
     "gpt2": Case(
@@ -68,18 +68,18 @@ CASES = {
                 bos_token_id=1, eos_token_id=2,
             )
         ),
-        4, 9, blocked=1, transposed=8,
+        4, 9, together=1, transposed=8,
     ),
     "gpt_neox": Case(lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**WIDTHS)), 4, 9),
     "opt": Case(
         lambda: hf.OPTForCausalLM(
             hf.OPTConfig(**WIDTHS, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
         ),
-        4, 13, blocked=1, positions="mask",
+        4, 13, together=1, positions="mask",
     ),
     "mixtral": Case(
         lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
-        2, 15, mlps=0, blocked=4,
+        2, 15, mlps=0, together=4,
     ),
 }  # fmt: skip
 
@@ -174,8 +174,10 @@ def test_sites(trial: Trial) -> None:
     assert (kinds["mlp"], kinds["head"]) == (case.mlps, 1)
     linears = [s for s in sites if isinstance(s.info, LinearInfo)]
     tied = [s for s in sites if isinstance(s.info, GroupInfo) and s.info.kind == "tied"]
-    assert len(linears) + len(tied) == case.linears
-    assert sum(s.blocked is not None for s in linears) + len(tied) == case.blocked
+    experts = [s for s in sites if isinstance(s.info, ExpertsInfo)]
+    assert len(linears) + len(tied) + len(experts) == case.linears
+    assert not any(s.blocked for s in linears)
+    assert len(tied) + len(experts) == case.together
     assert sum(s.info.transposed for s in linears) == case.transposed
     attention = [s for s in sites if s.family == "attention"]
     assert tuple(s.info.window for s in attention[:: case.kv_heads]) == case.windows
@@ -185,12 +187,12 @@ def test_sites(trial: Trial) -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_experts_are_counted_and_refused_with_a_reason() -> None:
+def test_experts_are_one_site_a_projection() -> None:
     captured = capture(CASES["mixtral"].build().eval())
-    refused = {s.info.weight: s.blocked for s in captured.sites if s.blocked}
-    assert refused == {
-        name: f"mixture experts: the weights of 4 experts are stacked in {name}, which is not "
-        "rewritten yet"
+    found = {s.info.weight: s.info.count for s in captured.sites if isinstance(s.info, ExpertsInfo)}
+    assert not any(s.blocked for s in captured.sites)
+    assert found == {
+        name: 4
         for layer in range(2)
         for name in (
             f"model.layers.{layer}.mlp.experts.gate_up_proj",
