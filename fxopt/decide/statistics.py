@@ -249,11 +249,11 @@ class _Recorder(fx.Interpreter):
         self._track(n, args[1].detach().unsqueeze(-1), output)
 
     def _experts(
-        self, n: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
         """Rows of all experts, with the expert of each; one gram for all of them."""
         x, recorded = args[0].detach(), self.nodes[n.name]
-        offsets = args[2] if len(args) > 2 else kwargs["offs"]
+        offsets: Tensor = args[2] if len(args) > 2 else kwargs["offs"]
         places = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
         found = torch.searchsorted(offsets, places, right=True)
         self._expert[n.name] = found.clamp(max=len(offsets) - 1)

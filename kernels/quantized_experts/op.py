@@ -58,10 +58,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of x; the quantised weights are frozen."""
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = reference.gradient(grad, *ctx.saved_tensors, ctx.bits, ctx.group_size)
+        grad_x = _gradient(grad, *ctx.saved_tensors, ctx.bits, ctx.group_size)
     return grad_x, None, None, None, None, None, None
 
 
+def _fake_gradient(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], packed.shape[2] * 8 // bits))
+
+
+# An op of its own: a tracer cannot follow how many rows an expert has.
+_gradient = register(
+    "quantized_experts_gradient",
+    SCHEMA.replace("Tensor x,", "Tensor grad,"),
+    reference.gradient,
+    fake=_fake_gradient,
+)
 quantized_experts = register(
     "quantized_experts",
     SCHEMA,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,13 +50,6 @@ def gradient(
             found[start:end] = grad[start:end] @ weight
             start = end
     return found
-
-
-def expert_of(offsets: Tensor, rows: int) -> Tensor:
-    """The expert of each row, int64 [rows]; rows beyond the last offset get the last expert."""
-    places = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
-    found = torch.searchsorted(offsets, places, right=True)
-    return found.clamp(max=len(offsets) - 1)
 
 
 def check(

@@ -124,9 +124,10 @@ class QuantizedExperts:
     ) -> None:
         site, stored = match.site, _format(candidate)
         node = editor.node(site)
-        offsets: Any = node.args[2] if len(node.args) > 2 else node.kwargs["offs"]
+        given: list[Any] = list(node.args)
+        offsets = given[2] if len(given) > 2 else node.kwargs["offs"]
         codes = [editor.tensor(site, name, tensors[name]) for name in stored.names]
-        arguments = (node.args[0], *codes, offsets, stored.bits, stored.group_size)
+        arguments = (given[0], *codes, offsets, stored.bits, stored.group_size)
         target = torch.ops.fxopt.quantized_experts.default
         editor.replace(site, editor.call(site, target, arguments, {}))
 

@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.kernels.quantized_experts import quantized_experts
-from fxopt.kernels.quantized_experts.reference import expert_of
 from fxopt.kernels.quantized_linear import dequantize, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,14 +57,6 @@ def test_each_row_meets_its_expert(
         out = quantized_experts(x, *codes, offsets.to(kind), bits, group)
         assert_close(out, by_row(x, codes, counts, bits, group), x)
         assert not out[sum(counts) :].any()
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 3))
-def test_expert_of_a_row(counts: list[int], more: int) -> None:
-    offsets = torch.tensor(counts).cumsum(0)
-    owner = [expert for expert, count in enumerate(counts) for _ in range(count)]
-    found = expert_of(offsets, sum(counts) + more)
-    assert found.tolist() == owner + [len(counts) - 1] * more
 
 
 def test_gradient_of_the_rows() -> None:
