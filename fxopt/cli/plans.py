@@ -15,6 +15,10 @@ from .results import read_plan, rows_of
 Markdown = Annotated[
     Path | None, typer.Option(help="Text to write, for a pull request.", show_default=False)
 ]
+Memory = Annotated[
+    Path | None,
+    typer.Option(help="SVG to write: memory over a training step.", show_default=False),
+]
 SiteName = Annotated[str, typer.Argument(help="Site, attention op, or module.")]
 FamilyName = Annotated[
     str | None, typer.Option("--family", help="Of the sites of one name.", show_default=False)
@@ -45,7 +49,13 @@ def diff(before: o.PlanFile, after: o.PlanFile, output: Output, html: o.Html = N
 
 
 @command
-def report(plan: o.PlanFile, output: Output, html: o.Html = None, markdown: Markdown = None) -> int:
+def report(
+    plan: o.PlanFile,
+    output: Output,
+    html: o.Html = None,
+    markdown: Markdown = None,
+    memory: Memory = None,
+) -> int:
     """Show a plan's budget: predicted against measured, row by row.
 
     fxopt report small --html plan.html --markdown plan.md
@@ -59,7 +69,9 @@ def report(plan: o.PlanFile, output: Output, html: o.Html = None, markdown: Mark
         read.to_html(html)
     if markdown:
         write_text(markdown, read.to_markdown())
-    shown = Report(read.totals, read.notes, limit_texts(read.budget))
+    shown = Report(read.totals, read.notes, limit_texts(read.budget), read.memory)
+    if memory:
+        shown.to_svg(memory)
     output.show(shown, {"rows": rows_of(read.totals), "notes": read.notes})
     return OK
 

@@ -105,16 +105,46 @@ def peak_live_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
     On CUDA the allocator's own statistic; on a CPU the storages that operations make.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with Watch(device) as watch:
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _LiveStorages() as live:
-        call()
-    return live.peak
+    return watch.peak
+
+
+class Watch:
+    """Bytes alive beyond what was alive when it was entered; `peak` is the most since `mark`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._storages = None if device.type == "cuda" else _LiveStorages()
+        self._before = 0
+
+    def __enter__(self) -> Watch:
+        if self._storages is not None:
+            self._storages.__enter__()
+            return self
+        torch.cuda.synchronize(self._device)
+        self.mark()
+        self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._storages is not None:
+            self._storages.__exit__(*error)
+        else:
+            torch.cuda.synchronize(self._device)
+
+    def mark(self) -> None:
+        """Count the peak from here on."""
+        if self._storages is not None:
+            self._storages.mark()
+        else:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @property
+    def peak(self) -> int:
+        if self._storages is not None:
+            return self._storages.peak
+        return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
 _CPU: Any = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # pyright: ignore[reportPrivateUsage]
@@ -128,6 +158,9 @@ class _LiveStorages(TorchDispatchMode):
         self.peak = 0
         self._now = 0
         self._known: set[int] = set()
+
+    def mark(self) -> None:
+        self.peak = self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}

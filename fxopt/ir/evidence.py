@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
 
-from .decision import PlanModel
+from pydantic import Field, model_validator
+
+from .decision import PlanModel, RewriteName
 from .errors import RowResult
 
 
@@ -69,3 +71,66 @@ class Generated(PlanModel):
 
     modules: list[str]
     text: str
+
+
+Holder = Literal["gradients", "outputs", "kept", "codes", "offloaded", "again", "temporary"]
+"""Who holds bytes in a training step: gradients of parameters, what the caller gets, tensors kept
+for the backward, codes in their place, what is on its way to the host or back, what the backward
+has made again, and all that is soon gone: results that no backward reads, workspaces."""
+
+
+class Span(PlanModel):
+    """Consecutive points of one layer, or of one module outside of layers, from `start` on."""
+
+    name: str
+    start: int
+
+
+class Policy(PlanModel):
+    """What happens to some of a step's saved tensors ("keep": nothing), and what that costs.
+
+    `bytes` are theirs, of which `waiting` stay on the device in any form and `host` wait in host
+    memory; `seconds` is what a step takes longer for all of them together.
+    """
+
+    rewrite: RewriteName
+    label: str = ""
+    tensors: int
+    bytes: int
+    waiting: int
+    host: int = 0
+    seconds: float = 0.0
+
+
+class Memory(PlanModel):
+    """Bytes alive over a training step, beyond the `weights` (parameters and buffers).
+
+    Points are in the order of the program, the backward from point `border` on; each stands for a
+    few ops in a row, and is the one of them with most bytes alive. `holders` has a value a point
+    for each of those who hold any, as predicted; their sum is what is alive while the op runs.
+    `measured` is the most alive meanwhile in one run (None: not measured). `limit` is what the
+    budget allows of the sum, by its row `limited_by`; `peak_at` names the op of the largest.
+    """
+
+    weights: int
+    border: int
+    holders: dict[Holder, list[int]]
+    spans: list[Span]
+    policies: list[Policy]
+    measured: list[int] | None = None
+    limit: float | None = None
+    limited_by: str = ""
+    peak_at: str = ""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Memory:
+        known = [*self.holders.values(), *([self.measured] if self.measured is not None else [])]
+        lengths = {len(values) for values in known}
+        if len(lengths) > 1:
+            raise ValueError(f"holders and measured have {sorted(lengths)} points")
+        return self
+
+    @property
+    def predicted(self) -> list[int]:
+        """Bytes alive at each point, without the weights."""
+        return [sum(values) for values in zip(*self.holders.values(), strict=True)]

@@ -15,7 +15,7 @@ from .budget import Budget
 from .changes import PlanDiff
 from .decision import KEEP, Alternative, Decision, PlanModel, Refused
 from .errors import PlanError, RowResult
-from .evidence import Block, Generated, Looser, Price, Trial
+from .evidence import Block, Generated, Looser, Memory, Price, Trial
 from .names import hint, select
 from .store import read_plan, read_tensors, tensors_path, write_plan, write_text
 from .workload import Forward, Generate, Train
@@ -44,7 +44,8 @@ class Plan(PlanModel):
     choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
     SHA-256 of that file.
     `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
-    `blocks` and `sources` are for readers: nothing of them is replayed.
+    `blocks`, `sources` and `memory` (of a training step) are for readers: nothing of them is
+    replayed.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -69,6 +70,7 @@ class Plan(PlanModel):
     untried: list[str] = Field(default_factory=list[str])
     blocks: list[Block] = Field(default_factory=list[Block])
     sources: list[Generated] = Field(default_factory=list[Generated])
+    memory: Memory | None = None
     _tensors: dict[str, Tensor] = PrivateAttr(default_factory=dict[str, Tensor])
 
     @model_validator(mode="after")
@@ -214,7 +216,7 @@ class Plan(PlanModel):
     def report(self, *notes: str) -> Any:
         """The rows as they were measured when the plan was made, for a module that was not."""
         kind = import_module("..show.report", __package__).Report
-        return kind(list(self.totals), [*self.notes, *notes])
+        return kind(list(self.totals), [*self.notes, *notes], memory=self.memory)
 
     def graph(self) -> DiGraph[str]:
         """The calls of the model before and after, as one networkx graph; see `show.network`.

@@ -15,7 +15,7 @@ from fxopt.ir.decision import BY_HAND
 from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.workload import scenarios
 
-from . import binding, outlook, summary
+from . import binding, memory, outlook, summary
 from .blocks import both_after
 from .compact import Encoder, columns_of, rounded, to_script
 from .entries import MARKS, Entry, choice, entries, why
@@ -80,6 +80,9 @@ def render(plan: Plan) -> str:
         at_sites_notes=summary.at_sites_notes(plan),
         lines=summary.lines(plan),
         heads=head_map(plan),
+        timeline=plan.memory and memory.drawing(plan.memory),
+        timeline_said=memory.sentence(plan.memory) if plan.memory else "",
+        policies=memory.policies(plan.memory) if plan.memory else ([], []),
         shown=SHOWN_LINES,
         by_hand=any(d.reason == BY_HAND for d in plan.decisions),
         diff=None,
@@ -160,7 +163,7 @@ def _error_unit(plan: Plan) -> str:
 
 def _page(data: dict[str, Any], **context: Any) -> str:
     scripts = [_vendored(), _script()]
-    style = (HERE / "web" / "style.css").read_text(encoding="utf-8")
+    style = (HERE / "web" / "style.css").read_text(encoding="utf-8") + memory.style()
     return (
         _environment()
         .get_template("plan.html.jinja")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from fxopt.ir.errors import RowResult
+from fxopt.ir.errors import PlanError, RowResult
+from fxopt.ir.evidence import Memory
+from fxopt.ir.store import write_text
 
+from . import memory
 from .page import Page, has_colours, width
 from .rows import HEADS, cells, deviation, table
 
@@ -18,12 +22,22 @@ class Report:
     rows: list[RowResult]
     notes: list[str] = field(default_factory=list[str])
     written: Mapping[str, str] = field(default_factory=dict[str, str])
+    memory: Memory | None = None
 
     @property
     def kept(self) -> bool:
         """Whether every row that has a limit was measured and keeps it."""
         limited = [row for row in self.rows if row.limit is not None]
         return all(row.measured is not None and row.excess <= 0 for row in limited)
+
+    def to_svg(self, path: str | Path) -> Path:
+        """Draw who holds memory over a training step; PlanError where the plan does not tell."""
+        if self.memory is None:
+            raise PlanError(
+                "the plan holds no memory over time, which plans of training steps alone do: make "
+                "it with workload=fxopt.Train(...), again where an earlier fxopt made it"
+            )
+        return write_text(Path(path), memory.svg(self.memory))
 
     def __str__(self) -> str:
         return render(self)
@@ -37,6 +51,11 @@ def render(report: Report, *, colours: bool | None = None, columns: int | None =
     page.verbatim(
         table(heads, [[*line[:5], off, line[5]] for line, off in zip(lines, offs, strict=True)])
     )
+    if report.memory is not None:
+        page.add()
+        page.add(memory.sentence(report.memory))
+        page.verbatim(table(*memory.policies(report.memory)))
+        page.add()
     for note in report.notes:
         page.add(f"Note: {note}")
     return page.render(has_colours() if colours is None else colours)

@@ -18,6 +18,7 @@ from .forms import parts_of
 from .random import is_random, replayed, rng_state
 from .schedule import Item, Schedule
 from .step import NORM, aten
+from .watched import POINT, Probe
 
 
 def partition(
@@ -54,8 +55,9 @@ class _Written:
 def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
     """Insert what the schedule adds, and let the backward read it."""
     replaced = scheduled.replaced
-    for item in scheduled.items:
+    for point, item in enumerate(scheduled.items):
         if item.kind == "run":
+            item.node.meta[POINT] = point
             if item.node in replaced:
                 owner = replaced[item.node]
                 _replace(item.node, owner, scheduled, written)
@@ -63,11 +65,14 @@ def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
                 _reread(item.node, written.copies)
             continue
         assert item.before is not None
+        made = item.before.prev
         with graph.inserting_before(item.before):
             if item.kind == "again":
                 written.copies[item.node] = _copy(graph, item.node, written.copies)
             else:
                 _image(graph, item, scheduled.images[item.node].image, written)
+        while (made := made.next) is not item.before:
+            made.meta[POINT] = point
 
 
 def _image(graph: fx.Graph, item: Item, image: Image, written: _Written) -> None:
@@ -169,15 +174,18 @@ class _Boxed(CodeGen):
         return f"def forward(self, arguments):{unpack}\n    arguments.clear()"
 
 
-def executable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Half of a step as plain Python that frees each tensor at its last use."""
+def executable(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], probe: Probe | None = None
+) -> Callable[..., Any]:
+    """Half of a step as plain Python that frees each tensor at its last use; op by op while
+    `probe` is on."""
     del example_inputs
     gm.graph.set_codegen(_Boxed())
     gm.recompile()
     run = gm.forward
 
     def call(arguments: list[Any]) -> Any:
-        return run(arguments)
+        return run(arguments) if probe is None or not probe.on else probe.run(gm, arguments)
 
     call._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
     return call

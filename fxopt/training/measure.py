@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..decide.verify import Timing, compare, peak_live_bytes
 from .capture import scalar_loss
+from .watched import Probe
 
 Inputs = Mapping[str, Any]
 SEED = 0
@@ -100,6 +101,12 @@ def peak(module: nn.Module, inputs: Inputs) -> int:
         step(module, inputs)
         _clear(module)
         return peak_live_bytes(lambda: step(module, inputs), device_of(module))
+
+
+def watched(module: nn.Module, inputs: Inputs, probe: Probe) -> None:
+    """One more step, op by op, of which `probe` remembers how many bytes were alive when."""
+    with untouched(module), probe.watching(device_of(module)):
+        step(module, inputs)
 
 
 def seconds(first: nn.Module, second: nn.Module, inputs: Inputs) -> Timing:

@@ -24,6 +24,7 @@ from .decisions import plan_of
 from .losses import head_notes
 from .module import Inputs, Run, TrainingModule, bound, clone
 from .planned import Layout, Request
+from .timeline import memory_of
 from .variants import Further, decided_step, fastest_step
 
 ROWS = ("memory", "activations")
@@ -154,8 +155,7 @@ class _Session:
     @property
     def limit(self) -> float:
         """The peak that the rows allow a step, in bytes beyond parameters and buffers."""
-        rows = zip(ROWS, (-self.weights, self.gradients), strict=True)
-        return self.reserve * min(self.limits[n] + more for n, more in rows if n in self.limits)
+        return self.reserve * self._allowed()[0]
 
     @property
     def limits(self) -> dict[str, float]:
@@ -218,9 +218,10 @@ class _Session:
             notes.append(note)
             timing = measure.seconds(self.model, module, self.inputs)
             measured |= {"before": timing.first, "latency": timing.second}
+        measure.watched(module, self.inputs, layout.probe)
         made = self.plan_of(layout, measured)
         made.notes = notes
-        module.plan, module.report = made, Report(made.totals, notes)
+        module.plan, module.report = made, Report(made.totals, notes, memory=made.memory)
         return module, made.totals
 
     def _compared(self, module: TrainingModule, layout: Layout) -> tuple[str, float]:
@@ -272,7 +273,14 @@ class _Session:
             rows.append(
                 RowResult("latency", None, slow, measured["latency"], "s", measured["before"])
             )
-        return plan_of(layout, self.request.workload, self.budget, rows, self.model, self.notes)
+        made = plan_of(layout, self.request.workload, self.budget, rows, self.model, self.notes)
+        made.memory = memory_of(layout, self.weights, *self._allowed())
+        return made
+
+    def _allowed(self) -> tuple[float, str]:
+        """What the tightest byte row allows beyond parameters and buffers, and its name."""
+        more = dict(zip(ROWS, (-self.weights, self.gradients), strict=True))
+        return min((limit + more[n], n) for n, limit in self.limits.items() if n in more)
 
     def _too_small(
         self, module: TrainingModule, layout: Layout, rows: list[RowResult]

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .schedule import Schedule
 from .search import StepPlan, frontier, laid_out
 from .sites import Saved, saved_tensors
 from .step import Step, node_key
+from .watched import Probe
 
 HOST_SHARE = 0.5
 """Of what the host can still give, the most that a plan may take."""
@@ -53,13 +55,15 @@ class Request:
 @dataclass(frozen=True)
 class Layout:
     """How a planned step came about. `widest` is the op at which its peak stands, `structure`
-    names the traced graph; errors were found to be `scale` times what the prior says."""
+    names the traced graph, `probe` can watch the step that runs; errors were found to be `scale`
+    times what the prior says."""
 
     saved: Saved
     plan: StepPlan
     calls: Schedule
     widest: str
     structure: str
+    probe: Probe
     cut: Cut = field(default_factory=dict[str, HeadCut])
     """How the losses of heads are computed without logits, by the key of the head."""
     scale: float = 1.0
@@ -78,6 +82,7 @@ def planned(
     The losses of the heads in `cut` are computed without logits.
     """
     found: list[Layout] = []
+    probe = Probe()
     deadline = time.monotonic() + (request.time_limit or float("inf"))
 
     def halves(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -95,11 +100,11 @@ def planned(
         calls = laid_out(step, plan)
         nodes = (*step.forward, *step.backward)
         widest = node_key(nodes[int(calls.live().argmax())])
-        found.append(Layout(saved, plan, calls, widest, structure, cut))
+        found.append(Layout(saved, plan, calls, widest, structure, probe, cut))
         return partition(graph, calls, count)
 
     with joint(model, inputs, {key: head.chunk for key, head in cut.items()}) as traced:
-        run = traced.build(halves, executable)
+        run = traced.build(halves, partial(executable, probe=probe))
     return run, found[0]
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fxopt import load
 from fxopt.cli import run
 from fxopt.ir.budget import Budget
+from fxopt.ir.evidence import Memory
 from fxopt.ir.plan import Plan
 from fxopt.ir.workload import Generate
 
@@ -140,6 +141,24 @@ def test_report(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
     assert text.read_text("utf-8") == Plan.load(saved / "plan.json").to_markdown()
     document = json.loads(fxopt("report", saved, "--json")[1])
     assert {"kl", "weights"} <= {row["name"] for row in document["rows"]}
+
+
+def test_report_of_a_plan_without_memory_over_time(
+    fxopt: Invoke, saved: Path, tmp_path: Path
+) -> None:
+    code, shown, error = fxopt("report", saved, "--memory", tmp_path / "memory.svg")
+    assert (code, shown) == (1, "")
+    assert "workload=fxopt.Train" in error
+
+
+def test_report_draws_memory(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
+    plan = Plan.load(saved / "plan.json")
+    plan.memory = Memory(weights=9, border=1, holders={"kept": [4, 5]}, spans=[], policies=[])
+    path = plan.save(tmp_path / "plan.json")
+    code, shown, _ = fxopt("report", path, "--memory", tmp_path / "memory.svg")
+    assert code == 0
+    assert "14 B as predicted" in shown
+    assert (tmp_path / "memory.svg").read_text("utf-8").startswith("<svg ")
 
 
 def test_explain(fxopt: Invoke, saved: Path) -> None:
