@@ -8,7 +8,7 @@ from typing import Any
 
 from . import passes
 from .compiler import Compiler
-from .decide.decisions import decisions
+from .decide.decisions import decisions, pairs
 from .decide.explain import BETTER, Explainer
 from .decide.outlook import Standing, loosened, standing
 from .decide.search import Search, Trial, identity
@@ -47,6 +47,7 @@ def shown(
     held = all(row.excess <= 0 for row in totals)
     return {
         "decisions": decided,
+        "pairs": pairs(compiler.proposals, search.table, why),
         "trials": trials(measurer, search, taken),
         "prices": names.prices(),
         "looser": looser(names) if held else [],

@@ -94,7 +94,7 @@ def explain(plan: o.PlanFile, site: SiteName, output: Output, family: FamilyName
             "key": entry.key,
             "state": entry.mark,
             "reasons": list(entry.reasons),
-            "decision": json.loads(entry.decision.model_dump_json()) if entry.decision else None,
+            "decisions": [json.loads(d.model_dump_json()) for d in entry.stored],
         }
         for entry in matching(read, site, family)
     ]

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..ir.cost import Cost
+from ..ir.evidence import Pair
 from ..ir.plan import KEEP, Alternative, Decision, Refused
 from ..ir.site import GroupInfo, Site
 from .explain import Choice, Explainer
@@ -30,6 +31,15 @@ def decisions(proposals: Proposals, table: Table, why: Explainer) -> list[Decisi
         made.get((s.family, s.key)) or _untouched(s, proposals)
         for s in proposals.sites
         if (s.family, s.key) in made or (s.family, s.key) in proposals.refused
+    ]
+
+
+def pairs(proposals: Proposals, table: Table, why: Explainer) -> list[Pair]:
+    """What attention and cache of a head are as a whole, where they are chosen as one."""
+    return [
+        _Here(proposals, table, why, group, sites[0]).pair(sites[1])
+        for group, sites in enumerate(table.keys)
+        if len(sites) > 1
     ]
 
 
@@ -78,6 +88,7 @@ class _Here:
         self.columns = table.columns[group]
         self.option = why.swaps.stand.choice[group]
         self.mine = self.columns[self.option]
+        self.joint = len(table.keys[group]) > 1
         beside = _beside(self.mine, site)
         self.options = [o for o, c in enumerate(self.columns) if _beside(c, site) == beside]
 
@@ -100,13 +111,38 @@ class _Here:
             return f"already the exact call that {names} makes" if names else "no candidate is left"
         if proposal is None:
             return self.why.kept(self.group, self._choice(self.option), others)
-        kept = next(o for o in self.options if _of(self.columns[o], self.site) is None)
-        mine, was = self._choice(self.option), self._choice(kept)
-        reason = self.why.chosen(self.group, kept, mine, was)
         together = [p for p in self.mine.proposals if p is not proposal]
         if together:
-            reason += f"; decided with {together[0].rewrite.name} {together[0].candidate.label}"
-        return reason
+            with_ = f"{together[0].rewrite.name} {together[0].candidate.label}"
+            return f"{self._gain()}; decided with {with_}"
+        return self._gain()
+
+    def _gain(self) -> str:
+        """What the chosen column serves, against all of its sites as they were."""
+        return self.why.chosen(self.group, 0, self._choice(self.option), self._choice(0))
+
+    def pair(self, cache: Site) -> Pair:
+        """The two sites as one, for those who read the plan."""
+        chosen = [_of(self.mine, self.site), _of(self.mine, cache)]
+        names = [f"{p.rewrite.name} {p.candidate.label}".strip() if p else "kept" for p in chosen]
+        kept, first = self.columns[0], self._choice(0)
+        reason = ""
+        if self.option != 0:
+            reason = self.why.alternative(self.group, 0, self._choice(self.option), first)
+        return Pair(
+            key=self.site.key,
+            choices=names,
+            kept=Alternative(
+                rewrite=KEEP,
+                cost=kept.cost,
+                error=first.error,
+                calls=dict(kept.seconds),
+                timed=[name for name in kept.seconds if name in kept.timed],
+                reason=reason,
+            ),
+            reason=self._gain() if all(chosen) else "",
+            error_measured=self.mine.measured is not None if self.option else None,
+        )
 
     def _already(self) -> list[str]:
         """Rewrites that offered what stands here."""
@@ -119,8 +155,11 @@ class _Here:
         return Alternative(**self._fields(option), reason=reason)
 
     def _choice(self, option: int) -> Choice:
-        proposal = _of(self.columns[option], self.site)
+        """What reasons compare: of a pair all that it takes, since neither is chosen alone."""
+        column, proposal = self.columns[option], _of(self.columns[option], self.site)
         name = proposal.candidate.label if proposal else KEEP
+        if self.joint:
+            return Choice(name, column.cost, self.table.amounts(column, self.columns[0])["error"])
         return Choice(name, self._cost(option), self._error(option))
 
     def _fields(self, option: int) -> dict[str, Any]:
@@ -152,7 +191,7 @@ class _Here:
 
     def _share(self, total: float, apart: float, mine: float) -> float:
         """Of an additive amount of an option: a cache adds what its attention alone had not."""
-        if len(self.table.keys[self.group]) == 1:
+        if not self.joint:
             return total
         return total - (apart if self.site.family == "kv_cache" else mine - apart)
 

@@ -104,6 +104,11 @@ class Decision(PlanModel):
         return self.rewrite != KEEP
 
     @property
+    def choice(self) -> str:
+        """What stands at the site, in a few words."""
+        return f"{self.rewrite} {self.label}".strip() if self.rewritten else "kept"
+
+    @property
     def members(self) -> list[str]:
         """Keys of the linears that a group stands for, "mlp.gate_proj+up_proj" or, from several
         modules, "a.proj+b.proj"; none where it is one linear."""

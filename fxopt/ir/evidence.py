@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .decision import PlanModel, RewriteName
+from .decision import Alternative, PlanModel, RewriteName
 from .errors import RowResult
 
 
@@ -33,6 +33,21 @@ class Looser(PlanModel):
     unit: str
     rows: list[RowResult]
     solved: bool = True
+
+
+class Pair(PlanModel):
+    """What attention and KV cache of the KV head `key` are as a whole, since they were chosen as
+    one. Costs and errors of their two decisions hold with the other as chosen, and add up.
+
+    `kept` is both as they were; `choices` are the two that `reason` (where both are rewritten) and
+    `error_measured` (whether the error of both was, with this head alone changed) speak of.
+    """
+
+    key: str
+    choices: list[str]
+    kept: Alternative
+    reason: str = ""
+    error_measured: bool | None = None
 
 
 class Price(PlanModel):

@@ -15,7 +15,7 @@ from .budget import Budget
 from .changes import PlanDiff
 from .decision import KEEP, Alternative, Decision, PlanModel, Refused
 from .errors import PlanError, RowResult
-from .evidence import Block, Generated, Looser, Memory, Price, Trial
+from .evidence import Block, Generated, Looser, Memory, Pair, Price, Trial
 from .names import hint, select
 from .store import read_plan, read_tensors, tensors_path, write_plan, write_text
 from .workload import Forward, Generate, Train
@@ -44,8 +44,8 @@ class Plan(PlanModel):
     choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
     SHA-256 of that file.
     `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
-    `blocks`, `sources` and `memory` (of a training step) are for readers: nothing of them is
-    replayed.
+    `blocks`, `sources`, `pairs` and `memory` (of a training step) are for readers: nothing of them
+    is replayed.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -70,6 +70,7 @@ class Plan(PlanModel):
     untried: list[str] = Field(default_factory=list[str])
     blocks: list[Block] = Field(default_factory=list[Block])
     sources: list[Generated] = Field(default_factory=list[Generated])
+    pairs: list[Pair] = Field(default_factory=list[Pair])
     memory: Memory | None = None
     _tensors: dict[str, Tensor] = PrivateAttr(default_factory=dict[str, Tensor])
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from fxopt.ir.plan import Decision, Plan, Refused
 
 from .fold import QUANTITY, merge_sentences, sentence_shape
+from .joint import SHOWN, Joined, decided, family_of, parts_of
 
 MARKS = {"~": "rewritten", "=": "kept", "!": "locked", "x": "refused"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One site: a mark, what stands there, why, and what refused it; `decision` if it has one."""
+    """One site, or attention and cache of a head: a mark, what stands there, why, what refused
+    it; `decision` if it has one."""
 
     mark: str
     key: str
@@ -23,18 +25,31 @@ class Entry:
     reasons: tuple[str, ...]
     decision: Decision | None = None
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families of its decisions."""
+        return tuple(self.family.split(" + "))
+
+    @property
+    def stored(self) -> list[Decision]:
+        """Its decisions as the plan has them."""
+        return parts_of(self.decision) if self.decision is not None else []
+
 
 def entries(plan: Plan) -> list[Entry]:
     """Every site of the plan's decisions, then those that were only refused."""
     refused: dict[tuple[str, str], list[Refused]] = {}
     for refusal in plan.refusals:
         refused.setdefault((refusal.family, refusal.key), []).append(refusal)
-    decided = [_decided(d, refused.pop((d.family, d.key), [])) for d in plan.decisions]
+    made = [
+        _decided(d, [refused.pop((part.family, part.key), []) for part in parts_of(d)])
+        for d in decided(plan)
+    ]
     alone = [
         Entry("x", key, family, "refused", _sentences(refusals))
         for (family, key), refusals in refused.items()
     ]
-    return decided + alone
+    return made + alone
 
 
 def summary(plan: Plan) -> str:
@@ -46,11 +61,6 @@ def summary(plan: Plan) -> str:
     kept = len(sites) - rewritten - refused
     counts = f"Plan: {rewritten} rewritten, {kept} kept, {refused} refused"
     return counts + (f" ({locked} locked)" if locked else "")
-
-
-def choice(decision: Decision) -> str:
-    """What stands at the site, in a few words."""
-    return f"{decision.rewrite} {decision.label}".strip() if decision.rewritten else "kept"
 
 
 def why(decision: Decision) -> str:
@@ -65,6 +75,11 @@ def why(decision: Decision) -> str:
         f"not {f'{other.rewrite} {other.label}'.strip()}: {other.reason or default[other.feasible]}"
         for other in others
     )
+
+
+def reasons_of(decision: Decision) -> tuple[str, ...]:
+    """Why a decision was made, refusals aside."""
+    return _decided(decision, [() for _ in parts_of(decision)]).reasons
 
 
 def shown_together(entry: Entry) -> Hashable:
@@ -84,15 +99,38 @@ def said_together(equal: Sequence[Entry]) -> list[str]:
     return texts
 
 
-def _decided(decision: Decision, refusals: Sequence[Refused]) -> Entry:
+def _decided(decision: Decision, refusals: Sequence[Sequence[Refused]]) -> Entry:
+    """`refusals` of each of the decision's parts."""
     served = decision.rewritten or decision.alternatives or decision.already
     mark = "!" if decision.locked else "~" if decision.rewritten else "=" if served else "x"
-    mark = "=" if mark == "x" and not refusals else mark
-    what = "refused" if mark == "x" else choice(decision)
+    mark = "=" if mark == "x" and not any(refusals) else mark
+    what = "refused" if mark == "x" else decision.choice
+    each = zip(parts_of(decision), refusals, strict=True)
+    said = [_said(part, found, mark) for part, found in each]
+    reasons = _of_both(decision, said) if isinstance(decision, Joined) else said[0]
+    return Entry(mark, decision.key, family_of(decision), what, reasons, decision)
+
+
+def _said(decision: Decision, refusals: Sequence[Refused], mark: str) -> tuple[str, ...]:
+    """Why one site is what it is, and what refused it."""
     reasons = _sentences(refusals)
     if decision.reason or mark != "x":
         reasons = (why(decision), *(text for text in reasons if text != decision.reason))
-    return Entry(mark, decision.key, decision.family, what, reasons, decision)
+    return reasons
+
+
+def _of_both(joined: Joined, said: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """What is said of a head: first what is said of it as one, then of attention and of cache."""
+    texts = [joined.reason] if joined.reason else []
+    changed = [part for part in joined.parts if part.rewritten]
+    order = sorted(zip(joined.parts, said, strict=True), key=lambda each: not each[0].rewritten)
+    for part, own in order:
+        if joined.reason or changed == [part]:
+            texts += own[: not joined.reason]
+            own = own[1:]
+        own = [*own, *(["locked"] if part.locked and not joined.locked else [])]
+        texts += [t if t.startswith(f"{part.family}.") else f"{part.family}: {t}" for t in own]
+    return tuple(dict.fromkeys(texts))
 
 
 def _sentences(refusals: Sequence[Refused]) -> tuple[str, ...]:
@@ -120,7 +158,7 @@ def counted(decisions: Sequence[Decision]) -> list[Decision]:
     ]
 
 
-def by_family(sites: Sequence[Entry], families: Sequence[str]) -> Mapping[str, list[Entry]]:
+def by_family(sites: Sequence[Entry]) -> Mapping[str, list[Entry]]:
     """The entries of each family that has any."""
-    found = {family: [site for site in sites if site.family == family] for family in families}
+    found = {family: [site for site in sites if site.family == family] for family in SHOWN}
     return {family: listed for family, listed in found.items() if listed}

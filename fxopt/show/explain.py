@@ -54,7 +54,7 @@ def render(
 
 def matching(plan: Plan, site: str, family: str | None = None) -> list[Entry]:
     """The sites that a name means: itself, else the heads of the op, else what is below it."""
-    known = [entry for entry in entries(plan) if family in (None, entry.family)]
+    known = [entry for entry in entries(plan) if family in (None, entry.family, *entry.families)]
     tests: tuple[Callable[[Entry], bool], ...] = (
         lambda entry: entry.key == site,
         lambda entry: site in ops_of(entry.key),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fxopt.ir.plan import Decision, Plan
 
-from .entries import choice
+from .joint import decided, parts_of
 
 COLOURS = 4
 """Rewrites that have a colour of their own; heads that are kept have none."""
@@ -49,15 +49,19 @@ class HeadMap:
 def head_map(plan: Plan) -> HeadMap | None:
     """None where no attention head is rewritten."""
     # Keys of a plan from elsewhere are any text.
-    heads = [d for d in plan.decisions if d.family == "attention" and _parts(d)[1].isdecimal()]
-    rewrites = list(dict.fromkeys(d.rewrite for d in heads if d.rewritten))
+    heads = [d for d in decided(plan) if _attention(d) and _parts(d)[1].isdecimal()]
+    attentions = [a for d in heads if (a := _attention(d))]
+    rewrites = list(dict.fromkeys(a.rewrite for a in attentions if a.rewritten))
     if not rewrites:
         return None
     rows = list(dict.fromkeys(_parts(d)[0] for d in heads))
     columns = sorted({_parts(d)[1] for d in heads}, key=lambda head: (len(head), head))
     left = LETTER * max(map(len, rows)) + 8
-    kinds = [1 + rewrites.index(d.rewrite) % COLOURS if d.rewritten else 0 for d in heads]
-    cells = [_cell(d, kind, left, rows, columns) for d, kind in zip(heads, kinds, strict=True)]
+    kinds = [1 + rewrites.index(a.rewrite) % COLOURS if a.rewritten else 0 for a in attentions]
+    cells = [
+        _cell(head, attention, kind, left, rows, columns)
+        for head, attention, kind in zip(heads, attentions, kinds, strict=True)
+    ]
     counts = Counter((cell.kind, cell.label) for cell in cells)
     return HeadMap(
         left=left,
@@ -69,19 +73,26 @@ def head_map(plan: Plan) -> HeadMap | None:
     )
 
 
-def _cell(decision: Decision, kind: int, left: int, rows: list[str], columns: list[str]) -> Cell:
-    name, head = _parts(decision)
-    kept, shade = decision.kept, 1.0
-    if decision.rewritten and kept is not None and kept.seconds > 0:
-        shade = min(1.0, max(LEAST_SHADE, decision.cost.seconds / kept.seconds))
+def _cell(
+    head: Decision, attention: Decision, kind: int, left: int, rows: list[str], columns: list[str]
+) -> Cell:
+    """`head` is the attention, with its cache where it has one."""
+    name, number = _parts(head)
+    kept, shade = head.kept, 1.0
+    if attention.rewritten and kept is not None and kept.seconds > 0:
+        shade = min(1.0, max(LEAST_SHADE, head.cost.seconds / kept.seconds))
     return Cell(
-        x=left + WIDTH * columns.index(head),
+        x=left + WIDTH * columns.index(number),
         y=HEIGHT * rows.index(name),
         kind=kind,
-        label=(decision.label or decision.rewrite) if decision.rewritten else "kept",
-        title=f"{decision.key}: {choice(decision)}",
+        label=(attention.label or attention.rewrite) if attention.rewritten else "kept",
+        title=f"{head.key}: {head.choice}",
         shade=round(shade, 2),
     )
+
+
+def _attention(head: Decision) -> Decision | None:
+    return next((part for part in parts_of(head) if part.family == "attention"), None)
 
 
 def _parts(decision: Decision) -> tuple[str, str]:

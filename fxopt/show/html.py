@@ -18,9 +18,10 @@ from fxopt.ir.workload import scenarios
 from . import binding, memory, outlook, summary
 from .blocks import both_after
 from .compact import Encoder, columns_of, rounded, to_script
-from .entries import MARKS, Entry, choice, entries, why
+from .entries import MARKS, Entry, entries, reasons_of
 from .entries import summary as summary_text
 from .heads import head_map
+from .joint import family_of, joined_diff
 from .rows import cells
 from .text import workload_text
 
@@ -106,6 +107,7 @@ def _calls(plan: Plan) -> list[dict[str, Any]]:
 
 def render_diff(diff: PlanDiff) -> str:
     """The page of what changes from one plan to another."""
+    diff = joined_diff(diff)
     plan = diff.plans[1] if diff.plans else None
     calls = _calls(plan) if plan else []
     encoder = Encoder([call["name"] for call in calls])
@@ -151,8 +153,8 @@ def render_diff(diff: PlanDiff) -> str:
 
 def _entry(decision: Decision) -> Entry:
     mark = "!" if decision.locked else "~" if decision.rewritten else "="
-    text = why(decision)
-    return Entry(mark, decision.key, decision.family, choice(decision), (text,), decision)
+    reasons = reasons_of(decision)
+    return Entry(mark, decision.key, family_of(decision), decision.choice, reasons, decision)
 
 
 def _error_unit(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from fxopt.ir.errors import PlanError
 from fxopt.ir.evidence import Block
 from fxopt.ir.plan import Decision, Plan
 
-from .entries import choice, counted, ops_of, why
+from .entries import counted, ops_of, why
 
 LINE = re.compile(
     r"(?P<mark>.)%(?P<name>\w+) = (?P<op>[\w.]+)\((?P<args>.*)\) -> (?P<type>.*) "
@@ -112,7 +112,7 @@ def _facts(decisions: list[Decision]) -> dict[str, str | float]:
     rewritten = [d for d in decisions if d.rewritten] or decisions
     return {
         "family": rewritten[0].family,
-        "rewrite": "; ".join(dict.fromkeys(map(choice, rewritten))),
+        "rewrite": "; ".join(dict.fromkeys(d.choice for d in rewritten)),
         "reason": why(rewritten[0]),
         "error": sum(errors),
         "seconds": sum(d.cost.seconds for d in counted(decisions)),

@@ -9,13 +9,13 @@ from fxopt.ir.changes import PlanDiff
 from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
 from fxopt.ir.plan import Decision, Plan
-from fxopt.ir.site import FAMILIES
 from fxopt.ir.units import format_value
 
 from .binding import binding, objective, quote, used
 from .costs import SAVED, change, saving, total
 from .entries import Entry, counted, entries, said_together, shown_together
 from .fold import fold_keys, groups
+from .joint import SHOWN, decided, joined_diff
 from .rows import cells, limit_texts, with_missing
 
 
@@ -158,7 +158,7 @@ def at_sites_notes(plan: Plan) -> list[str]:
 
 def at_sites(plan: Plan) -> list[tuple[str, str, str, str]]:
     """What the sites take before and after by the plan's own costs: name, before, after, change."""
-    decisions = counted(plan.decisions)
+    decisions = counted(decided(plan))
     before = total(decisions, lambda decision: decision.kept)
     after: Cost | None = total(decisions, lambda decision: decision.cost)
     if before is None or after is None:
@@ -174,6 +174,7 @@ def at_sites(plan: Plan) -> list[tuple[str, str, str, str]]:
 
 def sums(diff: PlanDiff) -> list[tuple[str, str, str, str]]:
     """What the sites that differ take in each plan: name, first, second, change."""
+    diff = joined_diff(diff)
     pairs = [*diff.changed, *((None, d) for d in diff.added), *((d, None) for d in diff.removed)]
     sides = [counted([d for d in side if d is not None]) for side in zip(*pairs, strict=True)]
     if not sides:
@@ -195,7 +196,7 @@ def sums(diff: PlanDiff) -> list[tuple[str, str, str, str]]:
 def lines(plan: Plan) -> dict[str, list[Line]]:
     """The folded decisions by what happened: "rewritten", "kept", "refused"."""
     found: dict[str, list[Line]] = {"rewritten": [], "kept": [], "refused": []}
-    order = {family: index for index, family in enumerate(FAMILIES)}
+    order = {family: index for index, family in enumerate(SHOWN)}
     sites = sorted(entries(plan), key=lambda entry: order[entry.family])
     for equal in groups(sites, lambda entry: (entry.family, shown_together(entry))):
         found[_kind(equal[0])].append(_line(equal))

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from fxopt.ir.plan import Plan
-from fxopt.ir.site import FAMILIES
 from fxopt.ir.workload import Workload
 
 from . import binding
 from .costs import saving
 from .entries import Entry, by_family, entries, said_together, shown_together, summary
 from .fold import fold_keys, groups
+from .joint import JOINT
 from .page import Page, has_colours, width
 from .rows import budget_table, limit_texts, with_missing
 from .summary import said
@@ -22,9 +22,10 @@ def render(plan: Plan, *, colours: bool | None = None, columns: int | None = Non
     """The plan as `print` shows it; colours and width of the terminal unless given."""
     page = Page(columns or width())
     _header(page, plan)
-    for family, sites in by_family(entries(plan), FAMILIES).items():
+    for family, sites in by_family(entries(plan)).items():
         rewritten = sum(site.decision is not None and site.decision.rewritten for site in sites)
-        page.add(f"{family}: {rewritten} of {len(sites)} sites rewritten", "bold")
+        what = "heads" if family == JOINT else "sites"
+        page.add(f"{family}: {rewritten} of {len(sites)} {what} rewritten", "bold")
         for equal in groups(sites, shown_together):
             _sites(page, equal)
         page.add()

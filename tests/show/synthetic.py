@@ -8,7 +8,7 @@ from dataclasses import replace
 from fxopt.ir.budget import Budget
 from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
-from fxopt.ir.evidence import Block, Generated, Looser, Price, Trial
+from fxopt.ir.evidence import Block, Generated, Looser, Pair, Price, Trial
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from fxopt.ir.units import format_value
 from fxopt.ir.workload import Generate
@@ -39,12 +39,14 @@ def llama(layers: int, heads: int, seed: int = 0) -> Plan:
     are decided alike."""
     chance = random.Random(seed)
     decisions: list[Decision] = []
+    pairs: list[Pair] = []
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         for head in range(heads):
             key = f"{prefix}.self_attn/kv={head}"
-            decisions.append(_decision(chance, key, "attention", 0))
-            decisions.append(_decision(chance, key, "kv_cache", 0))
+            halves = [_decision(chance, key, family, 0) for family in ("attention", "kv_cache")]
+            decisions += halves
+            pairs.append(_pair(*halves))
         for name, (rows, columns) in LINEARS.items():
             decisions.append(_decision(chance, f"{prefix}.{name}", "linear", rows * columns * 2))
     rows = [
@@ -76,6 +78,7 @@ def llama(layers: int, heads: int, seed: int = 0) -> Plan:
             Looser(row="weights", limit=7.5e9, unit="bytes", rows=then),
             Looser(row="kl", limit=0.04, unit="nats", rows=[], solved=False),
         ],
+        pairs=pairs,
         untried=["linear.low_rank_shared"],
         blocks=[_block(decisions, f"model.layers.{layer}", layer) for layer in range(layers)],
         sources=[
@@ -85,6 +88,25 @@ def llama(layers: int, heads: int, seed: int = 0) -> Plan:
             )
             for layer in range(layers)
         ],
+    )
+
+
+def _pair(attention: Decision, cache: Decision) -> Pair:
+    """What the two are as one: what they take adds up in every choice."""
+    both = attention.rewritten and cache.rewritten
+    return Pair(
+        key=attention.key,
+        choices=[attention.choice, cache.choice],
+        kept=Alternative(
+            rewrite=KEEP,
+            cost=Cost(4e-4, 0, 131072),
+            error=0.0,
+            calls={"prefill": 1.6e-4, "decode": 8e-7},
+            timed=["prefill", "decode"],
+            reason="needs 64 KiB more of kv_cache, which is used up",
+        ),
+        reason="saves 64 KiB of kv_cache, which is used up: worth 2 ms elsewhere" if both else "",
+        error_measured=True if both else None,
     )
 
 

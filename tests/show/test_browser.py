@@ -10,6 +10,7 @@ import pytest
 
 from fxopt.ir.errors import RowResult
 from fxopt.ir.plan import Decision, Plan
+from fxopt.show.joint import decided
 from tests.show.browser import Tab, needs_browser, without_one
 from tests.show.synthetic import llama
 
@@ -19,14 +20,15 @@ HOSTILE = "</script><img src=x onerror=\"console.log('run')\"><b>&lt;"
 
 def in_order(plan: Plan) -> list[Decision]:
     """The decisions as the table shows them first."""
-    return sorted(plan.decisions, key=lambda decision: not decision.rewritten)
+    return sorted(decided(plan), key=lambda decision: not decision.rewritten)
 
 
 def test_the_first_rewritten_site_is_open(tab: Callable[..., Tab], small: Plan) -> None:
     shown = tab(small)
-    assert shown.selected() == small.rewritten[0].key
-    assert small.rewritten[0].reason in shown.text("#details")
-    assert shown.text("#count") == f"{len(small.decisions) + 1} sites"
+    first = in_order(small)[0]
+    assert shown.selected() == first.key
+    assert first.reason in shown.text("#details")
+    assert shown.text("#count") == f"{len(decided(small)) + 1} sites"
     assert shown.rows()[:9] == [decision.key for decision in in_order(small)][:9]
 
 
@@ -35,12 +37,13 @@ def test_filter_by_words_family_and_state(tab: Callable[..., Tab], small: Plan) 
     shown.page.fill("#filter", "LAYERS.1 gate")
     assert shown.rows() == ["model.layers.1.mlp.gate_proj"]
     shown.page.fill("#filter", "")
-    shown.page.select_option("#family", "kv_cache")
-    assert shown.text("#count") == f"6 of {len(small.decisions) + 1} sites"
+    sites = decided(small)
+    shown.page.select_option("#family", "attention + kv_cache")
+    assert shown.text("#count") == f"6 of {len(sites) + 1} sites"
     shown.page.select_option("#family", "")
     shown.page.click("#states button:has-text('kept')")
-    kept = sum(not decision.rewritten for decision in small.decisions)
-    assert shown.text("#count").startswith(f"{len(small.decisions) + 1 - kept} of")
+    kept = sum(not decision.rewritten for decision in sites)
+    assert shown.text("#count").startswith(f"{len(sites) + 1 - kept} of")
 
 
 def test_sort_by_error_both_ways(tab: Callable[..., Tab], small: Plan) -> None:
@@ -116,14 +119,14 @@ def test_the_time_of_a_site_says_how_it_is_known_for_each_call(
         ("prefill, 1 ×", "roofline, before: measured"),
         ("decode, 256 ×", "measured"),
     ]
-    decision = small.rewritten[0]
+    decision = in_order(small)[0]
     assert decision.calls is not None
     assert lines[1][2] == f"{decision.calls['decode'] * 1e9:.0f} ns"
 
 
 def test_errors_that_were_not_measured_are_marked(tab: Callable[..., Tab], small: Plan) -> None:
     shown = tab(small)
-    decision = small.rewritten[0]
+    decision = in_order(small)[0]
     errors = shown.page.eval_on_selector_all(
         "#details .alternatives tr.option",
         "rows => rows.map(row => [row.dataset.option, row.innerText.includes(' ?')])",
@@ -257,10 +260,10 @@ def test_nothing_sticks_out(tab: Callable[..., Tab], small: Plan, width: int) ->
 def test_print_shows_every_row_and_no_controls(tab: Callable[..., Tab], small: Plan) -> None:
     plan = llama(12, 2)
     shown = tab(plan)
-    assert len(shown.rows()) < len(plan.decisions)
+    assert len(shown.rows()) < len(decided(plan))
     shown.page.emulate_media(media="print")
     shown.page.wait_for_selector("#site-100", state="attached")
-    assert len(shown.rows()) == len(plan.decisions) + 1
+    assert len(shown.rows()) == len(decided(plan)) + 1
     assert not shown.page.is_visible("#filter")
     assert shown.page.is_visible("#scatter svg")
 

@@ -18,8 +18,10 @@ def test_every_head_has_its_place() -> None:
     assert [name for name, _ in found.names] == [f"model.layers.{i}.self_attn" for i in range(3)]
     assert len(found.cells) == len(heads) == 12
     rows, columns = ([y for _, y in found.names], sorted({cell.x for cell in found.cells}))
+    caches = {d.key: d for d in plan.decisions if d.family == "kv_cache"}
     for decision, cell in zip(heads, found.cells, strict=True):
         assert cell.title.startswith(decision.key + ": ")
+        assert (caches[decision.key].choice in cell.title) or not caches[decision.key].rewritten
         place = f"model.layers.{rows.index(cell.y)}.self_attn/kv={columns.index(cell.x)}"
         assert place == decision.key
         assert cell.label == (decision.label if decision.rewritten else "kept")
@@ -30,7 +32,7 @@ def test_every_head_has_its_place() -> None:
 
 def test_shades_follow_time_and_rewrites_have_colours() -> None:
     plan = llama(layers=1, heads=4)
-    heads = [d for d in plan.decisions if d.family == "attention"]
+    heads = plan.decisions = [d for d in plan.decisions if d.family == "attention"]
     for decision, (rewrite, seconds) in zip(
         heads,
         [("attention.window", 1e-4), ("attention.block_topk", 1.6e-4), ("keep", 2e-4),

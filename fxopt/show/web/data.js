@@ -11,6 +11,7 @@ const options = data.options.map(([rewrite, label, parameters, kernel, seconds, 
   calls: calls.map((one, index) => ({ ...data.calls[index], seconds: one, timed: ((timed >> index) & 1) === 1 })),
 }));
 const optionAt = (index) => (index < 0 ? null : options[index]);
+const withoutFamily = (name, family) => family.split(" + ").reduce((rest, one) => rest.replaceAll(`${one}.`, ""), name);
 const nameOf = (option) => (option.rewrite === "keep" ? "kept" : `${option.rewrite} ${option.label}`.trim());
 
 const MARKS = { "~": data.mode === "diff" ? "changed" : "rewritten", "=": "kept", "!": "locked", "x": "refused", "+": "added", "-": "removed" };

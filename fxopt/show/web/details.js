@@ -49,7 +49,7 @@ function costsOf(entry) {
   lines.push(el("tr", {}, el("th", { scope: "row" }, "error"), number(was), number(now), number(""), el("td", {}, entry.errorBy && (entry.mark === "=" ? "" : `${entry.errorBy}, alone`))));
   const notes = [
     after.calls.length ? "Time is that of the whole workload: its calls at this site, added up." : "Time is over the whole workload, by the plan's own costs.",
-    entry.family === "kv_cache" ? " Of a cache, what packing adds to its attention." : "",
+    entry.family.includes(" + ") ? " Attention and cache of a head are chosen as one: time, bytes and error are those of both." : "",
     data.unit === "squared" ? " Errors of sites are squared relative errors, which add up." : "",
   ];
   return [el("h4", {}, "What it costs"), tableOf(["", "before", "after", "change", "known by"], lines, 4), el("p", { class: "note" }, ...notes)];
@@ -66,7 +66,7 @@ function alternativesTable(entry) {
   const rows = [chosen, ...others].sort((a, b) => worth(a) - worth(b) || (a.error ?? 0) - (b.error ?? 0));
   const costs = COSTS.filter(([name]) => name !== "temporary" && rows.some(({ option }) => option?.[name]));
   const lines = rows.map((one) => el("tr", { class: `option${one.chosen ? " chosen" : one.feasible ? "" : " no"}`, "data-option": nameOf(one.option) },
-    el("th", { scope: "row" }, one.chosen ? el("span", { class: "sign", "aria-hidden": "true" }, "▸ ") : null, one.option.rewrite === "keep" ? "keep it" : nameOf(one.option).replace(`${entry.family}.`, "")),
+    el("th", { scope: "row" }, one.chosen ? el("span", { class: "sign", "aria-hidden": "true" }, "▸ ") : null, one.option.rewrite === "keep" ? "keep it" : withoutFamily(nameOf(one.option), entry.family)),
     ...costs.map(([name, , unit]) => number(format(one.option[name], unit))),
     number(one.error === null ? "-" : `${format(one.error, "")}${one.errorBy === "predicted" ? " ?" : ""}`),
     el("td", { class: "reason" }, one.chosen ? el("b", {}, "chosen") : one.feasible ? one.reason : `✗ never fits: ${one.reason || "beyond the budget"}`)));

@@ -37,7 +37,8 @@ function onKey(event) {
 function fromAddress() {
   let wanted = "";
   try { wanted = decodeURIComponent(location.hash.slice(1)); } catch { return undefined; }
-  return entries.find((entry) => `${entry.family}:${entry.key}` === wanted);
+  // what is decided together is found by either family
+  return entries.find((entry) => [entry.family, ...entry.family.split(" + ")].some((family) => `${family}:${entry.key}` === wanted));
 }
 
 // The first site is shown without being put into the address.

@@ -67,7 +67,7 @@ function measureRows() {
   scroller.style.height = `${Math.min(entries.length * rowHeight, Math.max(420, 10 * rowHeight)) + 2}px`;
 }
 
-const nameIn = (entry) => entry.what.replaceAll(`${entry.family}.`, "");
+const nameIn = (entry) => withoutFamily(entry.what, entry.family);
 const amountsOf = (entry, name, unit) => [entry.before?.[name], entry.option?.[name]].map((value) => format(value, unit)).join(" ");
 
 function rowOf(entry, position, kind = "body") {
