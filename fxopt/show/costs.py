@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fxopt.ir.cost import Cost
-from fxopt.ir.plan import Decision
+from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.units import format_value
+from fxopt.ir.workload import Train
 
 SAVED = {
     "weight_bytes": ("weights", "bytes"),
@@ -15,22 +17,45 @@ SAVED = {
     "seconds": ("time", "s"),
 }
 
+WAITING = "saved for backward"
+"""What a training step's temporary bytes are: they wait for the backward, all at once."""
+TEMPORARY = (
+    "temporary: bytes beside weights and cache that are alive only while a call runs; of several "
+    "sites the most, since they are not alive at once."
+)
 
 SAME = 0.005
 """The share below which a change is called none."""
 
 
-def saving(decisions: Sequence[Decision]) -> str:
+def is_training(plan: Plan) -> bool:
+    """Whether the temporary bytes of sites are those of saved tensors."""
+    return isinstance(plan.workload, Train)
+
+
+def saving(decisions: Sequence[Decision], *, training: bool = False) -> str:
     """What rewritten sites cost before and after, and the error they add; "" when kept."""
     if not any(decision.rewritten for decision in decisions):
         return ""
     after = total(decisions, lambda decision: decision.cost)
     before = total(decisions, lambda decision: decision.kept)
-    texts = [_changed(name, before, after) for name in SAVED] if after else []
+    if training and before is not None and after is not None:
+        before = replace(before, temporary_bytes=sum(_waiting(d.kept) for d in decisions))
+        after = replace(after, temporary_bytes=sum(_waiting(d.cost) for d in decisions))
+    texts = [_changed(name, before, after, training) for name in SAVED] if after else []
     errors = [decision.error for decision in decisions if decision.error is not None]
     if len(errors) == len(decisions):
         texts.append(f"error {sum(errors):.2g}{_known_by(decisions)}")
     return ", ".join(text for text in texts if text)
+
+
+def _waiting(cost: Cost | None) -> int:
+    return 0 if cost is None else cost.temporary_bytes
+
+
+def label_of(name: str, training: bool) -> str:
+    """What a cost is called."""
+    return WAITING if training and name == "temporary_bytes" else SAVED[name][0]
 
 
 def _known_by(decisions: Sequence[Decision]) -> str:
@@ -48,8 +73,8 @@ def total(decisions: Sequence[Decision], of: Callable[[Decision], Cost | None]) 
     return sum(known, Cost()) if len(known) == len(costs) else None
 
 
-def _changed(name: str, before: Cost | None, after: Cost | None) -> str:
-    label, unit = SAVED[name]
+def _changed(name: str, before: Cost | None, after: Cost | None, training: bool) -> str:
+    label, unit = label_of(name, training), SAVED[name][1]
     new = format_value(getattr(after, name), unit)
     if before is None:
         return f"{label} {new}" if getattr(after, name) else ""

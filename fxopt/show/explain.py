@@ -12,7 +12,7 @@ from fxopt.ir.units import format_value
 from fxopt.ir.workload import scenarios
 
 from . import binding
-from .costs import SAVED
+from .costs import SAVED, is_training, label_of
 from .entries import Entry, entries, ops_of
 from .fold import fold_keys, groups, merge_sentences, sentence_shape
 from .page import Page, has_colours, width
@@ -85,17 +85,18 @@ def _lines(plan: Plan, entry: Entry) -> list[Line]:
 def _costs(plan: Plan, decision: Decision) -> list[str]:
     """Each cost before and after, time with its calls, and the error."""
     before, after = decision.kept, decision.cost
-    texts = [_cost(name, before, after) for name in SAVED if name != "seconds"]
+    training = is_training(plan)
+    texts = [_cost(name, before, after, training) for name in SAVED if name != "seconds"]
     calls = _calls(plan, decision)
-    time = _cost("seconds", before, after)
+    time = _cost("seconds", before, after, training)
     time += f": {', '.join(calls)}" if time and calls else ""
     known = {True: ", measured alone", False: ", predicted", None: ""}[decision.error_measured]
     error = "" if decision.error is None else f"error {decision.error:.3g}{known}"
     return [text for text in (time, *texts, error if decision.rewritten else "") if text]
 
 
-def _cost(name: str, before: Cost | None, after: Cost) -> str:
-    label, unit = SAVED[name]
+def _cost(name: str, before: Cost | None, after: Cost, training: bool) -> str:
+    label, unit = label_of(name, training), SAVED[name][1]
     new = getattr(after, name)
     old = new if before is None else getattr(before, name)
     if not old and not new:

@@ -18,6 +18,7 @@ from fxopt.ir.workload import scenarios
 from . import binding, memory, outlook, summary
 from .blocks import both_after
 from .compact import Encoder, columns_of, rounded, to_script
+from .costs import is_training
 from .entries import MARKS, Entry, entries, reasons_of
 from .entries import summary as summary_text
 from .heads import head_map
@@ -57,6 +58,7 @@ def render(plan: Plan) -> str:
         "binds": binds,
         "objective": binding.objective(plan),
         "unit": _error_unit(plan),
+        "training": is_training(plan),
         "cpu": plan.hardware.get("kind") == "cpu",
     }
     return _page(
@@ -70,9 +72,12 @@ def render(plan: Plan) -> str:
         binding=binding.sentence(plan),
         objective=binding.objective(plan),
         notes=summary.general_notes(plan),
-        said=summary.said(plan),
+        said=summary.said_on_page(plan),
+        beside=summary.beside(plan),
+        defined=summary.defined(plan),
         tried=outlook.tried(plan),
         tried_heads=outlook.tried_heads(plan),
+        quality=summary.QUALITY,
         outlooks=outlook.outlooks(plan),
         outlook_heads=outlook.outlook_heads(plan),
         letters=[letter(index) for index in range(len(plan.looser))],
@@ -134,6 +139,7 @@ def render_diff(diff: PlanDiff) -> str:
         "sources": {},
         "unit": _error_unit(plan) if plan else "",
         "objective": binding.objective(plan) if plan else "error",
+        "training": plan is not None and is_training(plan),
         "cpu": plan is not None and plan.hardware.get("kind") == "cpu",
     }
     counts = f"{len(diff.changed)} changed, {len(diff.added)} added, {len(diff.removed)} removed"

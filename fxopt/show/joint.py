@@ -105,13 +105,13 @@ def _joined(attention: Decision, cache: Decision, pair: Pair | None) -> Joined:
 
 def _alternatives(attention: Decision, cache: Decision, pair: Pair | None) -> Iterator[Alternative]:
     """Both kept, as far as the plan knows what that takes; then each changed beside the other."""
-    both = attention.rewritten and cache.rewritten
-    if both and pair is not None:
-        yield pair.kept
-    for other in attention.alternatives:
-        yield _together(other, cache)
-    for other in cache.alternatives:
-        yield _together(attention, other)
+    found = [_together(other, cache) for other in attention.alternatives]
+    found += [_together(attention, other) for other in cache.alternatives]
+    if pair is not None and (attention.rewritten or cache.rewritten):
+        fresh = pair.choices == [attention.choice, cache.choice]
+        yield pair.kept if fresh else pair.kept.model_copy(update={"reason": ""})
+        found = [other for other in found if other.rewrite != KEEP]
+    yield from found
 
 
 def _together(attention: Half, cache: Half) -> Alternative:

@@ -12,16 +12,20 @@ from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.units import format_value
 
 from .binding import binding, objective, quote, used
-from .costs import SAVED, change, saving, total
+from .costs import SAVED, TEMPORARY, change, is_training, saving, total
 from .entries import Entry, counted, entries, said_together, shown_together
 from .fold import fold_keys, groups
 from .joint import SHOWN, decided, joined_diff
 from .rows import cells, limit_texts, with_missing
 
+ADDITIVE = ("kl", "loss_increase")
+QUALITY = (*ADDITIVE, "relative_error", "metric_drop")
+
 
 @dataclass(frozen=True)
 class Card:
-    """One row of the budget. `share` is the part of the limit that is used, None without one."""
+    """One row of the budget. `share` is the part of the limit that is used, None without one;
+    `others` are further totals of a quality row, which a reader does not need first."""
 
     row: RowResult
     limit: str
@@ -33,6 +37,7 @@ class Card:
     binds: bool
     minimised: bool
     notes: list[str]
+    others: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ def _card(plan: Plan, row: RowResult) -> Card:
     _, limit, before, predicted, measured, verdict = cells(row, limit_texts(plan.budget))
     binds = row.name in binding(plan)
     notes = [note.partition(": ")[2] for note in plan.notes if _is_of(note, row)]
+    if row.name in QUALITY and row.measured is not None:
+        notes.insert(0, "measured on data that nothing was chosen by")
     if row.name == "kv_cache":
         notes.append("before: keys and values in 16 bits, as budgets count them")
     if row.name == "latency" and row.measured is None:
@@ -75,7 +82,7 @@ def _card(plan: Plan, row: RowResult) -> Card:
         notes.append(f"{quoted} of {objective(plan)}")
     return Card(
         row, limit, before, predicted, measured, verdict, used(row), binds,
-        row.name == objective(plan), notes,
+        row.name == objective(plan), notes, other_totals(plan, row),
     )  # fmt: skip
 
 
@@ -90,11 +97,57 @@ def general_notes(plan: Plan) -> list[str]:
 
 def said(plan: Plan) -> list[str]:
     """What is to be said of the plan as a whole beside its notes."""
-    return [text for text in _sayings(plan) if text]
+    texts = [_slower(plan), beside(plan), _chosen_by(plan), _together(plan), defined(plan)]
+    return [text for text in [*texts, _untried(plan)] if text]
 
 
-def _sayings(plan: Plan) -> list[str]:
-    return [_slower(plan), _chosen_by(plan), _together(plan), _untried(plan)]
+def said_on_page(plan: Plan) -> list[str]:
+    """The same without what the page says elsewhere."""
+    elsewhere = beside(plan), _together(plan), defined(plan)
+    return [text for text in said(plan) if text not in elsewhere]
+
+
+def beside(plan: Plan) -> str:
+    """Why times of sites and of the whole do not add up."""
+    if is_training(plan):
+        return _shared(plan)
+    row = next((row for row in plan.totals if row.name == "latency"), None)
+    kept = total(counted(decided(plan)), lambda decision: decision.kept)
+    if row is None or not row.before or kept is None:
+        return ""
+    whole, own = (format_value(value, "s") for value in (row.before, kept.seconds))
+    if kept.seconds > row.before:
+        return (
+            f"The sites' calls, each timed alone, add up to {own}, more than the {whole} of the "
+            "whole model before: their times compare sites, and are no parts of the whole."
+        )
+    rest = format_value(row.before - kept.seconds, "s")
+    return (
+        f"What the model takes beside its sites: {rest} of the {whole} before, which is taken to "
+        "stay as it is."
+    )
+
+
+def _shared(plan: Plan) -> str:
+    """The same of a training step, where tensors are made again from each other."""
+    memory = plan.memory
+    alone = sum(d.cost.seconds for d in plan.rewritten)
+    paid = sum(policy.seconds for policy in memory.policies) if memory else 0.0
+    if memory is None or not alone:
+        return ""
+    own, together = (format_value(value, "s") for value in (alone, paid))
+    return (
+        f"The time of each tensor is its own, alone, in all {own}; what several are made again "
+        f"from runs once, so that the step takes {together} longer."
+    )
+
+
+def defined(plan: Plan) -> str:
+    """What temporary bytes are, where any are told of."""
+    known = (d for one in plan.rewritten for d in (one.cost, one.kept) if d is not None)
+    if is_training(plan) or not any(cost.temporary_bytes for cost in known):
+        return ""
+    return TEMPORARY
 
 
 def _slower(plan: Plan) -> str:
@@ -131,15 +184,29 @@ def _chosen_by(plan: Plan) -> str:
 
 def _together(plan: Plan) -> str:
     """What the errors of single sites add up to, against that of all together."""
-    row = next((r for r in plan.totals if r.name in ("kl", "loss_increase")), None)
+    row = next((r for r in plan.totals if r.name in ADDITIVE), None)
     errors = [d.error for d in counted(plan.rewritten) if d.error is not None]
     if row is None or row.measured is None or len(errors) < 2:
         return ""
     return (
-        f"Each site's error is its own, all others kept; they add up to "
-        f"{format_value(sum(errors), row.unit)}, and together measure "
+        f"{row.name} of each site is its own, all others kept: they add up to "
+        f"{format_value(sum(errors), row.unit)}, where all together measure "
         f"{format_value(row.measured, row.unit)}."
     )
+
+
+def other_totals(plan: Plan, row: RowResult) -> list[tuple[str, str]]:
+    """Of a quality row that was measured, what else is known of the whole: what each is, and it."""
+    if row.name not in QUALITY or row.measured is None:
+        return []
+    found = [("predicted by the solver", row.predicted)]
+    taken = next((trial for trial in plan.trials if trial.taken), None)
+    tried = next((r.measured for r in (taken.rows if taken else []) if r.name == row.name), None)
+    found.append(("measured while searching, on other data", tried))
+    if row.name in ADDITIVE:
+        errors = [d.error for d in counted(plan.rewritten) if d.error is not None]
+        found.append(("sites added up, each changed alone", sum(errors)))
+    return [(what, format_value(x, row.unit)) for what, x in found if x is not None]
 
 
 def at_sites_notes(plan: Plan) -> list[str]:
@@ -199,7 +266,7 @@ def lines(plan: Plan) -> dict[str, list[Line]]:
     order = {family: index for index, family in enumerate(SHOWN)}
     sites = sorted(entries(plan), key=lambda entry: order[entry.family])
     for equal in groups(sites, lambda entry: (entry.family, shown_together(entry))):
-        found[_kind(equal[0])].append(_line(equal))
+        found[_kind(equal[0])].append(_line(equal, is_training(plan)))
     return found
 
 
@@ -209,16 +276,17 @@ def _kind(entry: Entry) -> str:
     return "rewritten" if entry.decision is not None and entry.decision.rewritten else "kept"
 
 
-def _line(equal: Sequence[Entry]) -> Line:
+def _line(equal: Sequence[Entry], training: bool) -> Line:
     first = equal[0]
     decisions: list[Decision] = [entry.decision for entry in equal if entry.decision]
+    saved = saving(decisions, training=training)
     return Line(
         mark=first.mark,
         names=fold_keys(entry.key for entry in equal),
         count=len(equal),
         family=first.family,
         what=first.what,
-        saving=[part.replace("->", "→") for part in saving(decisions).split(", ") if part],
+        saving=[part.replace("->", "→") for part in saved.split(", ") if part],
         reasons=said_together(equal),
         keys=[entry.key for entry in equal],
         parameters=_parameters(decisions),

@@ -9,7 +9,7 @@ from fxopt.ir.plan import Plan
 from fxopt.ir.workload import Workload
 
 from . import binding
-from .costs import saving
+from .costs import is_training, saving
 from .entries import Entry, by_family, entries, said_together, shown_together, summary
 from .fold import fold_keys, groups
 from .joint import JOINT
@@ -27,7 +27,7 @@ def render(plan: Plan, *, colours: bool | None = None, columns: int | None = Non
         what = "heads" if family == JOINT else "sites"
         page.add(f"{family}: {rewritten} of {len(sites)} {what} rewritten", "bold")
         for equal in groups(sites, shown_together):
-            _sites(page, equal)
+            _sites(page, equal, is_training(plan))
         page.add()
     notes = [*(f"Note: {note}" for note in plan.notes), *said(plan)]
     for note in notes:
@@ -54,7 +54,7 @@ def workload_text(workload: Workload) -> str:
     return f"{type(workload).__name__}({known})"
 
 
-def _sites(page: Page, equal: Sequence[Entry]) -> None:
+def _sites(page: Page, equal: Sequence[Entry], training: bool) -> None:
     """The folded names, one a line, what they become behind the first, then costs and reasons."""
     mark, what = equal[0].mark, equal[0].what
     first, *names = fold_keys(entry.key for entry in equal)
@@ -64,7 +64,7 @@ def _sites(page: Page, equal: Sequence[Entry]) -> None:
         page.marked(mark, name)
     if not fits:
         page.add(what, indent=8)
-    saved = saving([entry.decision for entry in equal if entry.decision])
+    saved = saving([entry.decision for entry in equal if entry.decision], training=training)
     if saved:
         page.add(saved, indent=8)
     for text in said_together(equal):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fxopt.decide.decisions import decisions
+from fxopt.decide.decisions import decisions, pairs
 from fxopt.decide.explain import BETTER, Explainer
 from fxopt.decide.outlook import loosened, standing
 from fxopt.decide.propose import Proposal, Proposals
@@ -67,9 +67,17 @@ def decided(
     objective: str = "latency",
     **limits: float,
 ) -> list[Decision]:
+    return decisions(made[1], made[0], explainer(made, choice, objective, **limits))
+
+
+def explainer(
+    made: tuple[Table, Proposals],
+    choice: tuple[int, ...],
+    objective: str = "latency",
+    **limits: float,
+) -> Explainer:
     search, trial = searched(made[0], choice, objective, **limits)
-    why = Explainer(Swaps(standing(search, trial)), "kl", "nats")
-    return decisions(made[1], made[0], why)
+    return Explainer(Swaps(standing(search, trial)), "kl", "nats")
 
 
 def reasons(decision: Decision) -> dict[str, str]:
@@ -246,6 +254,33 @@ def test_joint_costs_add_up_and_alternatives_leave_the_other_site(choice: int) -
         difference = alternative.cost.seconds - decision.cost.seconds
         assert difference == pytest.approx(column_of.cost.seconds - column.cost.seconds)
         assert alternative.rewrite == "keep" or decision.rewrite == "keep"
+
+
+@pytest.mark.parametrize("choice", [0, 1, 2, 3])
+def test_a_pair_is_told_of_as_one(choice: int) -> None:
+    made = joint()
+    why = explainer(made, (choice,), kv_cache=200 * KIB, error=1.0)
+    (pair,) = pairs(made[1], made[0], why)
+    attention, cache = decisions(made[1], made[0], why)
+    assert pair.key == "m/kv=0"
+    assert pair.choices == [attention.choice, cache.choice]
+    assert pair.kept.cost == made[0].columns[0][0].cost
+    assert pair.kept.calls == {"decode": 10 * MS}
+    assert pair.kept.timed == ["decode"]
+    assert bool(pair.reason) == (choice == 3)
+    assert bool(pair.kept.reason) == (choice != 0)
+    assert pair.error_measured is (True if choice else None)
+
+
+def test_reasons_of_a_pair_are_of_both_since_neither_is_chosen_alone() -> None:
+    made = joint()
+    attention, cache = decided(made, (3,), kv_cache=200 * KIB, error=1.0)
+    # both as they were: 10 ms and 100 KiB against 7 ms and 30 KiB
+    for decision, other in ((attention, cache), (cache, attention)):
+        assert decision.reason.startswith("1.43x speed, saves 70 KiB of kv_cache")
+        assert decision.reason.endswith(f"; decided with {other.choice}")
+    (without_window,) = attention.alternatives
+    assert "takes 14 ms against 7 ms" in without_window.reason
 
 
 def test_the_program_is_as_it_was_when_the_choice_was_made() -> None:

@@ -247,7 +247,10 @@ def test_cards_say_what_is_minimised_and_the_notes_of_their_rows(plan: Plan) -> 
     assert list(cards) == ["latency", "weights", "kl"]
     assert cards["latency"].minimised
     assert "the whole model was not timed" in cards["latency"].notes[0]
-    assert cards["kl"].notes == ["99% of 120 positions < 0.3 nats"]
+    assert cards["kl"].notes == [
+        "measured on data that nothing was chosen by",
+        "99% of 120 positions < 0.3 nats",
+    ]
     assert summary.general_notes(made) == ["calibrated on little"]
     made.totals.append(RowResult("latency", None, 1.0, 1.1, "s", before=2.5))
     cards = {card.row.name: card for card in summary.cards(made)}
@@ -255,6 +258,28 @@ def test_cards_say_what_is_minimised_and_the_notes_of_their_rows(plan: Plan) -> 
     assert cards["latency"].before == "2.5 s"
     page = Page(html.render(made))
     assert "minimised" in page.text
+
+
+def test_each_total_of_a_quality_row_says_what_it_is() -> None:
+    made = llama(1, 1)
+    made.trials[1].rows[1] = replace(made.trials[1].rows[1], measured=0.017)
+    kl = next(card for card in summary.cards(made) if card.row.name == "kl")
+    alone = sum(d.error or 0.0 for d in made.rewritten)
+    assert kl.others == [
+        ("predicted by the solver", "0.008 nats"),
+        ("measured while searching, on other data", "0.017 nats"),
+        ("sites added up, each changed alone", f"{alone:.3g} nats"),
+    ]
+    page = html.render(made)
+    first, _, others = page.partition("other totals of kl")
+    assert "<dt>measured</dt><dd>0.011 nats</dd>" in first
+    assert "0.008 nats" not in first
+    assert "predicted by the solver" in others
+    assert "kl while searching" in others
+    # nothing else is known where nothing was measured
+    made.totals[1] = replace(made.totals[1], measured=None)
+    assert all(not card.others for card in summary.cards(made))
+    assert "<dt>predicted</dt><dd>0.008 nats</dd>" in html.render(made)
 
 
 def test_a_plan_that_holds_only_where_it_counts_says_both_values() -> None:

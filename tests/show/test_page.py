@@ -285,3 +285,30 @@ def test_a_diff_lists_what_differs(tab: Show, small: Plan) -> None:
     assert "option7" in shown.text("#details .what")
     assert "chosen by hand" in shown.text("#details")
     assert small.find(changed.key, "linear").reason in shown.text("#details")
+
+
+@pytest.mark.parametrize("width", [360, 900, 1440])
+def test_cards_fill_their_lines_and_hold_their_texts(tab: Show, small: Plan, width: int) -> None:
+    plan = small.model_copy(deep=True)
+    plan.totals += [
+        RowResult("kv_cache", 6e6, 5.9e6, 5.97e6, "bytes", before=1.6e7),
+        RowResult("latency", None, 1.0, 1.1, "s", before=2.5),
+    ]
+    shown = tab(plan, width)
+    boxes = shown.page.eval_on_selector_all(".cards .card", BOXES)
+    *cards, together = boxes
+    left, right = (round(x) for x in shown.page.eval_on_selector_all(".cards", BOXES)[0][::2])
+    # what all sites are together has a line of its own
+    assert [round(x) for x in together[::2]] == [left, right]
+    assert together[1] >= max(box[3] for box in cards)
+    if width == 1440:
+        assert len({box[1] for box in cards}) == 1
+        assert round(cards[-1][2]) == right
+    texts = shown.page.locator(".card dd, .card dt")
+    assert (
+        shown.page.eval_on_selector_all(
+            ".card", "cards => cards.filter(card => card.scrollWidth > card.clientWidth)"
+        )
+        == []
+    )
+    assert texts.count() > 10

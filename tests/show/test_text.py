@@ -10,15 +10,17 @@ import pytest
 from fxopt.ir.budget import Budget
 from fxopt.ir.cost import Cost
 from fxopt.ir.errors import RowResult
+from fxopt.ir.evidence import Memory, Policy
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
-from fxopt.ir.workload import Forward
+from fxopt.ir.workload import Forward, Train
 from fxopt.show import page, text
 
 LOW_RANK = {"rewrite": "linear.low_rank", "label": "r8", "parameters": {"rank": 8}}
 
 
 def shown(*decisions: Decision, columns: int = 100, **fields: Any) -> str:
-    made = Plan(budget=Budget(kl=0.02), workload=Forward(), decisions=[*decisions], **fields)
+    fields = {"workload": Forward(), **fields}
+    made = Plan(budget=Budget(kl=0.02), decisions=[*decisions], **fields)
     return text.render(made, colours=False, columns=columns)
 
 
@@ -160,3 +162,48 @@ def test_empty_plan() -> None:
     output = shown()
     assert output.startswith("Forward()")
     assert output.endswith("Plan: 0 rewritten, 0 kept, 0 refused")
+
+
+def test_times_of_sites_and_of_the_whole_are_told_apart() -> None:
+    site = Decision(key="a", family="linear", cost=Cost(0.2), error=0.0)
+
+    def said(before: float) -> str:
+        found = shown(site, totals=[RowResult("latency", None, 0.9, 0.8, "s", before=before)])
+        return " ".join(found.split())
+
+    assert "What the model takes beside its sites: 800 ms of the 1 s before" in said(1.0)
+    assert "add up to 200 ms, more than the 100 ms of the whole model" in said(0.1)
+    assert "beside its sites" not in " ".join(shown(site).split())
+
+
+def test_temporary_bytes_are_defined_where_they_are_told_of() -> None:
+    kept = Alternative(rewrite=KEEP, cost=Cost(1e-3, 4096))
+    site = Decision(
+        key="a", family="linear", cost=Cost(1e-3, 1024, 0, 64), alternatives=[kept], **LOW_RANK
+    )
+    assert "temporary: bytes beside weights and cache" in " ".join(shown(site).split())
+    site.cost = Cost(1e-3, 1024)
+    assert "temporary" not in shown(site)
+
+
+def test_saved_tensors_wait_all_at_once() -> None:
+    def site(name: str) -> Decision:
+        kept = Alternative(rewrite=KEEP, cost=Cost(0.0, temporary_bytes=4096))
+        return Decision(
+            key=name,
+            family="activation",
+            rewrite="activation.recompute",
+            cost=Cost(1e-3, temporary_bytes=1024),
+            alternatives=[kept],
+            reason="less to save",
+        )
+
+    policy = Policy(
+        rewrite="activation.recompute", tensors=2, bytes=8192, waiting=2048, seconds=1.5e-3
+    )
+    memory = Memory(weights=0, border=1, holders={"kept": [1, 2]}, spans=[], policies=[policy])
+    found = shown(site("a.0"), site("a.1"), workload=Train(1, 1), memory=memory)
+    assert "saved for backward 8 KiB -> 2 KiB, time 0 s -> 2 ms" in found
+    assert "in all 2 ms; what several are made again from runs once" in " ".join(found.split())
+    assert "the step takes 1.5 ms longer" in " ".join(found.split())
+    assert "temporary" not in found

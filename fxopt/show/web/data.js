@@ -7,7 +7,7 @@ const numeric = (value) => (typeof value === "string" ? Number(value.replace("in
 
 const options = data.options.map(([rewrite, label, parameters, kernel, seconds, weights, state, temporary, calls, timed]) => ({
   rewrite: text(rewrite), label: text(label), parameters: text(parameters), kernel: text(kernel),
-  seconds: numeric(seconds), weights, state, temporary, bytes: weights + state,
+  seconds: numeric(seconds), weights, state, temporary, bytes: weights + state + (data.training ? temporary : 0),
   calls: calls.map((one, index) => ({ ...data.calls[index], seconds: one, timed: ((timed >> index) & 1) === 1 })),
 }));
 const optionAt = (index) => (index < 0 ? null : options[index]);

@@ -1,5 +1,5 @@
 // The panel of the selected site: why, what it costs, what else was possible, calls, source.
-const COSTS = [["seconds", "time", "s"], ["weights", "weights", "bytes"], ["state", "cache", "bytes"], ["temporary", "temporary", "bytes"]];
+const COSTS = [["seconds", "time", "s"], ["weights", "weights", "bytes"], ["state", "cache", "bytes"], ["temporary", data.training ? "saved for backward" : "temporary", "bytes"]];
 const OBJECTIVES = { latency: (one) => one.option.seconds, memory: (one) => one.option.bytes };
 const errorText = (error) => (error === null ? "unknown" : format(error, data.unit));
 
@@ -50,6 +50,7 @@ function costsOf(entry) {
   const notes = [
     after.calls.length ? "Time is that of the whole workload: its calls at this site, added up." : "Time is over the whole workload, by the plan's own costs.",
     entry.family.includes(" + ") ? " Attention and cache of a head are chosen as one: time, bytes and error are those of both." : "",
+    !data.training && (before?.temporary || after.temporary) ? " Temporary bytes are alive only while a call runs." : "",
     data.unit === "squared" ? " Errors of sites are squared relative errors, which add up." : "",
   ];
   return [el("h4", {}, "What it costs"), tableOf(["", "before", "after", "change", "known by"], lines, 4), el("p", { class: "note" }, ...notes)];
