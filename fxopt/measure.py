@@ -11,9 +11,10 @@ from torch import nn
 
 from . import coverage
 from .compiler import Compiler
+from .decide import disturbed
 from .decide.quality import Measurement
 from .decide.runs import Latency, measure_latency, peak_temporaries
-from .decide.verify import weight_bytes
+from .decide.verify import Timing, weight_bytes
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import FxoptError, RowResult
@@ -44,6 +45,7 @@ class Measurer:
         self.budget = compiler.request.budget
         self.wanted = set(self.budget.rows())
         self.notes: list[str] = []
+        self.timings: dict[str, Timing] = {}
 
     @cached_property
     def baseline(self) -> dict[str, float]:
@@ -195,9 +197,16 @@ class Measurer:
     def _latency(self, module: nn.Module) -> Latency:
         request = self.compiler.request
         self.compiler.state.rewind()
-        return measure_latency(
+        found = measure_latency(
             request.model, module, request.workload, request.example, self.compiler.device
         )
+        self.timings = found.calls
+        return found
+
+    def disturbance(self) -> list[str]:
+        """That what was timed last was not left alone, if so."""
+        spreads = {name: timing.spreads for name, timing in self.timings.items()}
+        return disturbed.notes(spreads, self.compiler.costs.spreads)
 
     def temporaries(self, module: nn.Module) -> float:
         """Peak bytes of one call of the workload beyond weights and cache."""

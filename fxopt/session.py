@@ -164,7 +164,7 @@ class Session:
 
     def _notes(self) -> list[str]:
         notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]
-        notes += self.compiler.captured.notes
+        notes += [*self.measurer.disturbance(), *self.compiler.captured.notes]
         if self.compiler.host is not None:
             notes += self.compiler.host.notes()
         if self.interrupted:

@@ -60,8 +60,7 @@ def measure_latency(
     bound = (
         prefill.ratio_upper * prefill.first + decode.ratio_upper * steps * decode.first
     ) / before
-    per_step = Timing(decode.first / DECODE_STEPS, decode.second / DECODE_STEPS, decode.ratio_upper)
-    return Latency(before, after, bound, {"prefill": prefill, "decode": per_step})
+    return Latency(before, after, bound, {"prefill": prefill, "decode": decode.per(DECODE_STEPS)})
 
 
 def calls(

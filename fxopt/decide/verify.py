@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .disturbed import Spread
+
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
@@ -46,11 +48,18 @@ def held_bytes(owner: Any) -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of two calls measured in turn: medians, and the ratio's upper 95 % bound."""
+    """Seconds of two calls measured in turn: medians, the ratio's upper 95 % bound, and how far the
+    runs of each lie apart."""
 
     first: float
     second: float
     ratio_upper: float
+    spreads: tuple[Spread, Spread]
+
+    def per(self, count: int) -> Timing:
+        """That of one of `count` equal calls that each run consists of."""
+        first, second = (spread.per(count) for spread in self.spreads)
+        return Timing(self.first / count, self.second / count, self.ratio_upper, (first, second))
 
 
 def compare(
@@ -68,7 +77,8 @@ def compare(
     ratios = torch.tensor([y / x for x, y in times], dtype=torch.float64)
     # 95 % bound of the median by order statistics, without assuming a distribution
     rank = min(len(times) - 1, int(len(times) / 2 + 0.98 * len(times) ** 0.5))
-    return Timing(a[len(a) // 2], b[len(b) // 2], ratios.sort().values[rank].item())
+    upper = ratios.sort().values[rank].item()
+    return Timing(a[len(a) // 2], b[len(b) // 2], upper, (Spread.of(a), Spread.of(b)))
 
 
 def alternately(

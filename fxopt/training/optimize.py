@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import passes
+from ..decide import disturbed
 from ..decide.verify import weight_bytes
 from ..ir.budget import Budget
 from ..ir.errors import BudgetError, FxoptError, RowResult
@@ -215,8 +216,8 @@ class _Session:
         measured: dict[str, float] = {"peak": measure.peak(module, self.inputs)}
         if self.before is not None:
             note, measured[ERROR] = self._compared(module, layout)
-            notes.append(note)
             timing = measure.seconds(self.model, module, self.inputs)
+            notes += [*disturbed.notes({"the step": timing.spreads}), note]
             measured |= {"before": timing.first, "latency": timing.second}
         measure.watched(module, self.inputs, layout.probe)
         made = self.plan_of(layout, measured)

@@ -1,0 +1,61 @@
+"""Whether timings were left alone: what else runs on a machine makes equal calls differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..ir.units import format_value
+
+LARGE = 1.5
+"""From this ratio of the upper to the lower quartile of equal calls on, it is said."""
+OFTEN = 0.25
+"""The share of op calls that vary so from which on it is said."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The quartiles of so many runs of one call, in seconds."""
+
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Spread:
+        ordered, last = sorted(times), len(times) - 1
+        return cls(ordered[last // 4], ordered[last - last // 4], len(times))
+
+    @property
+    def ratio(self) -> float:
+        return self.high / self.low if self.low else 1.0
+
+    def per(self, count: int) -> Spread:
+        """That of one of `count` equal calls that each run consists of."""
+        return Spread(self.low / count, self.high / count, self.runs)
+
+    def __str__(self) -> str:
+        return f"{format_value(self.low, 's')} to {format_value(self.high, 's')}"
+
+
+def notes(spreads: Mapping[str, tuple[Spread, Spread]], ops: Sequence[float] = ()) -> list[str]:
+    """One note where timings varied much; none where they did not.
+
+    `spreads` are those of each kind of call, of the original and of the result; `ops` the ratios of
+    quartiles of the op calls that were timed.
+    """
+    texts = [
+        f"half of {before.runs} runs of {name} took {before} in the original and {after} in the "
+        "result"
+        for name, (before, after) in spreads.items()
+        if max(before.ratio, after.ratio) >= LARGE
+    ]
+    varied = sum(ratio >= LARGE for ratio in ops)
+    if varied > OFTEN * len(ops):
+        texts.append(f"{varied} of {len(ops)} op calls varied by {LARGE:g}x or more between runs")
+    if not texts:
+        return []
+    return [
+        f"latency: timings were disturbed, as by other processes: {'; '.join(texts)}; measure "
+        "again when nothing else runs"
+    ]
