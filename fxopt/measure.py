@@ -206,7 +206,8 @@ class Measurer:
     def disturbance(self) -> list[str]:
         """That what was timed last was not left alone, if so."""
         spreads = {name: timing.spreads for name, timing in self.timings.items()}
-        return disturbed.notes(spreads, self.compiler.costs.spreads)
+        costs = self.compiler.costs
+        return disturbed.notes(spreads, len(costs.disturbed), len(costs.measured))
 
     def temporaries(self, module: nn.Module) -> float:
         """Peak bytes of one call of the workload beyond weights and cache."""

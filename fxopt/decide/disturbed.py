@@ -38,11 +38,13 @@ class Spread:
         return f"{format_value(self.low, 's')} to {format_value(self.high, 's')}"
 
 
-def notes(spreads: Mapping[str, tuple[Spread, Spread]], ops: Sequence[float] = ()) -> list[str]:
+def notes(
+    spreads: Mapping[str, tuple[Spread, Spread]], varied: int = 0, measured: int = 0
+) -> list[str]:
     """One note where timings varied much; none where they did not.
 
-    `spreads` are those of each kind of call, of the original and of the result; `ops` the ratios of
-    quartiles of the op calls that were timed.
+    `spreads` are those of each kind of call, of the original and of the result; so many of the
+    `measured` op calls `varied` too.
     """
     texts = [
         f"half of {before.runs} runs of {name} took {before} in the original and {after} in the "
@@ -50,9 +52,8 @@ def notes(spreads: Mapping[str, tuple[Spread, Spread]], ops: Sequence[float] = (
         for name, (before, after) in spreads.items()
         if max(before.ratio, after.ratio) >= LARGE
     ]
-    varied = sum(ratio >= LARGE for ratio in ops)
-    if varied > OFTEN * len(ops):
-        texts.append(f"{varied} of {len(ops)} op calls varied by {LARGE:g}x or more between runs")
+    if varied > OFTEN * measured:
+        texts.append(f"the time of {varied} of {measured} op calls varied as much")
     if not texts:
         return []
     return [

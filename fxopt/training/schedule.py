@@ -52,13 +52,13 @@ class Schedule:
         Other calls count at the node that they stand before. Parameters and inputs are not
         counted; gradients and outputs are, to the end.
         """
-        begin, last = self.ranges()
+        begin, last = _ranges(self)
         change = np.zeros(len(self.items) + 1)
         for key, start in begin.items():
-            size = self.size(key)
+            size = self._bytes(key)
             change[start] += size
             change[last[key] + 1] -= size
-        alive = np.cumsum(change)[:-1] + self.within()
+        alive = np.cumsum(change)[:-1] + _unread(self.step, self.items) + self._workspaces()
         starts = [0]
         for i, item in enumerate(self.items[:-1]):
             if item.kind == "run":
@@ -85,16 +85,7 @@ class Schedule:
                     found.add(owner)
         return frozenset(found)
 
-    def ranges(self) -> tuple[dict[Key, int], dict[Key, int]]:
-        """The items at which each piece of memory is made and last needed."""
-        return _ranges(self)
-
-    def within(self) -> np.ndarray:
-        """Bytes at each item that belong to no piece: workspaces, results not yet taken apart."""
-        return _unread(self.step, self.items) + self._workspaces()
-
-    def size(self, key: Key) -> int:
-        """Bytes of a piece of memory."""
+    def _bytes(self, key: tuple[fx.Node, str]) -> int:
         owner, state = key
         return self.images[owner].bytes if state == "image" else self.step.bytes.get(owner, 0)
 
@@ -285,12 +276,12 @@ def _unread(step: Step, items: tuple[Item, ...]) -> np.ndarray:
         for source in step.reads[item.node]:
             if source in step.owner:
                 held.pop(storage_of(source.meta["val"]), None)
-        sizes = {storage: t.untyped_storage().nbytes() for storage, t in held.items()}
-        extra[i] = sum(sizes.values()) + workspace_of(item.node)
+        total = sum(t.untyped_storage().nbytes() for t in held.values())
+        extra[i] = total + workspace_of(item.node)
         for j in _until_parted(items, i):
             if items[j].kind in CALLS:
-                sizes.pop(storage_of(items[j].node.meta["val"]), None)  # views were in none
-            extra[j] = sum(sizes.values())
+                total -= step.bytes.get(step.owner[items[j].node], 0)
+            extra[j] = total
     return extra
 
 

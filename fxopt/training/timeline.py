@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import groupby
-from typing import get_args
 
 import numpy as np
 from torch import fx
 
 from ..ir.decision import KEEP
-from ..ir.evidence import Holder, Memory, Policy, Span
+from ..ir.evidence import Memory, Policy, Span
 from .capture import module_of
 from .forms import Form
+from .holders import border, held
 from .losses import head_decisions
 from .planned import Layout
-from .schedule import Key, Schedule
+from .schedule import Schedule
 
 POINTS = 400
 """The most points of a curve."""
-TURNS = {"first": "pack", "again": "unpack"}
-"""The item at which memory that is copied beside other calls begins, or ends, to be on its way."""
 _LAYER = re.compile(r".*?(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 def memory_of(layout: Layout, weights: int, limit: float | None, limited_by: str) -> Memory:
     """What is alive at each op of a layout, and where it was watched, what was."""
     laid = layout.calls
-    held = _held(laid)
-    total = np.sum(list(held.values()), axis=0)
-    border = _border(laid)
-    parts = [*_buckets(0, border, len(total)), *_buckets(border, len(total), len(total))]
+    holders, opening = held(laid), border(laid)
+    total = np.sum(list(holders.values()), axis=0)
+    parts = [*_buckets(0, opening, len(total)), *_buckets(opening, len(total), len(total))]
     highest = [int(part[np.argmax(total[part])]) for part in parts]
     return Memory(
         weights=weights,
-        border=sum(part[0] < border for part in parts),
-        holders={name: [int(values[i]) for i in highest] for name, values in held.items()},
+        border=sum(part[0] < opening for part in parts),
+        holders={name: [int(values[i]) for i in highest] for name, values in holders.items()},
         spans=_spans(laid, highest),
         policies=_policies(layout),
         measured=_measured(layout.probe.found, parts),
@@ -46,65 +43,10 @@ def memory_of(layout: Layout, weights: int, limit: float | None, limited_by: str
     )
 
 
-def _border(laid: Schedule) -> int:
-    """The first item of the backward; images are packed in the forward."""
-    early = ("pack", "release")
-    inside = laid.step.inside
-    items = enumerate(laid.items)
-    return next(
-        i
-        for i, item in items
-        if item.kind not in early and (item.kind != "run" or item.node not in inside)
-    )
-
-
 def _buckets(start: int, end: int, count: int) -> list[np.ndarray]:
     """The items from `start` to `end` as runs of about equal lengths."""
     share = max(1, POINTS * (end - start) // max(count, 1))
     return np.array_split(np.arange(start, end), min(share, end - start))
-
-
-def _held(laid: Schedule) -> dict[Holder, np.ndarray]:
-    """By who holds them, the bytes alive at each item; those who never hold any are left out."""
-    begin, last = laid.ranges()
-    change = {name: np.zeros(len(laid.items) + 1) for name in get_args(Holder)}
-    border = _border(laid)
-    turns = {(i.kind, i.node): p for p, i in enumerate(laid.items) if i.kind in TURNS.values()}
-    for key, start in begin.items():
-        size = laid.size(key)
-        for name, first, end in _stretches(laid, key, start, last[key], border, turns):
-            change[name][first] += size
-            change[name][end + 1] -= size
-    held = {name: np.cumsum(values)[:-1] for name, values in change.items()}
-    held["temporary"] += laid.within()
-    return {name: values for name, values in held.items() if values.any()}
-
-
-def _stretches(
-    laid: Schedule,
-    key: Key,
-    start: int,
-    end: int,
-    border: int,
-    turns: Mapping[tuple[str, fx.Node], int],
-) -> Iterator[tuple[Holder, int, int]]:
-    """Who holds a piece of memory, from which item to which."""
-    owner, state = key
-    copied = owner in laid.images and bool(laid.images[owner].image.fetch)
-    if state == "image":
-        yield "offloaded" if copied else "codes", start, end
-    elif copied:
-        # memory that is copied out waits for the copy's end, and is there before the copy in ends
-        turn = turns[TURNS[state], owner]
-        before, after = ("temporary", "offloaded") if state == "first" else ("offloaded", "again")
-        yield before, start, turn - 1
-        yield after, turn, end
-    elif state == "again":
-        yield "again", start, end
-    elif owner in laid.step.outputs:
-        yield "outputs" if owner in laid.step.inside else "gradients", start, end
-    else:
-        yield "kept" if start < border <= end else "temporary", start, end
 
 
 def _spans(laid: Schedule, points: list[int]) -> list[Span]:

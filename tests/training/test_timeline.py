@@ -146,3 +146,43 @@ def test_the_plan_and_the_report_carry_it(small: Example) -> None:
     assert planned_only.measured is None
     assert planned_only.limited_by == "memory"
     assert planned_only.limit == 2**30 - planned_only.weights
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 2000)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.head(self.body(x)).flatten(0, 1), labels.flatten())
+
+
+def test_gradients_that_are_made_with_the_loss_are_gradients() -> None:
+    inputs = {"x": torch.randn(8, 64, 16), "labels": torch.randint(2000, (8, 64))}
+    opt = fxopt.optimize(
+        Classifier(), fxopt.Budget(activations="60%"), inputs, workload=fxopt.Train(8, 64)
+    )
+    memory = opt.plan.memory
+    assert memory is not None
+    cut = next(p for p in memory.policies if p.rewrite == "activation.cut_cross_entropy")
+    assert (cut.bytes, cut.waiting) == (8 * 64 * 2000 * 4, 0)
+    assert memory.holders["gradients"][memory.border] > 4 * 16 * 2000
+    assert max(memory.holders["outputs"]) < 100
+    assert np.abs(off_by(memory)).max() < 0.02
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_allocator_says_what_is_alive() -> None:
+    layers = [layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.GELU())]
+    model, x = nn.Sequential(*layers).cuda(), torch.randn(16, 512, 512, device="cuda")
+    opt = fxopt.optimize(
+        model, fxopt.Budget(activations="70%"), {"input": x}, workload=fxopt.Train(16, 512)
+    )
+    memory = opt.plan.memory
+    assert memory is not None
+    assert memory.measured is not None
+    rows = {row.name: row for row in opt.plan.totals}
+    measured = rows["memory"].measured
+    print(opt.report)
+    assert memory.weights + max(memory.measured) == pytest.approx(measured, rel=0.02)
+    assert np.median(np.abs(off_by(memory))) < 0.02

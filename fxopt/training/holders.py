@@ -1,0 +1,150 @@
+"""Who holds the memory of a scheduled step at each of its calls: the plain count, call by call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Literal, get_args
+
+import numpy as np
+from torch import Tensor, fx
+
+from ..ir.evidence import Holder
+from ..passes.activation.cut_cross_entropy import EARLY, workspace_of
+from .schedule import Schedule
+from .step import Step, storage_of
+
+State = Literal["first", "again", "image"]
+Piece = tuple[fx.Node, State]
+"""Memory by the node that owns it: as the forward made it, as the backward made it again, or what
+waits in its place."""
+TURNS: dict[State, str] = {"first": "pack", "again": "unpack"}
+"""The item at which memory that is copied beside other calls begins, or ends, to be on its way."""
+
+
+def border(laid: Schedule) -> int:
+    """The first item of the backward; images are packed in the forward."""
+    for i, item in enumerate(laid.items):
+        inside = item.kind == "run" and item.node in laid.step.inside
+        if not inside and item.kind not in ("pack", "release"):
+            return i
+    return len(laid.items)
+
+
+def held(laid: Schedule) -> dict[Holder, np.ndarray]:
+    """Bytes alive while each item runs, by who holds them; those who never hold any are left out.
+
+    Parameters and inputs are not counted; gradients and outputs are, to the end.
+    """
+    begin, last = _lives(laid)
+    change = {name: np.zeros(len(laid.items) + 1) for name in get_args(Holder)}
+    turns = {(item.kind, item.node): i for i, item in enumerate(laid.items)}
+    opening = border(laid)
+    for piece, start in begin.items():
+        owner, state = piece
+        size = laid.images[owner].bytes if state == "image" else laid.step.bytes.get(owner, 0)
+        for name, first, end in _stretches(laid, piece, start, last[piece], opening, turns):
+            change[name][first] += size
+            change[name][end + 1] -= size
+    found = {name: np.cumsum(values)[:-1] for name, values in change.items()}
+    found["temporary"] += _unowned(laid)
+    return {name: values for name, values in found.items() if values.any()}
+
+
+def _stretches(
+    laid: Schedule,
+    piece: Piece,
+    start: int,
+    end: int,
+    opening: int,
+    turns: Mapping[tuple[str, fx.Node], int],
+) -> Iterator[tuple[Holder, int, int]]:
+    """Who holds a piece of memory, from which item to which."""
+    owner, state = piece
+    copied = owner in laid.images and bool(laid.images[owner].image.fetch)
+    if state == "image":
+        yield "offloaded" if copied else "codes", start, end
+    elif copied:
+        # memory that is copied out waits for the copy's end, and is there before the copy in ends
+        turn = turns[TURNS[state], owner]
+        before, after = ("temporary", "offloaded") if state == "first" else ("offloaded", "again")
+        yield before, start, turn - 1
+        yield after, turn, end
+    elif state == "again":
+        yield "again", start, end
+    elif owner in laid.step.outputs:
+        early = owner in laid.step.inside and laid.step.maker(owner).target is not EARLY
+        yield "outputs" if early else "gradients", start, end
+    else:
+        yield "kept" if start < opening <= end else "temporary", start, end
+
+
+def _lives(laid: Schedule) -> tuple[dict[Piece, int], dict[Piece, int]]:
+    """The items at which each piece of memory is made and last needed."""
+    opening, end = border(laid), len(laid.items) - 1
+    begin: dict[Piece, int] = {}
+    last: dict[Piece, int] = {}
+    for i in range(len(laid.items)):
+        for piece in _touched(laid, i):
+            begin.setdefault(piece, opening if piece[0].op == "placeholder" else i)
+            last[piece] = i
+    for owner, state in last:
+        # the caller holds what it gave and what it was given
+        if state == "first" and (owner in laid.step.outputs or owner.op == "placeholder"):
+            last[owner, state] = end
+    return begin, last
+
+
+def _touched(laid: Schedule, i: int) -> Iterator[Piece]:
+    """The memory that an item reads or makes; of the placeholders only gradients count."""
+    item, step = laid.items[i], laid.step
+    if item.kind not in ("run", "again"):
+        state = "first" if item.kind in ("pack", "release") else "again"
+        yield item.node, state
+        yield item.node, "image"
+        return
+    in_backward = item.kind == "again" or item.node not in step.inside
+    for source in (*step.reads[item.node], item.node):
+        owner = step.owner.get(source)
+        if owner is None or (owner.op == "placeholder" and not _is_tangent(owner)):
+            continue
+        # a view of kept memory may be taken again: the memory is the first run's
+        again = in_backward and (owner in laid.again or owner in laid.images)
+        yield owner, "again" if again else "first"
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return str(node.target).startswith("tangents")
+
+
+def _unowned(laid: Schedule) -> np.ndarray:
+    """Bytes at each item that belong to no piece: workspaces, and results with several parts that
+    were not yet taken."""
+    extra = np.zeros(len(laid.items))
+    waiting: dict[int, int] = {}
+    whole: fx.Node | None = None
+    for i, item in enumerate(laid.items):
+        if item.kind in ("pack", "unpack"):
+            form = laid.images[item.node]
+            extra[i] = form.packing if item.kind == "pack" else form.unpacking
+        elif item.kind in ("run", "again"):
+            if item.node.target is operator.getitem and item.node.args[0] is whole:
+                waiting.pop(storage_of(item.node.meta["val"]), None)
+            else:
+                whole, waiting = item.node, _parts(laid.step, item.node)
+                extra[i] = workspace_of(item.node)
+        extra[i] += sum(waiting.values())
+    return extra
+
+
+def _parts(step: Step, node: fx.Node) -> dict[int, int]:
+    """Bytes of what an op with several results makes, by storage."""
+    value = node.meta.get("val")
+    if not isinstance(value, list | tuple):
+        return {}
+    made = [t for t in value if isinstance(t, Tensor)]
+    found = {storage_of(t): t.untyped_storage().nbytes() for t in made}
+    for source in step.reads[node]:
+        if source in step.owner:
+            found.pop(storage_of(source.meta["val"]), None)
+    return found
