@@ -11,6 +11,7 @@ from torch import nn
 
 from . import training
 from .compiler import Compiler
+from .decide import disturbed
 from .decide.again import solve_again
 from .frontiers import Frontier
 from .hosted import Optimized, load_into
@@ -177,7 +178,8 @@ def verify(
         measurer = Measurer(compiler)
         measured = measurer.contract(editor, opt) | measurer.minimised(opt)
         rows = measurer.rows({}, measured)
-    return Report(rows, list(opt.plan.notes))
+    notes = [note for note in opt.plan.notes if not note.startswith(disturbed.SAID)]
+    return Report(rows, [*notes, *measurer.disturbance()])
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Optimized:

@@ -11,6 +11,8 @@ LARGE = 1.5
 """From this ratio of the upper to the lower quartile of equal calls on, it is said."""
 OFTEN = 0.25
 """The share of op calls that vary so from which on it is said."""
+SAID = "latency: timings were disturbed, as by other processes"
+"""How the note begins."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,4 @@ def notes(
         texts.append(f"the time of {varied} of {measured} op calls varied as much")
     if not texts:
         return []
-    return [
-        f"latency: timings were disturbed, as by other processes: {'; '.join(texts)}; measure "
-        "again when nothing else runs"
-    ]
+    return [f"{SAID}: {'; '.join(texts)}; measure again when nothing else runs"]
