@@ -73,10 +73,17 @@ def _stretches(
     elif state == "again":
         yield "again", start, end
     elif owner in laid.step.outputs:
-        early = owner in laid.step.inside and laid.step.maker(owner).target is not EARLY
-        yield "outputs" if early else "gradients", start, end
+        yield "gradients" if _is_gradient(laid.step, owner) else "outputs", start, end
     else:
         yield "kept" if start < opening <= end else "temporary", start, end
+
+
+def _is_gradient(step: Step, owner: fx.Node) -> bool:
+    """Whether memory that the caller gets is made in the backward, or early, with the loss, which
+    is the first result of its op."""
+    if owner not in step.inside:
+        return True
+    return step.maker(owner).target is EARLY and owner.args[1] != 0
 
 
 def _lives(laid: Schedule) -> tuple[dict[Piece, int], dict[Piece, int]]:
@@ -108,9 +115,17 @@ def _touched(laid: Schedule, i: int) -> Iterator[Piece]:
         owner = step.owner.get(source)
         if owner is None or (owner.op == "placeholder" and not _is_tangent(owner)):
             continue
+        if item.kind == "run" and in_backward and _replaced(laid, owner):
+            yield owner, "image"
+            continue
         # a view of kept memory may be taken again: the memory is the first run's
         again = in_backward and (owner in laid.again or owner in laid.images)
         yield owner, "again" if again else "first"
+
+
+def _replaced(laid: Schedule, owner: fx.Node) -> bool:
+    """Whether the backward reads what waits in place of an owner's memory as it is."""
+    return owner in laid.images and laid.images[owner].image.replaces
 
 
 def _is_tangent(node: fx.Node) -> bool:
@@ -123,6 +138,7 @@ def _unowned(laid: Schedule) -> np.ndarray:
     extra = np.zeros(len(laid.items))
     waiting: dict[int, int] = {}
     whole: fx.Node | None = None
+    replaced = laid.replaced
     for i, item in enumerate(laid.items):
         if item.kind in ("pack", "unpack"):
             form = laid.images[item.node]
@@ -133,6 +149,8 @@ def _unowned(laid: Schedule) -> np.ndarray:
             else:
                 whole, waiting = item.node, _parts(laid.step, item.node)
                 extra[i] = workspace_of(item.node)
+            if item.kind == "run" and item.node in replaced:
+                extra[i] += laid.images[replaced[item.node]].unpacking
         extra[i] += sum(waiting.values())
     return extra
 
