@@ -88,15 +88,17 @@ def explain(plan: o.PlanFile, site: SiteName, output: Output, family: FamilyName
 
     read = read_plan(plan)
     text = read.explain(site, family)
+    # of a head both decisions as the plan stores them, each with what is said of both
     sites = [
         {
-            "family": entry.family,
+            "family": decision.family if decision else entry.family,
             "key": entry.key,
             "state": entry.mark,
             "reasons": list(entry.reasons),
-            "decisions": [json.loads(d.model_dump_json()) for d in entry.stored],
+            "decision": json.loads(decision.model_dump_json()) if decision else None,
         }
         for entry in matching(read, site, family)
+        for decision in entry.stored or [None]
     ]
     prices = [json.loads(price.model_dump_json()) for price in read.prices]
     output.show(text, {"sites": sites, "prices": prices})

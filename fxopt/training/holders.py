@@ -83,7 +83,7 @@ def _is_gradient(step: Step, owner: fx.Node) -> bool:
     is the first result of its op."""
     if owner not in step.inside:
         return True
-    return step.maker(owner).target is EARLY and owner.args[1] != 0
+    return step.maker(owner).target is EARLY and bool(owner.args[1] != 0)
 
 
 def _lives(laid: Schedule) -> tuple[dict[Piece, int], dict[Piece, int]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fxopt.cli import run
 from fxopt.ir.cost import Cost
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
 from fxopt.show import diff, explain, html, markdown, summary, text
@@ -179,6 +181,19 @@ def test_a_difference_of_one_half_shows_the_head_once(plan: Plan) -> None:
     assert f"-> {first}, attention locked" in " ".join(found.split())
     assert "Diff: 1 changed" in html.render_diff(plan.diff(other))
     assert not plan.diff(plan.model_copy(deep=True))
+
+
+def test_the_command_gives_both_decisions_as_they_are_stored(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = plan.save(tmp_path / "plan.json")
+    assert run(["explain", str(path), KEY, "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert [site["family"] for site in sites] == ["attention", "kv_cache"]
+    assert [site["decision"]["rewrite"] for site in sites] == [
+        "attention.window", "kv_cache.blocks",
+    ]  # fmt: skip
+    assert sites[0]["reasons"] == sites[1]["reasons"] == ["1.43x speed, saves 70 KiB"]
 
 
 @needs_browser
