@@ -72,7 +72,7 @@ def _card(plan: Plan, row: RowResult) -> Card:
     _, limit, before, predicted, measured, verdict = cells(row, limit_texts(plan.budget))
     binds = row.name in binding(plan)
     notes = [note.partition(": ")[2] for note in plan.notes if _is_of(note, row)]
-    if row.name in QUALITY and row.measured is not None:
+    if _is_held_back(plan, row):
         notes.insert(0, "measured on data that nothing was chosen by")
     if row.name == "kv_cache":
         notes.append("before: keys and values in 16 bits, as budgets count them")
@@ -195,9 +195,14 @@ def _together(plan: Plan) -> str:
     )
 
 
+def _is_held_back(plan: Plan, row: RowResult) -> bool:
+    """Whether a row was measured on data that nothing was chosen by; training has its example."""
+    return row.name in QUALITY and row.measured is not None and not is_training(plan)
+
+
 def other_totals(plan: Plan, row: RowResult) -> list[tuple[str, str]]:
     """Of a quality row that was measured, what else is known of the whole: what each is, and it."""
-    if row.name not in QUALITY or row.measured is None:
+    if not _is_held_back(plan, row):
         return []
     found = [("predicted by the solver", row.predicted)]
     taken = next((trial for trial in plan.trials if trial.taken), None)

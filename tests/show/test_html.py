@@ -18,6 +18,7 @@ import pytest
 from fxopt.ir.errors import RowResult
 from fxopt.ir.evidence import Block, Looser
 from fxopt.ir.plan import Plan
+from fxopt.ir.workload import Train
 from fxopt.show import html, kernels, summary
 from fxopt.show.entries import counted, ops_of
 from tests.show.synthetic import llama
@@ -280,6 +281,10 @@ def test_each_total_of_a_quality_row_says_what_it_is() -> None:
     made.totals[1] = replace(made.totals[1], measured=None)
     assert all(not card.others for card in summary.cards(made))
     assert "<dt>predicted</dt><dd>0.008 nats</dd>" in html.render(made)
+    # a training step is measured on the example that it was planned for
+    made.totals[1], made.workload = replace(made.totals[1], measured=0.011), Train(1, 1)
+    kl = next(card for card in summary.cards(made) if card.row.name == "kl")
+    assert (kl.others, kl.notes) == ([], [])
 
 
 def test_a_plan_that_holds_only_where_it_counts_says_both_values() -> None:
