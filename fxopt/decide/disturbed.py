@@ -46,7 +46,7 @@ def notes(
     """One note where timings varied much; none where they did not.
 
     `spreads` are those of each kind of call, of the original and of the result; so many of the
-    `measured` op calls `varied` too.
+    `measured` op calls `varied` too (`Measured.disturbed`).
     """
     texts = [
         f"half of {before.runs} runs of {name} took {before} in the original and {after} in the "
@@ -55,7 +55,7 @@ def notes(
         if max(before.ratio, after.ratio) >= LARGE
     ]
     if varied > OFTEN * measured:
-        texts.append(f"the time of {varied} of {measured} op calls varied as much")
+        texts.append(f"{varied} of {measured} op calls were disturbed too")
     if not texts:
         return []
     return [f"{SAID}: {'; '.join(texts)}; measure again when nothing else runs"]
