@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from . import training
+from .capture import weightless
 from .compiler import Compiler
 from .decide import disturbed
 from .decide.again import solve_again
@@ -27,7 +28,9 @@ from .session import Session
 from .show.report import Report
 from .state import evaluated, preserved
 from .training.module import TrainingModule
+from .weightless import Draft, Weightless
 
+C = TypeVar("C", bound=Compiler)
 UNLIMITED = 1e9
 """A quality row that no plan exceeds."""
 
@@ -94,6 +97,11 @@ def plan(
     """The decision alone: as `optimize`, but what is chosen is not emitted or verified.
 
     A budget that no plan is predicted to keep gives the nearest plan, and a note that says so.
+
+    A model on the meta device is planned without weights, for the device of `example_inputs`, or
+    for the GPU where there is one: every row is predicted and nothing of the model is run. Only
+    rewrites that are exact or round take part, chosen for the least rounding; a quality row is an
+    FxoptError. `apply` puts such a plan on the model with its weights.
     """
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
@@ -106,6 +114,8 @@ def plan(
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
     )  # fmt: skip
     with evaluated(model), showing(progress) as shown:
+        if weightless(model):
+            return Draft(_compiler(request, shown, Weightless)).plan()
         return Session(_compiler(request, shown)).plan()
 
 
@@ -229,6 +239,6 @@ def frontier(
         return Frontier(_compiler(request, shown))
 
 
-def _compiler(request: Request, progress: Progress) -> Compiler:
+def _compiler(request: Request, progress: Progress, kind: type[C] = Compiler) -> C:
     with progress.stage("capturing"):
-        return Compiler(replace(request, progress=progress))
+        return kind(replace(request, progress=progress))

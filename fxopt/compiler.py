@@ -59,7 +59,7 @@ class Compiler:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.state = State(request.model)
-        self.captured: Captured = capture(request.model, request.example, at=request.at)
+        self.captured = self._capture()
         loaded = passes.load(request.rewrites)
         self.rewrites: list[Rewrite] = [r for r in loaded if set(r.workloads) != {"train"}]
         self.host: Host | None = None
@@ -67,6 +67,9 @@ class Compiler:
             self.host = Host(request.model, request.at, self.captured, request.example)
             self.host.check(self._module(GraphEditor(self.captured)))
         self._swap_seconds = SWAP_SECONDS
+
+    def _capture(self) -> Captured:
+        return capture(self.request.model, self.request.example, at=self.request.at)
 
     def under(self, budget: Budget) -> Compiler:
         """The same capture and scores for another budget, whose quality is of the same kind; its
@@ -239,20 +242,22 @@ class Compiler:
 
     @cached_property
     def costs(self) -> Measured:
+        return self._measured()
+
+    def _measured(self, **options: Any) -> Measured:
         dtype = next((p.dtype for p in self.request.model.parameters()), torch.float32)
         return Measured(
             self.hardware,
             str(dtype).removeprefix("torch."),
             working_set=self.kept_weights,
             peak=peak_live_bytes,
+            **options,
         )
 
     def table(self) -> Table:
         """Every option priced: statistics, priors and measured costs."""
         try:
-            every = (p for found in self.proposals.by_site.values() for p in found)
-            if self.scores.empty and not all(p.rewrite.exact for p in every):
-                _ = self.statistics  # a stage of its own, not within that of scoring
+            self._record()
             with torch.no_grad():
                 return build(
                     self.proposals,
@@ -263,8 +268,17 @@ class Compiler:
                     partial(self.request.progress.track, "scoring"),
                 )
         finally:  # an interrupted scoring goes on where it stopped
-            self.costs.save()
-            self.scores.save()
+            self._save()
+
+    def _record(self) -> None:
+        """Record where something will be scored: a stage of its own, not within that of scoring."""
+        every = (p for found in self.proposals.by_site.values() for p in found)
+        if self.scores.empty and not all(p.rewrite.exact for p in every):
+            _ = self.statistics
+
+    def _save(self) -> None:
+        self.costs.save()
+        self.scores.save()
 
     def realise(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import weightless
 from .decide.calibration import Batch, Calibration, bind, split
 from .host import refuse_cache, uncached
 from .inputs import default_inputs, default_workload
@@ -85,7 +86,9 @@ def resolve(
         budget=budget,
         workload=chosen,
         example=example,
-        calibration=_calibration(calibration, example, names, fits, drawn=example_inputs is None),
+        calibration=_nothing_to_measure(calibration)
+        if weightless(model)
+        else _calibration(calibration, example, names, fits, drawn=example_inputs is None),
         keep=kept,
         rewrites=None if rewrites is None else listed(rewrites),
         at=at or None,
@@ -173,6 +176,16 @@ def _check_latency(budget: Budget, workload: Workload) -> None:
                 f"Budget.latency: the workload makes no call {name!r}.{hint(name, known)} Its "
                 f"calls: {', '.join(known)}"
             )
+
+
+def _nothing_to_measure(given: Any) -> Calibration:
+    """The calibration of a model that has no weights."""
+    if given is not None:
+        raise FxoptError(
+            "calibration: the model is on the meta device, so that nothing can be measured on it; "
+            "leave calibration out"
+        )
+    return Calibration((), (), (), given=False)
 
 
 def _calibration(

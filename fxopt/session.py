@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from torch import Tensor
+
 from . import evidence
 from .compiler import Compiler
 from .decide.again import note_totals
@@ -46,12 +48,17 @@ class Verified(NamedTuple):
 class Session:
     """One search: a table, its trials, and the module that comes of it."""
 
-    def __init__(self, compiler: Compiler, table: Table | None = None) -> None:
+    def __init__(
+        self,
+        compiler: Compiler,
+        table: Table | None = None,
+        measurer: Measurer | None = None,
+    ) -> None:
         self.compiler = compiler
         self.interrupted = False
         for note in compiler.request.calibration.notes:
             logger.warning(note)
-        self.measurer = Measurer(compiler)
+        self.measurer = measurer or Measurer(compiler)
         self.table = table or compiler.table()
         limits = compiler.limits(self.measurer.baseline, self.table)
         self.search = Search(self.table, limits)
@@ -197,8 +204,12 @@ class Session:
             **shown,
         )
         note_totals(made)
-        made.tensors = prepared_tensors(compiler, compiler.chosen(search, trial.choice))
+        made.tensors = self._tensors(trial)
         return made
+
+    def _tensors(self, trial: Trial) -> dict[str, Tensor]:
+        """What the choices of a trial prepared."""
+        return prepared_tensors(self.compiler, self.compiler.chosen(self.search, trial.choice))
 
 
 def _nearer(one: Verified | None, other: Verified) -> Verified:

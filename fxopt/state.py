@@ -16,7 +16,8 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = [(module, dict(module._buffers)) for module in model.modules()]
-        tensors = {id(t): t for _, held in self._held for t in held.values() if t is not None}
+        tensors = {id(t): t for _, held in self._held for t in held.values()
+                   if t is not None and t.device.type != "meta"}  # fmt: skip
         self._kept = [(t, t.detach().clone()) for t in tensors.values()]
 
     def rewind(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from .names import attribute
 
@@ -56,6 +57,11 @@ def ancestors(node: fx.Node, cut: Mapping[fx.Node, Any] | None = None) -> list[f
     return [n for n in node.graph.nodes if n in found]
 
 
+def runs_on(device: torch.device) -> torch.device:
+    """Where what was traced on `device` is computed: the meta device computes nothing."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def evaluate(
     graph: fx.GraphModule, node: fx.Node, sizes: Sizes, given: Mapping[fx.Node, Any] | None = None
 ) -> Any:
@@ -69,16 +75,23 @@ def evaluate(
             continue
         if is_size(current):
             traced = current.meta["val"]
-            values[current] = traced if isinstance(traced, torch.device) else size_at(traced, sizes)
+            device = isinstance(traced, torch.device)
+            values[current] = runs_on(traced) if device else size_at(traced, sizes)
         elif current.op == "get_attr":
             values[current] = attribute(graph, str(current.target))
+            if values[current].device.type == "meta":
+                raise Unknown(f"{current.target}, which has no values")
         elif current.op == "call_function":
-            args = map_arg(current.args, values.__getitem__)
-            kwargs = map_arg(current.kwargs, values.__getitem__)
+            args = _computed(map_arg(current.args, values.__getitem__))
+            kwargs = _computed(map_arg(current.kwargs, values.__getitem__))
             values[current] = current.target(*args, **kwargs)  # pyright: ignore
         else:
             raise Unknown(current.name)
     return values[node]
+
+
+def _computed(arguments: Any) -> Any:
+    return pytree.tree_map_only(torch.device, runs_on, arguments)
 
 
 def reads_inputs(node: fx.Node) -> bool:

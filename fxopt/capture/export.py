@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,16 +33,22 @@ log = logging.getLogger("fxopt")
 
 
 def capture(
-    model: nn.Module, example_inputs: Any = None, *, generate: bool = True, at: str | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    generate: bool = True,
+    at: str | None = None,
+    weights: bool = True,
 ) -> Captured:
     """Capture `model`, or its submodule `at`, as a canonical graph with its sites.
 
     example_inputs: a tensor, a tuple in the order of the forward's arguments, or a dict by name;
     it may be left out for Hugging Face models. `generate` asks for one graph that serves prefill
-    and decoding; where that cannot be, `Captured.reason` says why. The model, its config and
-    all global state are as before afterwards, also when this raises `CaptureError`.
+    and decoding; where that cannot be, `Captured.reason` says why. `weights=False` takes a model
+    on the meta device, whose graph is for planning alone. The model, its config and all global
+    state are as before afterwards, also when this raises `CaptureError`.
     """
-    refuse_changed_models(model)
+    refuse_changed_models(model, weights=weights)
     tied: dict[int, str] = {}
     decoder = at is not None and generates(model)
     with _preserved(model), torch.no_grad():
@@ -59,12 +66,17 @@ def capture(
             raise CaptureError(f"{error}{hint}") from error.__cause__
         if request.decoder:
             captured = serve_generation(captured) if generate else captured
-            captured = with_positions(captured, model)
+            captured = with_positions(captured, model) if weights else captured
         elif generate and at is None and IDS in captured.inputs:
-            captured = serve_decoding(captured)
+            captured = serve_decoding(captured) if weights else _unserved(captured)
         elif decoder and "position_ids" in captured.inputs:
             captured = numbered(captured, model)
     return captured.with_sites(untied(find_sites(captured), captured.graph, tied))
+
+
+def _unserved(captured: Captured) -> Captured:
+    reason = "that its decoder keeps a cache is found by running it, and it has no weights"
+    return replace(captured, reason=reason)
 
 
 def _requests(model: nn.Module, signature: inspect.Signature, example: Any) -> list[Request]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from .evaluate import Sizes, Unknown, ancestors, evaluate, reads_inputs, shape_at
+from .evaluate import Sizes, Unknown, ancestors, evaluate, reads_inputs, runs_on, shape_at
 from .names import attribute
 from .shapes import free_symbols
 
@@ -137,7 +137,7 @@ def _padded(
 ) -> Meaning | None:
     """The meaning if `cut` alone carries the data and hides keys by being zero (or nonzero)."""
     generator = torch.Generator().manual_seed(0)
-    dtype, device = cut.meta["val"].dtype, cut.meta["val"].device
+    dtype, device = cut.meta["val"].dtype, runs_on(cut.meta["val"].device)
     open_, checks = list[Tensor | None](), list[tuple[Tensor | None, Tensor]]()
     for sizes in trials:
         shape = shape_at(cut, sizes)

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ..ir.ops import attend
+from .evaluate import runs_on
+
+LINEAR, EMBEDDING = torch.ops.aten.linear.default, torch.ops.aten.embedding.default
 
 LENGTH, CHANGED, CUT = 10, 4, 5
 # Both pieces are of one size, so that they are rounded alike.
@@ -27,6 +31,42 @@ class WithoutAttention(fx.Interpreter):
         mixed = v + k.mean(-1, keepdim=True) + k[..., :1]
         mixed = 0.5 * mixed.repeat_interleave(group, 1) + q.mean(-1, keepdim=True) + q[..., :1]
         return mixed.transpose(1, 2).contiguous()
+
+
+class WithoutWeights(WithoutAttention):
+    """Runs a graph on the meta device besides: linears and embeddings, which are position-wise
+    whatever their weights, become cheap functions of each token of the same sizes."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is LINEAR:
+            return _mixed(args[0], args[1].shape[0])
+        if target is EMBEDDING:
+            return _spread(args[1], args[0])
+        args, kwargs = pytree.tree_map_only(Tensor, _with_values, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(torch.device, runs_on, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def _mixed(x: Tensor, out_features: int) -> Tensor:
+    """[..., in] -> [..., out], each of the features and their mean in another share."""
+    features = torch.arange(out_features)
+    shares = torch.cos(features.float()).to(x.dtype)
+    return shares * x[..., features % x.shape[-1]] + x.mean(-1, keepdim=True)
+
+
+def _spread(ids: Tensor, table: Tensor) -> Tensor:
+    """[...] -> [..., dim], another row for each id."""
+    return torch.cos(0.7 * ids[..., None] + torch.arange(table.shape[1])).to(table.dtype)
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    """A parameter or buffer without values with some: a large one with equal rows."""
+    if tensor.device.type != "meta":
+        return tensor
+    if not tensor.dtype.is_floating_point:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    row = 1 + 0.1 * torch.cos(torch.arange(tensor.shape[-1] if tensor.dim() else 1).float())
+    return row.to(tensor.dtype).expand(tensor.shape) if tensor.dim() else row[0].to(tensor.dtype)
 
 
 def why_not_positionwise(graph: fx.GraphModule, vocabulary: int) -> str | None:
@@ -63,7 +103,7 @@ def why_not_positionwise(graph: fx.GraphModule, vocabulary: int) -> str | None:
 
 
 def _device(graph: fx.GraphModule) -> torch.device:
-    return next((p.device for p in graph.parameters()), torch.device("cpu"))
+    return runs_on(next((p.device for p in graph.parameters()), torch.device("cpu")))
 
 
 def _run(graph: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
@@ -74,7 +114,9 @@ def _run(graph: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
     }
     names = [str(n.target) for n in graph.graph.find_nodes(op="placeholder")]
     values = [given.get(name) for name in names]
-    outputs = WithoutAttention(graph).run(*values, enable_io_processing=False)
+    meta = any(p.device.type == "meta" for p in graph.parameters())
+    interpreter = WithoutWeights(graph) if meta else WithoutAttention(graph)
+    outputs = interpreter.run(*values, enable_io_processing=False)
     return outputs[0].double()
 
 

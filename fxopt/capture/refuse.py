@@ -29,8 +29,15 @@ PACKAGES = {
 }
 
 
-def refuse_changed_models(model: nn.Module) -> None:
-    """Raise `CaptureError` for what another library changed and for weights that are not there."""
+def weightless(model: nn.Module) -> bool:
+    """Whether the model is a shape alone: all its parameters, and it has some, are on "meta"."""
+    parameters = list(model.parameters())
+    return bool(parameters) and all(p.device.type == "meta" for p in parameters)
+
+
+def refuse_changed_models(model: nn.Module, *, weights: bool = True) -> None:
+    """Raise `CaptureError` for what another library changed and for weights that are not there,
+    unless, with `weights=False`, none of them is."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None or getattr(model, "is_quantized", False):
         method = str(getattr(getattr(quantizer, "quantization_config", None), "quant_method", ""))
@@ -53,10 +60,16 @@ def refuse_changed_models(model: nn.Module) -> None:
                 f"{name} is a {type(tensor).__name__}, not a plain tensor. Load the weights as "
                 "plain tensors, on one device and not sharded."
             )
-        if tensor.device.type == "meta":
+        if weights and tensor.device.type == "meta":
             raise CaptureError(
                 f"{name} is on the meta device: it has a shape but no values. Load the weights "
-                "first, for example with from_pretrained or to_empty and load_state_dict."
+                "first, for example with from_pretrained or to_empty and load_state_dict; "
+                "fxopt.plan alone needs none."
+            )
+        if not weights and tensor.device.type != "meta":
+            raise CaptureError(
+                f"{name} is on {tensor.device}, the parameters are on the meta device. Make the "
+                "whole model there: with torch.device('meta'): model = ..."
             )
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:

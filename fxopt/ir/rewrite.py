@@ -110,6 +110,11 @@ class Rewrite(Protocol):
     (also the kind of `LossHeadInfo`: the others are not asked about it). Its
     `emulate` is called for each output of the group, with the inputs of that member and its index
     as `inputs["member"]`.
+
+    One that rounds numbers and does nothing else says so with a class variable `rounds = True`:
+    what it loses is about the same whatever the numbers are, so that it serves models without
+    weights as well. Its `prepare` then gets a weight alone, no `inputs` and no `gram`: that on
+    the meta device, whose tensors are shapes, or one of random numbers.
     """
 
     @property

@@ -44,6 +44,7 @@ class Blocks:
     workloads: ClassVar[frozenset[str]] = frozenset({"generate"})
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
+    rounds: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.02750"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
 

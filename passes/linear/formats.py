@@ -24,8 +24,11 @@ Operation = tuple[Any, tuple[Any, ...]]
 """An op and its arguments."""
 
 
-def rounding_of(statistics: SiteStatistics) -> Rounding:
-    """How the weights of a site are rounded, whatever the format; decomposed once."""
+def rounding_of(statistics: SiteStatistics) -> Rounding | None:
+    """How the weights of a site are rounded, whatever the format; decomposed once. None, that is
+    to nearest, where no inputs were recorded: of a model without weights."""
+    if not statistics.inputs:
+        return None
     return statistics.once("rounding", lambda: Rounding.of(statistics.gram))
 
 
@@ -41,8 +44,8 @@ class Format(Protocol):
         """From which `of` makes the format again."""
         ...
 
-    def fit(self, weight: Tensor, inputs: Rounding) -> dict[str, Tensor]:
-        """The tensors by name, rounded for these inputs."""
+    def fit(self, weight: Tensor, inputs: Rounding | None) -> dict[str, Tensor]:
+        """The tensors by name, rounded for these inputs; None rounds to nearest."""
         ...
 
     def restored(self, tensors: Tensors) -> Tensor:
@@ -78,7 +81,7 @@ class Integer:
     def parameters(self) -> Parameters:
         return {"bits": self.bits, "group_size": self.group_size}
 
-    def fit(self, weight: Tensor, inputs: Rounding) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, inputs: Rounding | None) -> dict[str, Tensor]:
         fitted = rounding.quantize(weight, inputs, self.bits, self.group_size)
         return dict(zip(self.names, fitted, strict=True))
 
@@ -137,7 +140,7 @@ class Float8:
     def parameters(self) -> Parameters:
         return {"format": "fp8"}
 
-    def fit(self, weight: Tensor, inputs: Rounding) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, inputs: Rounding | None) -> dict[str, Tensor]:
         return dict(zip(self.names, rounding.quantize_fp8(weight, inputs), strict=True))
 
     def restored(self, tensors: Tensors) -> Tensor:

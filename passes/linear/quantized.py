@@ -38,6 +38,7 @@ class Quantized:
     workloads: ClassVar[frozenset[str]] = dense.WORKLOADS
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
+    rounds: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.17323"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM})
 

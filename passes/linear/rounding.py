@@ -45,16 +45,20 @@ class Rounding:
 
 
 def quantize(
-    weight: Tensor, inputs: Rounding, bits: int, group_size: int
+    weight: Tensor, inputs: Rounding | None, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`packed`, `scale`, `zero` for `quantized_linear`: the better of `propagated` and rounding
-    to nearest. Rows do not depend on each other, and `CHUNK` numbers are taken at a time."""
+    to nearest; the latter without inputs. Rows do not depend on each other, and `CHUNK` numbers
+    are taken at a time."""
     rows = max(1, CHUNK // weight.shape[1])
     if len(weight) > rows:
         parts = [quantize(part, inputs, bits, group_size) for part in weight.split(rows)]
         packed, scale, zero = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
         return packed, scale, zero
     scale, zero = integer.grid(weight, bits, group_size)
+    if inputs is None:
+        codes = integer.encode(weight, scale, zero, bits)
+        return integer.pack(codes, bits, group_size), scale, zero
     steps, offsets = scale.float().T.contiguous(), zero.float().T.contiguous()
 
     def nearest(column: int, values: Tensor) -> Tensor:
@@ -72,10 +76,12 @@ def quantize(
     return integer.pack(codes, bits, group_size), scale, zero
 
 
-def quantize_fp8(weight: Tensor, inputs: Rounding) -> tuple[Tensor, Tensor]:
+def quantize_fp8(weight: Tensor, inputs: Rounding | None) -> tuple[Tensor, Tensor]:
     """`weight` e4m3 and `scale` float32 for `fp8_linear`: the better of `propagated` and rounding
-    to nearest."""
+    to nearest; the latter without inputs."""
     scale = fp8.row_scale(weight)
+    if inputs is None:
+        return fp8.quantize(weight, scale), scale[:, 0].contiguous()
 
     def nearest(column: int, values: Tensor) -> Tensor:
         return fp8.quantize(values[:, None], scale)[:, 0].float() * scale[:, 0]
