@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,9 +22,9 @@ from .decide.propose import Proposal, Proposals, total_cost
 from .decide.quality import Quality
 from .decide.search import Trial
 from .decide.statistics import Recorded, Statistics
-from .ir.workload import Scenario
 from .ir.errors import FxoptError, RowResult
 from .ir.site import LinearInfo, Site
+from .ir.workload import Scenario
 from .measure import Measurer
 from .passes.baseline import baseline_calls
 from .request import Request
@@ -153,7 +152,8 @@ class Draft(Session):
 
     def search_best(self) -> Trial:
         choice = self.search.next() or self.search.nearest()
-        predicted = self.search.predict(choice)
+        assert choice is not None  # nothing was tried that it could be
+        predicted = self.search.predict(choice, "weights", "kv_cache")
         value = sum(w * predicted[n] for n, w in self.search.limits.objective.items())
         return Trial(choice, predicted, {}, self.search.limits.excess(predicted), value)
 
@@ -197,8 +197,9 @@ def _is_view(node: fx.Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
-    source = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
-    return aliases and getattr(source, "dtype", None) == node.meta["val"].dtype
+    values = [n.meta.get("val") for n in (*node.all_input_nodes[:1], node)]
+    # a cast is one that aliases where there is nothing to cast
+    return aliases and len({getattr(v, "dtype", None) for v in values} - {None}) == 1
 
 
 def _moved(nodes: list[fx.Node], sizes: Mapping[str, int]) -> Iterator[int]:

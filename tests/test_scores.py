@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt import measure as measure_module
+from fxopt.decide.runs import Latency
 from fxopt.decide.table import Priors
 
 
@@ -61,6 +64,24 @@ def test_a_second_budget_scores_nothing_and_decides_alike(
     assert len(scored) == count
     assert not first.diff(again)
     assert first.diff(other)
+
+
+@pytest.mark.parametrize("slower", [1e-3, 1e3])
+def test_a_machine_that_is_busy_meanwhile_decides_alike(
+    model: nn.Module, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, slower: float
+) -> None:
+    """What the whole model takes is measured each time: it is reported, and weighs nothing."""
+    first = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    measure = measure_module.measure_latency
+
+    def disturbed(*args: Any, **options: Any) -> Latency:
+        found = measure(*args, **options)
+        return replace(found, before=found.before * slower, after=found.after * slower)
+
+    monkeypatch.setattr(measure_module, "measure_latency", disturbed)
+    again = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    assert again.baseline["latency"] != pytest.approx(first.baseline["latency"], rel=0.5)
+    assert not first.diff(again)
 
 
 @pytest.mark.parametrize("change", ["weights", "calibration", "quality", "seed"])

@@ -6,6 +6,8 @@ Rounding loses about the same of all numbers of one distribution: here it rounds
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,8 @@ def _stand_in(site: Site) -> tuple[Recorded, Tensor]:
     q, k, v = (
         torch.randn(1, n, LENGTH, size).to(info.dtype) for n, size in zip(heads, sizes, strict=True)
     )
-    inputs = {"q": q, "k": k, "v": v, "scale": info.head_dim**-0.5, "causal": info.causal}
+    options: dict[str, Any] = {"scale": info.head_dim**-0.5, "causal": info.causal}
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v, **options}
     return Recorded(inputs={**inputs, "prompt": PROMPT}), attend(**inputs)
 
 

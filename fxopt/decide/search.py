@@ -173,10 +173,10 @@ class Search:
         yield max(self.solver_seconds / 4, 0.5)
         self.solver_seconds -= time.monotonic() - began
 
-    def predict(self, choice: Choice) -> dict[str, float]:
-        """Every row of `choice` as predicted, in the solver's form."""
+    def predict(self, choice: Choice, *further: str) -> dict[str, float]:
+        """Every row of `choice`, and `further` ones, as predicted, in the solver's form."""
         problem = self.problem()
-        names = {*self.limits.rows, *self.limits.objective, "error"}
+        names = {*self.limits.rows, *self.limits.objective, "error", *further}
         return {
             name: max(
                 total(problem, choice, row) + constant

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -163,10 +163,17 @@ def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
     What is returned when the rows cannot all hold; among equals, rows that could reach the same
     excess for nothing stay as small as they can.
     """
-    relaxed = _milp(problem, time_limit, 1e-6, relax=True) if problem.groups else None
-    if relaxed is not None:
-        return relaxed.choice
-    return tuple(0 for _ in problem.groups)
+    relaxed = _milp(problem, time_limit / 2, 1e-6, relax=True) if problem.groups else None
+    if relaxed is None:
+        return tuple(0 for _ in problem.groups)
+    # the excess takes all of the program's precision: what is left to gain is another program's
+    reached = (r.constant + total(problem, relaxed.choice, r.name) for r in problem.rows)
+    rows = tuple(
+        replace(row, limit=amount + ROUNDING * abs(amount))
+        for row, amount in zip(problem.rows, reached, strict=True)
+    )
+    held = _milp(replace(problem, rows=rows), time_limit / 2, 1e-6)
+    return relaxed.choice if held is None or held.value > relaxed.value else held.choice
 
 
 def weighed(minimized: str, scale: Mapping[str, float]) -> dict[str, float]:
@@ -198,38 +205,81 @@ def undominated(options: Sequence[Option], rows: Iterable[str]) -> list[int]:
 def _milp(
     problem: Problem, time_limit: float, gap: float, *, relax: bool = False
 ) -> Solution | None:
+    alike = classes(problem)
+    whole, problem = problem, _first_of(problem, alike)
     index = columns_of(problem)
     width = len(index) + len(problem.pairs) + relax
     cost = np.zeros(width)
     for row, weight in problem.objective.items():
         cost += weight * line_of(problem, index, row, width)
     cost /= np.abs(cost).max() or 1.0
-    upper = np.ones(width)
+    upper = np.array([*(len(alike[g]) for g, _ in index), *[1] * (width - len(index))], float)
     upper[[index[pair] for pair in problem.forbidden]] = 0
     if relax:
         # the common excess is worth more than all rows together, and those more than any objective
         rows = [r for r in problem.rows if r.limit > 0]
         shares = sum((line_of(problem, index, r.name, width) / r.limit for r in rows), 0 * cost)
         shares /= np.abs(shares).max() or 1.0
-        cost = (5e-4 * shares + 1e-6 * cost) / max(len(problem.groups), 1)
+        cost = (5e-4 * shares + 1e-6 * cost) / max(len(whole.groups), 1)
         cost[-1], upper[-1] = 1.0, np.inf
     with _silent():
         result = milp(
             cost,
             integrality=np.concatenate([np.ones(len(index)), np.zeros(width - len(index))]),
             bounds=Bounds(np.zeros(width), upper),  # pyright: ignore[reportArgumentType]
-            constraints=constraints(problem, index, width, relax=relax),
+            constraints=constraints(problem, index, width, relax=relax, sizes=[*map(len, alike)]),
             options={"time_limit": time_limit, "mip_rel_gap": gap},
         )
     if result.x is None:
         return None
-    choice = tuple(
-        max(range(len(group.options)), key=lambda o: result.x[index[g, o]])
-        for g, group in enumerate(problem.groups)
-    )
-    if not relax and violation(problem, choice) > 1e-6:
+    choice = [0] * len(whole.groups)
+    for g, members in enumerate(alike):
+        options = range(len(problem.groups[g].options))
+        counts = [round(float(result.x[index[g, o]])) for o in options]
+        taken = [o for o in options for _ in range(counts[o])]
+        for member, o in zip(members, taken, strict=False):
+            choice[member] = o
+    if not relax and violation(whole, choice) > 1e-6:
         return None
-    return Solution(choice, value(problem, choice), float(result.mip_gap or 0.0), "milp")
+    gap = float(result.mip_gap or 0.0)
+    return Solution(tuple(choice), value(whole, choice), gap, "milp")
+
+
+def classes(problem: Problem) -> list[list[int]]:
+    """Groups that no row, pair or cut tells apart, in order: the program counts how many of them
+    take each option, since their permutations are one choice that branching would try again and
+    again."""
+    apart = {g for pair in problem.pairs for g, _ in (pair.first, pair.second)}
+    apart |= {g for groups in problem.exclusive for g in groups}
+    apart |= set(range(len(problem.groups))) if problem.cuts else set()
+    forbidden: dict[int, set[int]] = {}
+    for g, o in problem.forbidden:
+        forbidden.setdefault(g, set()).add(o)
+    found: dict[object, list[int]] = {}
+    for g, group in enumerate(problem.groups):
+        amounts = tuple(tuple(sorted(option.amounts.items())) for option in group.options)
+        own = g if g in apart else (amounts, frozenset(forbidden.get(g, ())))
+        found.setdefault(own, []).append(g)
+    return list(found.values())
+
+
+def _first_of(problem: Problem, alike: Sequence[Sequence[int]]) -> Problem:
+    """The program of the first group of each class."""
+    if len(alike) == len(problem.groups):
+        return problem
+    place = {members[0]: i for i, members in enumerate(alike)}
+
+    def moved(pair: tuple[int, int]) -> tuple[int, int]:
+        return place[pair[0]], pair[1]
+
+    return replace(
+        problem,
+        groups=tuple(problem.groups[members[0]] for members in alike),
+        pairs=tuple(replace(p, first=moved(p.first), second=moved(p.second))
+                    for p in problem.pairs),
+        forbidden=frozenset(moved(pair) for pair in problem.forbidden if pair[0] in place),
+        exclusive=tuple(tuple(place[g] for g in groups) for groups in problem.exclusive),
+    )  # fmt: skip
 
 
 _STDOUT = threading.Lock()
@@ -295,11 +345,17 @@ def _line(
 
 
 def constraints(
-    problem: Problem, index: Mapping[tuple[int, int], int], width: int, *, relax: bool
+    problem: Problem,
+    index: Mapping[tuple[int, int], int],
+    width: int,
+    *,
+    relax: bool,
+    sizes: Sequence[int] | None = None,
 ) -> list[LinearConstraint]:
     """One-hot groups, budget rows scaled to 1, products of pairs, cuts.
 
-    `relax`: the last column z lets every row reach limit * z, z >= 0.
+    Group g stands for `sizes[g]` equal ones; None: each for itself. `relax`: the last column z
+    lets every row reach limit * z, z >= 0.
     """
     rows: list[int] = []
     columns: list[int] = []
@@ -316,7 +372,8 @@ def constraints(
         high.append(upper)
 
     for g, group in enumerate(problem.groups):
-        add({index[g, o]: 1.0 for o in range(len(group.options))}, 1, 1)
+        count = sizes[g] if sizes else 1
+        add({index[g, o]: 1.0 for o in range(len(group.options))}, count, count)
     by_name = _by_name(problem, index)
     for row in problem.rows:
         line = _line(by_name, len(index), row.name, width)
@@ -398,15 +455,25 @@ def _priced(problem: Problem, option: Option, weight: float) -> float:
 
 
 def _descend(problem: Problem, choice: tuple[int, ...]) -> tuple[int, ...]:
+    """Single changes that lower the objective and keep every row, while there are any."""
+    rows = [*problem.objective, *(row.name for row in problem.rows)]
+    weights = np.array([*problem.objective.values(), *[0.0] * len(problem.rows)])
+    limits = np.array([*[np.inf] * len(problem.objective),
+                       *(row.limit - row.constant for row in problem.rows)])  # fmt: skip
+    tables = [np.array([[o.amount(r) for r in rows] for o in g.options]) for g in problem.groups]
+    paired = {g for pair in problem.pairs for g, _ in (pair.first, pair.second)}
+    sums = np.array([total(problem, choice, row) for row in rows])
     improved = True
     while improved:
         improved = False
-        for g, group in enumerate(problem.groups):
-            for o in range(len(group.options)):
+        for g, table in enumerate(tables):
+            for o in range(len(table)):
                 trial = (*choice[:g], o, *choice[g + 1 :])
-                if (
-                    value(problem, trial) < value(problem, choice) - ROUNDING
-                    and violation(problem, trial) <= 0
-                ):
-                    choice, improved = trial, True
+                if g in paired:
+                    then = np.array([total(problem, trial, row) for row in rows])
+                else:
+                    then = sums + table[o] - table[choice[g]]
+                better = (then - sums) @ weights < -ROUNDING
+                if better and (then <= limits).all() and violation(problem, trial) <= 0:
+                    choice, sums, improved = trial, then, True
     return choice

@@ -26,9 +26,9 @@ def objective(plan: Plan) -> str:
 
 
 def error_row(plan: Plan) -> str:
-    """The name of the quality row of a budget that has none: what was measured anyway."""
+    """The name of the quality row of a budget that has none: what was measured anyway, if any."""
     known = {row.name for row in plan.totals}
-    return next((n for n in ("kl", "relative_error", "loss_increase") if n in known), "kl")
+    return next((n for n in ("kl", "relative_error", "loss_increase") if n in known), "error")
 
 
 def used(row: RowResult) -> float | None:

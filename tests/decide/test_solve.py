@@ -77,6 +77,32 @@ def test_solution_is_optimal(problem: Problem) -> None:
         assert found.value == pytest.approx(expected, abs=1e-6)
 
 
+@st.composite
+def repeated(draw: st.DrawFn) -> Problem:
+    """Some groups of a program twice or three times, with what tells them apart or not."""
+    problem = draw(problems())
+    kept = list(problem.groups)
+    more = draw(st.lists(st.sampled_from(kept), min_size=1, max_size=3))
+    groups = tuple(draw(st.permutations([*kept, *more])))
+    pairs = [(g, o) for g, group in enumerate(groups) for o in range(1, len(group.options))]
+    forbidden = draw(st.sets(st.sampled_from(pairs), max_size=2)) if pairs else set()
+    together = draw(st.permutations(range(len(groups))))[: draw(st.sampled_from([0, 2]))]
+    exclusive = (tuple(together),) if together else ()
+    # of what excludes each other the first option is never forbidden, nor are all others
+    return Problem(groups, problem.rows, problem.objective, forbidden=frozenset(forbidden),
+                   exclusive=exclusive)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(repeated())
+def test_equal_groups_are_counted_and_not_told_apart(problem: Problem) -> None:
+    expected, found = brute_force(problem), solve(problem, gap=1e-9)
+    assert (found is None) == (expected is None)
+    if found is not None:
+        assert violation(problem, found.choice) <= 1e-6
+        assert found.value == pytest.approx(expected, abs=1e-6)
+
+
 @settings(max_examples=100, deadline=None)
 @given(problems())
 def test_greedy_is_feasible_and_no_better_than_optimal(problem: Problem) -> None:
@@ -133,6 +159,15 @@ def test_nearest_wastes_no_other_row() -> None:
     groups = tuple(Group(f"g{i}", (fast, slow)) for i in range(6))
     rows = (Row("bytes", 6.0), Row("error", 0.6))
     assert nearest(Problem(groups, rows, {"seconds": 1.0})) == (1,) * 6
+
+
+def test_nearest_spends_nothing_that_brings_it_no_nearer() -> None:
+    """A row that cannot hold is no leave to lose what does not help it, however little it is."""
+    keep = Option("keep", {"bytes": 5.0, "error": 0.0})
+    small = Option("small", {"bytes": 3.0, "error": 0.1})
+    idle = Option("idle", {"bytes": 5.0, "error": 1e-7})
+    groups = [Group("g", (keep, small)), *(Group(f"h{i}", (keep, idle)) for i in range(9))]
+    assert nearest(Problem(tuple(groups), (Row("bytes", 6.0),), {"error": 1.0})) == (1, *[0] * 9)
 
 
 def test_nothing_to_decide() -> None:
