@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from .hosted import Optimized, load_into
 from .ir.budget import Budget
 from .ir.errors import FxoptError, PlanError
 from .ir.plan import Plan
-from .ir.workload import Train, Workload
+from .ir.workload import Forward, Generate, Train, Workload
 from .measure import Measurer
 from .progress import Progress, showing
 from .replay import check_tensors, installed, replay
@@ -40,7 +40,7 @@ def optimize(
     budget: Budget,
     example_inputs: Any = None,
     *,
-    workload: Workload | None = None,
+    workload: Workload | Mapping[str, Forward | Generate] | None = None,
     calibration: Iterable[Any] | None = None,
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,
@@ -54,7 +54,8 @@ def optimize(
 
     Returns a module with the same signature and output class, with `.plan` and `.report`; the
     original is not changed. `example_inputs` (tensor, tuple or dict) may be omitted for Hugging
-    Face models, `calibration` is an iterable of such inputs. `keep` names sites left alone,
+    Face models, `calibration` is an iterable of such inputs. `workload` may be a mapping: several by name,
+    each with latency rows of its own. `keep` names sites left alone,
     `rewrites` the rewrites to use: names or `re:` patterns. `at` names a submodule: only that is
     captured and rewritten, inputs and budget are of the whole model, which stays as it is around
     it and need not be a graph; `save` then writes the submodule (`OptimizedHost.save`).
@@ -85,7 +86,7 @@ def plan(
     budget: Budget,
     example_inputs: Any = None,
     *,
-    workload: Workload | None = None,
+    workload: Workload | Mapping[str, Forward | Generate] | None = None,
     calibration: Iterable[Any] | None = None,
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,
@@ -210,7 +211,7 @@ def frontier(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    workload: Workload | None = None,
+    workload: Workload | Mapping[str, Forward | Generate] | None = None,
     calibration: Iterable[Any] | None = None,
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,

@@ -38,7 +38,7 @@ from .ir.budget import Budget
 from .ir.errors import FxoptError
 from .ir.rewrite import Rewrite
 from .ir.site import Site
-from .ir.workload import Generate, Scenario, scenarios
+from .ir.workload import Forward, Generate, Scenario, Train, parts, scenarios
 from .passes.baseline import baseline_calls, cache_bytes
 from .progress import stepping
 from .request import Request, ends
@@ -81,27 +81,50 @@ class Compiler:
         return other
 
     @cached_property
+    def workloads(self) -> list[Forward | Generate | Train]:
+        """The workloads, of one kind, that the module serves."""
+        return list(parts(self.request.workload).values())
+
+    @property
+    def generates(self) -> bool:
+        """Whether the workloads decode tokens one by one, and keep a cache."""
+        return isinstance(self.workloads[0], Generate)
+
+    @cached_property
     def scenarios(self) -> tuple[Scenario, ...]:
-        """The calls of the workload, the longest last."""
+        """The calls of the workloads."""
         work = self.request.workload
         return scenarios(self.host.workload(work) if self.host else work, self.source)
 
     @cached_property
     def source(self) -> int:
         """Tokens that an encoder makes of the workload's prompt; 0 where there is no encoder."""
-        work = self.request.workload
+        work = self.workloads[0]
         if not (isinstance(work, Generate) and self.captured.encoder_decoder):
             return 0
+        if len(self.workloads) > 1:
+            raise FxoptError(
+                "workload: an encoder-decoder model is planned for one fxopt.Generate at a time"
+            )
         return self.captured.source or work.prompt
 
     @cached_property
     def final(self) -> Scenario:
-        """The last call of the workload: its cache is the largest."""
-        work = self.request.workload
-        if isinstance(work, Generate):
-            past = work.new_tokens - 1 + (0 if self.source else work.prompt)
-            return Scenario("final", work.batch, 1, past, 0, self.source, keep=1)
-        return replace(self.scenarios[-1], repeats=0)
+        """The last call of the workload whose cache is the largest."""
+        calls = [
+            Scenario("final", work.batch, 1, self._past(work), 0, self.source, keep=1)
+            for work in self.workloads
+            if isinstance(work, Generate)
+        ]
+        return max(calls, key=lambda call: call.batch * call.length, default=self.widest)
+
+    def _past(self, work: Generate) -> int:
+        return work.new_tokens - 1 + (0 if self.source else work.prompt)
+
+    @property
+    def widest(self) -> Scenario:
+        """The call of the most tokens at once, not counted: its temporaries are the largest."""
+        return replace(max(self.scenarios, key=lambda s: s.batch * s.queries), repeats=0)
 
     @cached_property
     def device(self) -> torch.device:
@@ -123,8 +146,9 @@ class Compiler:
                 f"Budget.{row}: the model returns no logits of two classes or more; use "
                 "relative_error or a metric"
             )
-        work = self.request.workload
-        prompt, new = (work.prompt, work.new_tokens) if isinstance(work, Generate) else (0, 0)
+        made = [work for work in self.workloads if isinstance(work, Generate)]
+        prompt = min((work.prompt for work in made), default=0)
+        new = max((work.new_tokens for work in made), default=0)
         # a decoder that follows an encoder begins with one token
         prompt = 1 if self.source else prompt
         return Quality(kind, self.captured.causal_lm, prompt, new, self.captured.encoder_decoder)
@@ -175,13 +199,12 @@ class Compiler:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The sites of the workload: where nothing is generated, no cache is kept."""
-        generates = isinstance(self.request.workload, Generate)
         kept = {n for n, dim in self.captured.symbols.items() if dim.role == "keep"}
         last = {n.name for n in self.captured.graph.graph.nodes if kept & symbols_of(n)}
         return tuple(
             replace(s, last=s.family == "linear" and s.node in last)
             for s in self.captured.sites
-            if generates or s.family != "kv_cache"
+            if self.generates or s.family != "kv_cache"
         )
 
     @cached_property
@@ -190,7 +213,7 @@ class Compiler:
             self.sites,
             self.rewrites,
             (*self.scenarios, self.final),
-            self.request.workload.kind,
+            self.workloads[0].kind,
             self.request.keep,
         )
 
@@ -369,7 +392,7 @@ class Compiler:
     def kv_cache_bytes(self, graph: fx.GraphModule, *, element_size: int | None = None) -> int:
         """Bytes of the cache at the workload's final length; `element_size` 2 gives the
         16-bit baseline that ratios refer to."""
-        if not isinstance(self.request.workload, Generate):
+        if not self.generates:
             return 0
         return cache_bytes(graph, self.final, element_size)
 
@@ -397,18 +420,19 @@ class Compiler:
 
         Liveness knows the graph; callers' frames hold more, which `measured` tells.
         """
-        live = live_bytes(self.captured.graph.graph, self.sizes(self.scenarios[0]))
+        live = live_bytes(self.captured.graph.graph, self.sizes(self.widest))
         wanted = {site.key for sites in table.keys for site in sites}
         at = points(live, self.captured.sites, wanted)
         return shifted(at, measured - max(at.values()))
 
     def _call_constants(self, baseline: Mapping[str, float], table: Table) -> dict[str, float]:
-        """For latency rows of single calls: what the call takes beyond the sites' own ops."""
+        """For latency rows of single calls, and of named workloads: what they take beyond the
+        sites' own ops."""
         constants: dict[str, float] = {}
-        for scenario in self.scenarios:
-            row = f"latency.{scenario.name}"
-            if row in baseline:
-                kept = (columns[0].seconds.get(scenario.name, 0.0) for columns in table.columns)
+        for row in baseline:
+            of, _, name = row.partition(".")
+            if of == "latency" and name:
+                kept = (columns[0].seconds.get(name, 0.0) for columns in table.columns)
                 constants[row] = baseline.get(f"kept.{row}", baseline[row]) - sum(kept)
         return constants
 

@@ -208,7 +208,7 @@ def untried(compiler: Compiler) -> list[str]:
     """Rewrites for the families of this model that are tried only where `rewrites=` names them."""
     families = {site.family for site in compiler.captured.sites}
     loaded = {rewrite.name for rewrite in compiler.rewrites}
-    kind = compiler.request.workload.kind
+    kind = compiler.workloads[0].kind
     return sorted(
         rewrite.name
         for rewrite in passes.load(sorted(passes.ON_REQUEST - loaded))

@@ -19,7 +19,6 @@ from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import FxoptError, RowResult
 from .ir.units import format_value
-from .ir.workload import Generate
 
 UNITS = {
     "latency": "s",
@@ -93,10 +92,9 @@ class Measurer:
                 raise FxoptError(f"Budget.{name}: {limit.text} of nothing: the model has {what}")
 
     def _no_cache(self) -> str:
-        workload = self.compiler.request.workload
-        if not isinstance(workload, Generate):
+        if not self.compiler.generates:
             return (
-                f"no KV cache in the workload {workload.kind!r}; pass "
+                f"no KV cache in the workload {self.compiler.workloads[0].kind!r}; pass "
                 "workload=fxopt.Generate(batch=, prompt=, new_tokens=)"
             )
         return f"no KV cache: {self.compiler.captured.reason or 'it is no causal language model'}"

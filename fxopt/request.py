@@ -18,7 +18,7 @@ from .inputs import default_inputs, default_workload
 from .ir.budget import Budget
 from .ir.errors import FxoptError
 from .ir.names import hint
-from .ir.workload import Forward, Generate, Train, Workload, scenarios
+from .ir.workload import Forward, Generate, Several, Train, Workload, scenarios
 from .progress import Progress
 
 EXAMPLE = "fxopt.Generate(batch=1, prompt=1024, new_tokens=128)"
@@ -53,7 +53,7 @@ def resolve(
     budget: Budget,
     example_inputs: Any,
     *,
-    workload: Workload | None,
+    workload: Workload | Mapping[str, Forward | Generate] | None,
     calibration: Iterable[Any] | None,
     keep: Iterable[str],
     rewrites: Sequence[str] | None,
@@ -67,17 +67,18 @@ def resolve(
     check(model, budget, workload)
     names = forward_names(model)
     example = bind(default_inputs(model, example_inputs), names)
-    chosen = workload or default_workload(budget, example)
+    chosen = together(workload) or default_workload(budget, example)
     if isinstance(chosen, Train):
         raise FxoptError(
             "workload: a module that trains is measured as fxopt.optimize makes it (its .report); "
             "verify and calibration are for fxopt.Forward and fxopt.Generate"
         )
-    if isinstance(chosen, Forward):
-        chosen = _sized(chosen, example)
+    chosen = _sized(chosen, example)
     _check_latency(budget, chosen)
     kept = listed(keep)
     if at:
+        if isinstance(chosen, Several):
+            raise FxoptError("workload: at= takes one workload, not several by name")
         refuse_cache(at, budget, chosen)
         example = uncached(model, at, example)
         kept = tuple(name.removeprefix(f"{at}.") for name in kept)
@@ -118,18 +119,32 @@ def check(model: object, budget: object, workload: object) -> None:
             f'budget: takes fxopt.Budget(...), such as fxopt.Budget(kl=0.02, weights="60%"), not '
             f"{_kind(budget)}"
         )
-    if workload is not None and not isinstance(workload, Forward | Generate | Train):
-        raise FxoptError(
-            f"workload: takes fxopt.Forward(), {EXAMPLE} or fxopt.Train(batch=, seq=), not "
-            f"{_kind(workload)}"
-        )
+    try:
+        together(workload)
+    except ValueError as error:
+        raise FxoptError(str(error)) from None
+
+
+def together(workload: object) -> Workload | None:
+    """The workload, a mapping of named ones as one. FxoptError for anything else."""
+    if isinstance(workload, Mapping):
+        wrong = [w for w in workload.values() if not isinstance(w, Forward | Generate)]
+        if not wrong:
+            return Several(tuple((str(name), part) for name, part in workload.items()))
+        workload = wrong[0]
+    elif workload is None or isinstance(workload, Forward | Generate | Train | Several):
+        return workload
+    raise FxoptError(
+        f"workload: takes fxopt.Forward(), {EXAMPLE}, fxopt.Train(batch=, seq=) or several of the "
+        f"first two by name, not {_kind(workload)}"
+    )
 
 
 def training_step(
     model: nn.Module,
     budget: Budget,
     example_inputs: Any,
-    workload: Workload | None,
+    workload: Workload | Mapping[str, Forward | Generate] | None,
     calibration: Any,
     at: str | None,
 ) -> tuple[Batch, Train] | None:
@@ -162,7 +177,13 @@ def _kind(value: object) -> str:
     return f"{type(value).__name__} {value!r}"[:80] if value is not None else "None"
 
 
-def _sized(workload: Forward, example: Batch) -> Forward:
+def _sized(workload: Workload, example: Batch) -> Workload:
+    """The workload with the sizes of the example where it names none."""
+    if isinstance(workload, Several):
+        sized = [(name, _sized(part, example)) for name, part in workload.parts]
+        return Several(tuple((n, p) for n, p in sized if isinstance(p, Forward | Generate)))
+    if not isinstance(workload, Forward):
+        return workload
     first = next((v for v in example.values() if isinstance(v, Tensor)), None)
     shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
     return Forward(workload.batch or shape[0], workload.length or shape[1])
@@ -170,6 +191,7 @@ def _sized(workload: Forward, example: Batch) -> Forward:
 
 def _check_latency(budget: Budget, workload: Workload) -> None:
     known = [scenario.name for scenario in scenarios(workload)]
+    known += [name for name, _ in workload.parts] if isinstance(workload, Several) else []
     for name in budget.latency if isinstance(budget.latency, dict) else ():
         if name not in known:
             raise FxoptError(

@@ -121,7 +121,7 @@ class Predicted(Measurer):
     def baseline(self) -> dict[str, float]:
         compiler = self.compiler
         graph = compiler.captured.graph
-        peak = max(live_bytes(graph.graph, compiler.sizes(compiler.scenarios[0])).values())
+        peak = max(live_bytes(graph.graph, compiler.sizes(compiler.widest)).values())
         rows = {
             "weights": float(compiler.kept_weights),
             "kv_cache": float(compiler.kv_cache_bytes(graph, element_size=2)),
@@ -133,7 +133,10 @@ class Predicted(Measurer):
         if self._timed:
             calls = {s.name: compiler.kept_seconds(s) for s in compiler.scenarios}
             rows |= {f"latency.{name}": seconds for name, seconds in calls.items()}
-            rows["latency"] = sum(s.repeats * calls[s.name] for s in compiler.scenarios)
+            for call in compiler.scenarios:
+                workload = call.name.rpartition(".")[0]
+                for row in {"latency", f"latency.{workload}" if workload else "latency"}:
+                    rows[row] = rows.get(row, 0.0) + call.repeats * calls[call.name]
         self._check_shares(rows)
         return rows
 

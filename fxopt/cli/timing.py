@@ -14,7 +14,7 @@ from fxopt.compiler import Request
 from fxopt.decide.runs import DECODE_STEPS, calls, peak_temporaries, prefilled, prompt_of
 from fxopt.decide.verify import alternately, held_bytes, weight_bytes
 from fxopt.ir.units import format_value
-from fxopt.ir.workload import Generate
+from fxopt.ir.workload import Generate, named, parts, scenarios
 from fxopt.progress import Progress
 from fxopt.show.rows import table
 
@@ -88,15 +88,17 @@ def measure(request: Request, optimised: nn.Module, seconds: float, progress: Pr
     original, work, example = request.model, request.workload, request.example
     device = next((p.device for p in original.parameters()), torch.device("cpu"))
     latency: dict[str, Timed] = {}
-    with progress.stage("timing", 2 if isinstance(work, Generate) else 1) as advance:
+    with progress.stage("timing", len(scenarios(work))) as advance:
         pairs = zip(calls(original, work, example), calls(optimised, work, example), strict=True)
         for (name, first), (_, second) in pairs:
             latency[name] = timed(alternately(first, second, device, seconds=seconds))
             advance()
-    if isinstance(work, Generate):
-        latency["decode"] = _scaled(latency["decode"], 1 / DECODE_STEPS)
-        steps = _scaled(latency["decode"], work.new_tokens)
-        latency["workload"] = together(latency["prefill"], steps)
+    for name, part in parts(work).items():
+        if isinstance(part, Generate):
+            prefill, decode = named(name, "prefill"), named(name, "decode")
+            latency[decode] = _scaled(latency[decode], 1 / DECODE_STEPS)
+            steps = _scaled(latency[decode], part.new_tokens)
+            latency[name or "workload"] = together(latency[prefill], steps)
     with progress.stage("weighing"):
         sizes = [_bytes(module, request, device) for module in (original, optimised)]
     before, after = sizes
@@ -139,9 +141,12 @@ def together(first: Timed, second: Timed) -> Timed:
 
 def _bytes(module: nn.Module, request: Request, device: torch.device) -> dict[str, float]:
     work, example = request.workload, request.example
-    held = 0
-    if isinstance(work, Generate):
-        held = held_bytes(prefilled(module, prompt_of(example, work)).past_key_values)
+    held = max(
+        held_bytes(prefilled(module, prompt_of(example, part)).past_key_values)
+        if isinstance(part, Generate)
+        else 0
+        for part in parts(work).values()
+    )
     rows = {
         "weights": float(weight_bytes(module)),
         "kv_cache": float(held),

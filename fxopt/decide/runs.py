@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ir.workload import Generate, Workload
+from ..ir.workload import Generate, Several, Workload, named
 from .calibration import Batch
 from .verify import Timing, compare, held_bytes, peak_live_bytes
 
@@ -42,7 +42,14 @@ def measure_latency(
     seconds: float | None = None,
 ) -> Latency:
     """Time both modules alternately in the same (eager) mode; decoding is timed over a few steps
-    past the whole prompt and counted `new_tokens` times."""
+    past the whole prompt and counted `new_tokens` times. Of several workloads `calls` has each as
+    a whole as well, and the seconds are their sum."""
+    if isinstance(workload, Several):
+        found = {
+            name: measure_latency(original, rewritten, part, example, device, seconds=seconds)
+            for name, part in workload.parts
+        }
+        return _together(found)
     pairs = zip(
         calls(original, workload, example), calls(rewritten, workload, example), strict=True
     )
@@ -63,11 +70,29 @@ def measure_latency(
     return Latency(before, after, bound, {"prefill": prefill, "decode": decode.per(DECODE_STEPS)})
 
 
+def _together(found: Mapping[str, Latency]) -> Latency:
+    before = sum(latency.before for latency in found.values())
+    timings: dict[str, Timing] = {}
+    for name, latency in found.items():
+        timings[name] = Timing(latency.before, latency.after, latency.ratio_upper)
+        timings |= {named(name, call): timing for call, timing in latency.calls.items()}
+    return Latency(
+        before,
+        sum(latency.after for latency in found.values()),
+        sum(latency.ratio_upper * latency.before for latency in found.values()) / before,
+        timings,
+    )
+
+
 def calls(
     module: nn.Module, workload: Workload, example: Batch
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The calls that the workload consists of, by the name of their scenario, to be timed one
     after another; "decode" is `DECODE_STEPS` steps past the whole prompt."""
+    if isinstance(workload, Several):
+        for name, part in workload.parts:
+            yield from ((named(name, call), run) for call, run in calls(module, part, example))
+        return
     if not isinstance(workload, Generate):
         yield "forward", _call(module, repeat(example, workload))
         return
@@ -80,7 +105,9 @@ def peak_temporaries(
     module: nn.Module, workload: Workload, example: Batch, device: torch.device
 ) -> int:
     """Peak bytes of one call of the workload beyond weights; generating: of the prefill, less
-    the cache that it leaves."""
+    the cache that it leaves; of several workloads: the largest."""
+    if isinstance(workload, Several):
+        return max(peak_temporaries(module, p, example, device) for _, p in workload.parts)
     if isinstance(workload, Generate):
         prompt = prompt_of(example, workload)
         caches: list[Any] = []

@@ -25,8 +25,8 @@ Rows = dict[str, float]
 class Column:
     """One joint option of a group: the proposals it realises (none: keep), what it costs and
     errs. `prior` and `measured` are additive errors; `seconds` is of one call, by scenario, and
-    `timed` names the scenarios of which all ops were timed on the device. `host` are the seconds
-    to issue a call, by scenario."""
+    of all calls of a named workload; `timed` names the scenarios of which all ops were timed on
+    the device. `host` are the seconds to issue a call, by scenario."""
 
     proposals: tuple[Proposal, ...]
     cost: Cost
@@ -237,6 +237,9 @@ def _cost(
         total = total_cost(made, price)
         if scenario.repeats:
             seconds[scenario.name], host[scenario.name] = total.seconds, total.host
+            if workload := scenario.name.rpartition(".")[0]:
+                whole = seconds.get(workload, 0.0) + scenario.repeats * total.seconds
+                seconds[workload] = whole
             repeated += scenario.repeats * total.seconds
             timed |= {scenario.name} if all(call.key in known for call in made) else set()
         bytes_ = replace(total, temporary_bytes=max(bytes_.temporary_bytes, total.temporary_bytes))

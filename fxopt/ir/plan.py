@@ -18,7 +18,7 @@ from .errors import PlanError, RowResult
 from .evidence import Block, Generated, Looser, Memory, Pair, Price, Trial
 from .names import hint, select
 from .store import read_plan, read_tensors, tensors_path, write_plan, write_text
-from .workload import Forward, Generate, Train
+from .workload import Forward, Generate, Several, Train
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -51,7 +51,7 @@ class Plan(PlanModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     created_by: str = Field(default_factory=_version)
     budget: Budget
-    workload: Annotated[Forward | Generate | Train, Field(discriminator="kind")]
+    workload: Annotated[Forward | Generate | Train | Several, Field(discriminator="kind")]
     hardware: dict[str, Any] = Field(default_factory=dict)
     at: str | None = None
     fingerprint_structure: str = ""

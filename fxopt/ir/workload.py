@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -62,15 +62,53 @@ class Train:
     kind: Literal["train"] = "train"
 
 
-Workload = Forward | Generate | Train
+@dataclass(frozen=True)
+class Several:
+    """Workloads by name, all `Generate` or all `Forward`, that one module serves.
+
+    Its latency is the sum of theirs, its memory that of the largest; each has latency rows of its
+    own, "name" and "name.call". `optimize` and `plan` take a mapping and make one of these.
+    """
+
+    parts: tuple[tuple[str, Forward | Generate], ...]
+    kind: Literal["several"] = "several"
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.parts]
+        if len(set(names)) != len(names) or not names:
+            raise ValueError("workload: takes at least one workload, each under its own name")
+        for name in names:
+            if not name or "." in name or "@" in name:
+                raise ValueError(f"workload: the name {name!r} is empty or has a '.' or '@' in it")
+        if len({type(part) for _, part in self.parts}) > 1:
+            raise ValueError("workload: those by name are all fxopt.Generate or all fxopt.Forward")
+
+
+Workload = Forward | Generate | Train | Several
+
+
+def parts(workload: Workload) -> dict[str, Forward | Generate | Train]:
+    """The workloads by name; one alone has the name ""."""
+    return dict(workload.parts) if isinstance(workload, Several) else {"": workload}
+
+
+def named(name: str, call: str) -> str:
+    """The name of a call of the workload `name`."""
+    return f"{name}.{call}" if name else call
 
 
 def scenarios(workload: Workload, source: int = 0) -> tuple[Scenario, ...]:
     """The calls a workload consists of; its latency is their sum weighted by `repeats`.
 
-    With `source` the prompt is what an encoder reads, as that many tokens, and the decoder begins
-    with one token.
+    Calls of named workloads are "name.call". With `source` the prompt is what an encoder reads, as
+    that many tokens, and the decoder begins with one token.
     """
+    if isinstance(workload, Several):
+        return tuple(
+            replace(call, name=named(name, call.name))
+            for name, part in workload.parts
+            for call in scenarios(part, source)
+        )
     if isinstance(workload, Generate) and source:
         batch, new = workload.batch, workload.new_tokens
         return (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from fxopt.ir.plan import Plan
-from fxopt.ir.workload import Workload
+from fxopt.ir.workload import Several, Workload
 
 from . import binding
 from .costs import is_training, saving
@@ -49,6 +49,8 @@ def _header(page: Page, plan: Plan) -> None:
 
 
 def workload_text(workload: Workload) -> str:
+    if isinstance(workload, Several):
+        return ", ".join(f"{name}: {workload_text(part)}" for name, part in workload.parts)
     sizes = [(f.name, getattr(workload, f.name)) for f in fields(workload) if f.name != "kind"]
     known = ", ".join(f"{name}={value}" for name, value in sizes if value is not None)
     return f"{type(workload).__name__}({known})"
