@@ -54,11 +54,11 @@ def optimize(
 
     Returns a module with the same signature and output class, with `.plan` and `.report`; the
     original is not changed. `example_inputs` (tensor, tuple or dict) may be omitted for Hugging
-    Face models, `calibration` is an iterable of such inputs. `workload` may be a mapping: several by name,
-    each with latency rows of its own. `keep` names sites left alone,
-    `rewrites` the rewrites to use: names or `re:` patterns. `at` names a submodule: only that is
-    captured and rewritten, inputs and budget are of the whole model, which stays as it is around
-    it and need not be a graph; `save` then writes the submodule (`OptimizedHost.save`).
+    Face models, `calibration` is an iterable of such inputs. `workload` may be a mapping: several
+    by name, each with latency rows of its own. `keep` names sites left alone, `rewrites` the
+    rewrites to use: names or `re:` patterns. `at` names a submodule: only that is captured and
+    rewritten, inputs and budget are of the whole model, which stays as it is around it and need
+    not be a graph; `save` then writes the submodule (`OptimizedHost.save`).
     Raises BudgetError (with `.best`) when no plan was measured to keep every row, CaptureError
     when the model cannot be captured. `time_limit` in seconds bounds scoring and search; Ctrl-C
     during the search does what the end of that time does. `progress` draws bars on standard error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ Rows = Mapping[str, float]
 
 GAP = 1e-3
 """Relative gap at which a choice counts as optimal: below what costs are measured to."""
+
+FAINT, NEAR = 1e-2, 1.25
+"""The share of the limit below which an error tells nothing of larger ones; the factor by which
+ratios of measured to predicted errors differ among plans of about one error."""
 
 BYTE_ROWS = ("weights", "kv_cache", "memory", "activations")
 NOISE, SCALE_DOUBT, LEAST_SCALE = 0.02, 0.3, 0.1
@@ -66,8 +71,8 @@ class Search:
     """Proposes choices, is told what they measured, remembers the best.
 
     `correction` scales a row's predictions to what was measured of whole choices: an error as a
-    whole, seconds in what a choice adds to the model that keeps every site (`moves`: predicted and
-    measured, by row).
+    whole (`ratios` of what was measured to the sums of sites), seconds in what a choice adds to
+    the model that keeps every site (`moves`: predicted and measured, by row).
     """
 
     table: Table
@@ -76,6 +81,7 @@ class Search:
     moves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     stopped: bool = False
+    ratios: list[float] = field(default_factory=list[float])
     solver_seconds: float = 40.0
 
     def problem(self) -> Problem:
@@ -216,9 +222,10 @@ class Search:
         )
 
     def correct(self, choice: Choice, predicted: Rows, measured: Rows) -> None:
-        """Scale the error row by measured / predicted, within a factor of 10 at a time, and
-        seconds by the line through the kept model and all trials; move the point of the program
-        where the peak was expected by what it measured more or less."""
+        """Scale the error row by `robust` ratios of measured to predicted, within a factor of 10
+        at a time, but not by what errs too little to tell, and seconds by the line through the
+        kept model and all trials; move the point of the program where the peak was expected by
+        what it measured more or less."""
         for name in measured:
             if name.startswith("latency") and name in predicted:
                 self._scale_seconds(name, predicted[name], measured[name])
@@ -227,10 +234,12 @@ class Search:
             widest = self._widest(choice, peak)
             alive = self.limits.points[widest] + measured[peak] - predicted[peak]
             self.limits = replace(self.limits, points={**self.limits.points, widest: alive})
-        if predicted.get("error", 0.0) > 0 and measured.get("error", 0.0) > 0:
+        least = FAINT * self.limits.rows.get("error", 0.0)
+        if min(predicted.get("error", 0.0), measured.get("error", 0.0)) > least:
             ratio = measured["error"] / predicted["error"]
             before = self.correction.get("error", 1.0)
-            self.correction["error"] = before * min(max(ratio, 0.1), 10.0)
+            self.ratios.append(before * min(max(ratio, 0.1), 10.0))
+            self.correction["error"] = robust(self.ratios)
 
     def _scale_seconds(self, name: str, predicted: float, measured: float) -> None:
         kept = self.limits.constants.get(name, 0.0) + self._kept(name)
@@ -272,6 +281,13 @@ def slope(moves: Sequence[tuple[float, float]], noise: float) -> float:
     1 +- `SCALE_DOUBT` was expected: changes within the noise say nothing."""
     both = sum(x * y for x, y in moves) / noise**2 + 1 / SCALE_DOUBT**2
     return max(both / (sum(x * x for x, _ in moves) / noise**2 + 1 / SCALE_DOUBT**2), LEAST_SCALE)
+
+
+def robust(ratios: Sequence[float]) -> float:
+    """Mean and standard deviation together of the last ratio and of those about as large: where a
+    limit binds, choices that are predicted to meet it miss it by that much every other time."""
+    near = [r for r in ratios if 1 / NEAR < r / ratios[-1] < NEAR]
+    return statistics.fmean(near) + (statistics.stdev(near) if len(near) > 1 else 0.0)
 
 
 def _least(problem: Problem, row: Row) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +26,20 @@ from fxopt.decide.solve import (
 )
 
 ROWS = ("error", "bytes", "seconds")
+PEAK = ("bytes@mlp", "bytes@rest")
 amount = st.integers(0, 20).map(float)
+
+
+@st.composite
+def shrinking(draw: st.DrawFn) -> Callable[[Option], Option]:
+    """What gives options an amount of their own at one point of a peak."""
+    point, less = draw(st.sampled_from(PEAK)), draw(amount)
+
+    def shrink(option: Option) -> Option:
+        more = {point: option.amounts["bytes"] - less} if option.amounts["error"] > 10 else {}
+        return Option(option.label, {**option.amounts, **more})
+
+    return shrink
 
 
 @st.composite
@@ -39,9 +54,12 @@ def problems(draw: st.DrawFn) -> Problem:
         )
         for g in range(draw(st.integers(1, 4)))
     )
+    if draw(st.booleans()):  # a peak, which some options shrink at one point alone
+        shrink = draw(shrinking())
+        groups = tuple(replace(g, options=tuple(map(shrink, g.options))) for g in groups)
     rows = tuple(
         Row(name, float(draw(st.integers(0, 60))), constant=draw(amount))
-        for name in draw(st.sets(st.sampled_from(ROWS), max_size=2))
+        for name in sorted(draw(st.sets(st.sampled_from((*ROWS, *PEAK)), max_size=3)))
     )
     pairs = []
     if len(groups) > 1:
@@ -56,7 +74,10 @@ def problems(draw: st.DrawFn) -> Problem:
             )
     choices = list(itertools.product(*(range(len(g.options)) for g in groups)))
     cuts = tuple(draw(st.lists(st.sampled_from(choices), max_size=2, unique=True)))
-    return Problem(groups, rows, {draw(st.sampled_from(ROWS)): 1.0}, tuple(pairs), cuts)
+    together = tuple(draw(st.permutations(range(len(groups))))[: draw(st.sampled_from([0, 2, 3]))])
+    exclusive = (together,) if len(together) > 1 else ()
+    objective = {draw(st.sampled_from(ROWS)): 1.0}
+    return Problem(groups, rows, objective, tuple(pairs), cuts, exclusive=exclusive)
 
 
 def brute_force(problem: Problem) -> float | None:
