@@ -20,9 +20,10 @@ Rows = Mapping[str, float]
 GAP = 1e-3
 """Relative gap at which a choice counts as optimal: below what costs are measured to."""
 
-FAINT, NEAR = 1e-2, 1.25
+FAINT, NEAR, KAPPA = 1e-2, 1.25, 2.0
 """The share of the limit below which an error tells nothing of larger ones; the factor by which
-ratios of measured to predicted errors differ among plans of about one error."""
+ratios of measured to predicted errors differ among plans of about one error, and how many standard
+deviations of them are allowed for."""
 
 BYTE_ROWS = ("weights", "kv_cache", "memory", "activations")
 NOISE, SCALE_DOUBT, LEAST_SCALE = 0.02, 0.3, 0.1
@@ -284,10 +285,10 @@ def slope(moves: Sequence[tuple[float, float]], noise: float) -> float:
 
 
 def robust(ratios: Sequence[float]) -> float:
-    """Mean and standard deviation together of the last ratio and of those about as large: where a
-    limit binds, choices that are predicted to meet it miss it by that much every other time."""
+    """Mean and `KAPPA` standard deviations of the last ratio and of those about as large: where a
+    limit binds, the solver finds the choices whose errors are underestimated most."""
     near = [r for r in ratios if 1 / NEAR < r / ratios[-1] < NEAR]
-    return statistics.fmean(near) + (statistics.stdev(near) if len(near) > 1 else 0.0)
+    return statistics.fmean(near) + (KAPPA * statistics.stdev(near) if len(near) > 1 else 0.0)
 
 
 def _least(problem: Problem, row: Row) -> float:
