@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -456,6 +457,18 @@ class Compiler:
 
         return self.scores(f"swap:{key_of(column.proposals)}", measure)
 
+    def scored(self, proposals: Sequence[Proposal], measure: Callable[[], float]) -> float:
+        """The error of a whole choice on the `choose` part, measured once; a metric, which may be
+        another function each time, always."""
+        if self.quality.kind == "metric":
+            return measure()
+        names = hashlib.sha256(key_of(proposals).encode()).hexdigest()
+        return self.scores(f"whole:{self._choosing}:{names}", measure)
+
+    @cached_property
+    def _choosing(self) -> str:
+        return data_digest(self.request.calibration.choose)
+
     def search(self, search: Search, measure: Any) -> Trial | None:
         """Measure what the solver takes, solve again, measure whole choices."""
         began = time.monotonic()
@@ -468,7 +481,10 @@ class Compiler:
         self._swap_seconds -= time.monotonic() - began
         with stage("searching", TRIALS) as advance:
             trial = stepping(advance, measure)
-            return improve(search, trial, deadline=self.request.deadline, rounds=TRIALS)
+            try:
+                return improve(search, trial, deadline=self.request.deadline, rounds=TRIALS)
+            finally:
+                self.scores.save()
 
     def chosen(self, search: Search, choice: Choice) -> list[Proposal]:
         """The proposals of a choice, in the order of the graph."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from . import coverage
 from .compiler import Compiler
 from .decide import disturbed
+from .decide.propose import Proposal
 from .decide.quality import Measurement
 from .decide.runs import Latency, measure_latency, peak_temporaries
 from .decide.verify import Timing, weight_bytes
@@ -107,12 +108,13 @@ class Measurer:
     def _sized(self) -> bool:
         return bool(self.wanted & {"memory", "activations"})
 
-    def trial(self, editor: GraphEditor) -> dict[str, float]:
-        """Solver rows of a realised graph, quality on the `choose` part."""
+    def trial(self, editor: GraphEditor, proposals: Sequence[Proposal]) -> dict[str, float]:
+        """Solver rows of a graph in which `proposals` were realised, quality on the `choose` part:
+        from an earlier search, where one measured the same."""
         rows = self._bytes(editor)
         module = self.compiler.emit(editor) if self._timed or self._sized else None
         rows |= self._slow(editor, module)
-        rows["error"] = self.error(editor)
+        rows["error"] = self.compiler.scored(proposals, partial(self.error, editor))
         return rows
 
     def error(self, editor: GraphEditor) -> float:

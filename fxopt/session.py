@@ -90,8 +90,8 @@ class Session:
             return self.compiler.search(self.search, self._measured)
 
     def _measured(self, choice: Choice) -> Mapping[str, float]:
-        editor = self.compiler.realise(self.compiler.chosen(self.search, choice))
-        return self.measurer.trial(editor)
+        proposals = self.compiler.chosen(self.search, choice)
+        return self.measurer.trial(self.compiler.realise(proposals), proposals)
 
     def plan(self) -> Plan:
         """The decision alone: realised to see the graph, not emitted and not verified."""

@@ -12,6 +12,7 @@ from torch import nn
 
 import fxopt
 from fxopt import measure as measure_module
+from fxopt.decide.quality import Reference
 from fxopt.decide.runs import Latency
 from fxopt.decide.table import Priors
 
@@ -64,6 +65,29 @@ def test_a_second_budget_scores_nothing_and_decides_alike(
     assert len(scored) == count
     assert not first.diff(again)
     assert first.diff(other)
+
+
+def test_whole_choices_are_measured_once(
+    model: nn.Module, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, measured = Reference.measure, list[Any]()
+
+    def counted(self: Reference, *args: Any, **options: Any) -> Any:
+        measured.append(args)
+        return measure(self, *args, **options)
+
+    monkeypatch.setattr(Reference, "measure", counted)
+    first = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    assert first.trials
+    assert measured
+    measured.clear()
+    again = fxopt.plan(model, BUDGET, data[0], calibration=data)
+    assert not measured
+    assert not first.diff(again)
+    assert again.totals[1].predicted == first.totals[1].predicted
+    data[3] = data[3] + 0.01  # whole choices are measured on it, single sites are not
+    fxopt.plan(model, BUDGET, data[0], calibration=data)
+    assert len(measured) >= len(first.trials)
 
 
 @pytest.mark.parametrize("slower", [1e-3, 1e3])
