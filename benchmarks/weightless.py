@@ -1,6 +1,6 @@
 """How long a plan of an 8B model on the meta device takes, and how much memory.
 
-    python benchmarks/weightless.py [--layers 32]
+python benchmarks/weightless.py [--layers 32]
 """
 
 from __future__ import annotations
