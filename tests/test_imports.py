@@ -38,6 +38,7 @@ TOP |= {
     "progress",
 }
 TOP |= {"backend", "coverage", "frontiers", "hf", "replay", "request", "scores", "session", "state"}
+TOP |= {"weightless"}
 PARTS = {*ALLOWED, *TOP}
 
 
