@@ -236,7 +236,7 @@ class Search:
             alive = self.limits.points[widest] + measured[peak] - predicted[peak]
             self.limits = replace(self.limits, points={**self.limits.points, widest: alive})
         least = FAINT * self.limits.rows.get("error", 0.0)
-        if min(predicted.get("error", 0.0), measured.get("error", 0.0)) > least:
+        if all(rows.get("error", 0.0) > least for rows in (predicted, measured)):
             ratio = measured["error"] / predicted["error"]
             before = self.correction.get("error", 1.0)
             self.ratios.append(before * min(max(ratio, 0.1), 10.0))

@@ -7,10 +7,11 @@ import time
 import pytest
 
 from fxopt.decide import search as module
-from fxopt.decide.search import Limits, Search
+from fxopt.decide.search import Limits, Search, robust
 from fxopt.decide.solve import Problem, Solution
 from fxopt.decide.table import Column, Table, kind
 from fxopt.ir.cost import Cost
+from fxopt.ir.site import Site
 
 
 def test_hard_programs_share_the_solver_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +41,20 @@ def test_a_swap_that_measures_no_number_says_nothing_of_its_kind() -> None:
     table = Table([], [[column(1.0, float("nan")), column(2.0, 6.0), column(1.0, None)]])
     table.learn()
     assert table.factor == {kind(column(1.0, None)): 3.0}
+
+
+def test_errors_are_scaled_by_ratios_that_are_alike_and_what_they_differ_by() -> None:
+    assert robust([2.0]) == 2.0
+    assert robust([1.0, 1.1]) == pytest.approx(1.05 + 2 * 0.1 / 2**0.5)
+    assert robust([9.0, 1.0, 1.0]) == 1.0  # of a plan of quite another error
+
+
+def test_what_errs_too_little_or_is_no_number_says_nothing_of_others() -> None:
+    columns = [Column((), Cost(2.0), 0.0, 0.0), Column((), Cost(1.0), 0.5, 0.5)]
+    where = Site("linear", "a", "a", None, "a")  # pyright: ignore[reportArgumentType]
+    search = Search(Table([(where,)], [columns]), Limits({"error": 1.0}, {}, {"latency": 1.0}))
+    search.tell((0,), {"error": 1e-3})
+    search.tell((1,), {"error": float("nan")})
+    assert not search.correction
+    search.correct((1,), {"error": 0.5}, {"error": 0.6})
+    assert search.correction["error"] == pytest.approx(1.2)
