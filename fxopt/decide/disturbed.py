@@ -41,7 +41,7 @@ class Spread:
 
 
 def notes(
-    spreads: Mapping[str, tuple[Spread, Spread]], varied: int = 0, measured: int = 0
+    spreads: Mapping[str, tuple[Spread, Spread] | None], varied: int = 0, measured: int = 0
 ) -> list[str]:
     """One note where timings varied much; none where they did not.
 
@@ -51,7 +51,7 @@ def notes(
     texts = [
         f"half of {before.runs} runs of {name} took {before} in the original and {after} in the "
         "result"
-        for name, (before, after) in spreads.items()
+        for name, (before, after) in ((n, pair) for n, pair in spreads.items() if pair)
         if max(before.ratio, after.ratio) >= LARGE
     ]
     if varied > OFTEN * measured:

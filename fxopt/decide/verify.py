@@ -49,17 +49,17 @@ def held_bytes(owner: Any) -> int:
 @dataclass(frozen=True)
 class Timing:
     """Seconds of two calls measured in turn: medians, the ratio's upper 95 % bound, and how far the
-    runs of each lie apart."""
+    runs of each lie apart (None for the sum of several calls)."""
 
     first: float
     second: float
     ratio_upper: float
-    spreads: tuple[Spread, Spread]
+    spreads: tuple[Spread, Spread] | None = None
 
     def per(self, count: int) -> Timing:
         """That of one of `count` equal calls that each run consists of."""
-        first, second = (spread.per(count) for spread in self.spreads)
-        return Timing(self.first / count, self.second / count, self.ratio_upper, (first, second))
+        spreads = self.spreads and (self.spreads[0].per(count), self.spreads[1].per(count))
+        return Timing(self.first / count, self.second / count, self.ratio_upper, spreads)
 
 
 def compare(

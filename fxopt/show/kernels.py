@@ -23,6 +23,7 @@ def kernels_at(block: Block) -> dict[str, list[str]]:
             continue
         folders = _folders(_op(call["op"], call["args"]))
         folders = [name for name in folders if OPTIONS.get(name, "") in call["args"]]
+        folders = [name for name in folders if not name.endswith("_backward")]  # gradients alone
         if folders:
             module = call["module"] or ""
             found[module] = list(dict.fromkeys([*found.get(module, []), *folders]))
