@@ -43,6 +43,11 @@ from fxopt.passes.baseline import baseline_calls
 from fxopt.request import resolve
 
 REWRITES = ["linear.quantized", "kv_cache.blocks", "attention.window"]
+LABELS = {
+    "int8-g128", "int4-g128", "fp8", "w1024+s16",
+    "k8v8g128r64s4", "k4v4g128r64s4", "k2v2g128r64s4",
+}  # fmt: skip
+"""Of a rewrite's candidates: each layout, with and without a window, is kernels to compile."""
 ROWS = {"prefill": "s", "decode": "s", "memory": "bytes"}
 
 
@@ -123,6 +128,8 @@ def compare(
     clock = Clock()
     compiler = compiler_of(shape.model(args.device), args)
     clock("captured")
+    for proposals in compiler.proposals.by_site.values():
+        proposals[:] = [p for p in proposals if p.candidate.label in LABELS]
     table = build(
         compiler.proposals, (*compiler.scenarios, compiler.final), baseline_calls, compiler.costs,
         lambda _: 0.0,
