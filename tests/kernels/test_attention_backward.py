@@ -69,6 +69,8 @@ def check(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, 
         assert found.is_contiguous()
         assert found.dtype == plain[name].dtype
         own = (plain[name].double() - exact[name]).abs().max()
+        if name == "sinks":  # in float32, but of the output as it was rounded
+            own += torch.finfo(actual["q"].dtype).eps * exact[name].abs().max()
         error = (found.double() - exact[name]).abs().max()
         assert error <= 8 * own + 1e-6, name
 
