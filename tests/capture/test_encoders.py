@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from fxopt.capture import Captured, capture
-from fxopt.ir.site import LinearInfo
+from fxopt.ir.site import GroupInfo, LinearInfo
 
 WIDTHS: dict[str, Any] = {
     "hidden_size": 64,
@@ -60,14 +60,14 @@ class Case:
     inputs: Callable[[int, int], Inputs]
     attentions: int
     linears: int
-    blocked: int = 0
+    tied: int = 0
     causal: int = 0
     cross: int = 0
     bias: int = 0
 
 
 CASES = {
-    "bert": Case(lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)), text, 2, 14, blocked=1),
+    "bert": Case(lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)), text, 2, 14, tied=1),
     "roberta": Case(
         lambda: hf.RobertaForSequenceClassification(
             hf.RobertaConfig(**TEXT, max_position_embeddings=66)
@@ -87,11 +87,11 @@ CASES = {
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=97)
         ),
-        translation, 6, 33, blocked=1, causal=2, cross=2, bias=4,
+        translation, 6, 33, tied=1, causal=2, cross=2, bias=4,
     ),
     "whisper": Case(
         lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)),
-        speech, 6, 33, blocked=1, causal=2, cross=2,
+        speech, 6, 33, tied=1, causal=2, cross=2,
     ),
 }  # fmt: skip
 
@@ -134,8 +134,10 @@ def test_sites(trial: Trial) -> None:
     steps = trial.captured.encoder_decoder
     assert count["kv_cache"] == 4 * (case.causal + case.cross) * steps
     linears = [s for s in sites if isinstance(s.info, LinearInfo)]
-    assert len(linears) == case.linears
-    assert sum(s.blocked is not None for s in linears) == case.blocked
+    tied = [s for s in sites if isinstance(s.info, GroupInfo) and s.info.kind == "tied"]
+    assert len(linears) + len(tied) == case.linears
+    assert len(tied) == case.tied
+    assert all(s.blocked is None for s in (*linears, *tied))
     attention = [s.info for s in sites if s.family == "attention"][::4]
     assert sum(info.causal for info in attention) == case.causal
     assert sum(info.cross for info in attention) == case.cross
