@@ -25,49 +25,60 @@ class Copies:
     wait: float
 
 
+@dataclass(frozen=True)
+class Clock:
+    """The nodes of each half, the end of the forward being the first node of the backward; their
+    numbers; and when each starts and the last ends."""
+
+    forward: tuple[fx.Node, ...]
+    backward: tuple[fx.Node, ...]
+    place: tuple[Mapping[fx.Node, int], Mapping[fx.Node, int]]
+    starts: tuple[list[float], list[float]]
+
+    @classmethod
+    def of(
+        cls, forward: Sequence[fx.Node], backward: Sequence[fx.Node], pace: Mapping[fx.Node, float]
+    ) -> Clock:
+        """`pace` is what each node takes, in seconds."""
+        nodes = (*forward, backward[0]), tuple(backward)
+        places = [{node: i for i, node in enumerate(half)} for half in nodes]
+        starts = [
+            [0.0, *accumulate(pace.get(node, 0.0) for node in half)] for half in (forward, backward)
+        ]
+        return cls(*nodes, (places[0], places[1]), (starts[0], starts[1]))
+
+
 def copies(
-    forward: Sequence[fx.Node],
-    backward: Sequence[fx.Node],
-    pace: Mapping[fx.Node, float],
+    clock: Clock,
     done: Mapping[fx.Node, fx.Node],
     needed: Mapping[fx.Node, fx.Node],
     seconds: Callable[[fx.Node], float],
 ) -> Copies:
     """Place the copies of the owners in `done`: a copy out may begin before that node, a copy in
-    must have ended before that of `needed`. `pace` is what each node takes, `seconds` a copy."""
-    out, waited_out = _out(forward, backward[0], pace, done, seconds)
-    back, waited_back = _back(backward, pace, needed, seconds)
+    must have ended before that of `needed`. `seconds` is what a copy takes."""
+    out, waited_out = _out(clock, done, seconds)
+    back, waited_back = _back(clock, needed, seconds)
     return Copies(out, back, waited_out + waited_back)
 
 
 def _out(
-    forward: Sequence[fx.Node],
-    after: fx.Node,
-    pace: Mapping[fx.Node, float],
-    done: Mapping[fx.Node, fx.Node],
-    seconds: Callable[[fx.Node], float],
+    clock: Clock, done: Mapping[fx.Node, fx.Node], seconds: Callable[[fx.Node], float]
 ) -> tuple[dict[fx.Node, fx.Node], float]:
-    nodes = [*forward, after]
-    starts = _starts(forward, pace)
-    place = {node: i for i, node in enumerate(nodes)}
+    nodes, place, starts = clock.forward, clock.place[0], clock.starts[0]
     found: dict[fx.Node, fx.Node] = {}
     ended = 0.0
     for owner in sorted(done, key=lambda o: place[done[o]]):
         begun = place[done[owner]]
         ended = max(ended, starts[begun]) + seconds(owner)
         first = bisect_right(starts, ended - 1e-12, lo=begun)
-        found[owner] = nodes[min(first, len(forward))]
+        found[owner] = nodes[min(first, len(nodes) - 1)]
     return found, max(0.0, ended - starts[-1])
 
 
 def _back(
-    backward: Sequence[fx.Node],
-    pace: Mapping[fx.Node, float],
-    needed: Mapping[fx.Node, fx.Node],
-    seconds: Callable[[fx.Node], float],
+    clock: Clock, needed: Mapping[fx.Node, fx.Node], seconds: Callable[[fx.Node], float]
 ) -> tuple[dict[fx.Node, fx.Node], float]:
-    starts = _starts(backward, pace)
-    place = {node: i for i, node in enumerate(backward)}
+    nodes, place, starts = clock.backward, clock.place[1], clock.starts[1]
     order = sorted(needed, key=lambda o: place[needed[o]])
     found: dict[fx.Node, fx.Node] = {}
     begin = float("inf")
@@ -75,12 +86,7 @@ def _back(
         last = place[needed[owner]]
         begin = min(begin, starts[last]) - seconds(owner)
         latest = bisect_right(starts, begin, hi=last + 1) - 1
-        found[owner] = backward[max(latest, 0)]
+        found[owner] = nodes[max(latest, 0)]
     waits = accumulate(map(seconds, order))
     late = (end - starts[place[needed[o]]] for o, end in zip(order, waits, strict=True))
     return found, max(0.0, *late, 0.0)
-
-
-def _starts(nodes: Sequence[fx.Node], pace: Mapping[fx.Node, float]) -> list[float]:
-    """When each node starts, and the last ends."""
-    return [0.0, *accumulate(pace.get(node, 0.0) for node in nodes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from ..ir.errors import CaptureError
 from ..passes.activation.cut_cross_entropy import EARLY
 from .capture import module_of
+from .lifetimes import Lifetimes, storage_of
+from .link import Clock
 from .random import dropout_noise, is_random
 
 aten = torch.ops.aten
@@ -81,6 +83,26 @@ class Step:
                 if owner in self.inside:
                     found.setdefault(owner, []).append(node)
         return found
+
+    @cached_property
+    def sites(self) -> frozenset[fx.Node]:
+        """`saved` as a set."""
+        return frozenset(self.saved)
+
+    @cached_property
+    def lifetimes(self) -> Lifetimes:
+        """When each piece of memory is alive while nothing is changed."""
+        return Lifetimes.of(self)
+
+    @cached_property
+    def clock(self) -> Clock:
+        """When each node starts; asked only once `pace` is known."""
+        return Clock.of(self.forward, self.backward, self.pace)
+
+    def read_back(self, owners: Collection[fx.Node]) -> list[fx.Node]:
+        """The nodes of the backward that read the forward's memory of these owners, in order."""
+        found = {node for owner in owners for node in self.readers.get(owner, ())}
+        return sorted(found, key=self.lifetimes.place.__getitem__)
 
     @cached_property
     def reads(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -199,11 +221,6 @@ def _postpone(graph: fx.Graph, forward: set[fx.Node]) -> None:
             continue
         place = {n: i for i, n in enumerate(graph.nodes)}
         min(readers, key=place.__getitem__).prepend(node)
-
-
-def storage_of(value: Tensor) -> int:
-    """What is equal of tensors that share memory."""
-    return value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
