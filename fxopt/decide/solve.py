@@ -143,15 +143,18 @@ def violation(problem: Problem, choice: Sequence[int]) -> float:
     return worst
 
 
-def solve(problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4) -> Solution | None:
+def solve(
+    problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4, walk: bool = True
+) -> Solution | None:
     """The best feasible choice found, or None when the program is proved infeasible or nothing
-    was found in time. Deterministic for a given time limit that is not reached."""
+    was found in time. Deterministic for a given time limit that is not reached. Without `walk`
+    the greedy one is left out, which takes long where there are thousands of options."""
     if not problem.groups:
         # nothing to decide, and HiGHS takes no empty program
         empty = Solution((), 0.0, 0.0, "milp")
         return empty if violation(problem, ()) <= 0 else None
     exact = _milp(problem, time_limit, gap)
-    if exact is not None and exact.gap <= gap:
+    if not walk or (exact is not None and exact.gap <= gap):
         return exact
     found = [s for s in (exact, greedy(problem)) if s is not None]
     return min(found, key=lambda s: s.value, default=None)

@@ -88,18 +88,19 @@ def unread(step: Step, nodes: Sequence[fx.Node]) -> tuple[np.ndarray, np.ndarray
         value = node.meta.get("val")
         if not isinstance(value, list | tuple):
             continue
-        held: dict[int, Tensor] = {storage_of(t): t for t in value if isinstance(t, Tensor)}
+        results = (t for t in value if isinstance(t, Tensor))
+        held = {storage_of(t): t.untyped_storage().nbytes() for t in results}
         for source in step.reads[node]:
             if source in step.owner:
                 held.pop(storage_of(source.meta["val"]), None)
-        total = sum(t.untyped_storage().nbytes() for t in held.values())
-        here[i] = total
+        here[i] = sum(held.values())
         for j in range(i + 1, len(nodes)):
             if not is_part(nodes[j], node):
                 break
-            before[j] = total
-            total -= step.bytes.get(step.owner[nodes[j]], 0)
-            here[j] = total
+            before[j] = sum(held.values())
+            if nodes[j] in step.owner:
+                held.pop(storage_of(nodes[j].meta["val"]), None)
+            here[j] = sum(held.values())
     return here, before
 
 

@@ -18,6 +18,7 @@ from .schedule import schedule
 from .step import Step
 
 LEVELS = 6
+GAP = 2e-3
 SCARCE = 0.1
 """What a second of the link to the host counts within a segment: all segments share it, and only
 the program over all of them knows whether it is free."""
@@ -91,8 +92,10 @@ class Offers:
                     runs.append({"seconds": self.seconds[op]})
                 amounts[s][1][f"{s}>{i}"], runs[i][f"{s}>{i}"] = 1.0, -1.0
                 limits[f"{s}>{i}"] = 0.0
-            starts = [i for i, other in enumerate(sites) if other in calls.starts()]
-            limits |= _exactly(options, amounts, s, starts)
+            if self.forms:
+                starts = calls.starts()
+                rounded = [i for i, other in enumerate(sites) if other in starts]
+                limits |= _exactly(options, amounts, s, rounded)
         groups = [
             Group(f"site {s}", tuple(Option("", each) for each in rows))
             for s, rows in enumerate(amounts)
@@ -147,7 +150,7 @@ def _cheapest(problem: Problem, options: Options) -> list[tuple[int, ...]]:
         for level in range(LEVELS - 1, 0, -1):
             rows = (*problem.rows, Row("bytes", total * level / LEVELS))
             asked = Problem(problem.groups, rows, problem.objective, forbidden=forbidden)
-            solution = solve(asked, time_limit=1.0)
+            solution = solve(asked, time_limit=1.0, gap=GAP, walk=False)
             if solution is not None:
                 found.append(solution.choice[:count])
     return found

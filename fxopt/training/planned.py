@@ -29,8 +29,9 @@ from .forms import Choices, Treatment
 from .heads import Cut, HeadCut
 from .measure import device_of
 from .module import Inputs, Run
+from .remembered import remembered
 from .schedule import Schedule
-from .search import StepPlan, frontier, laid_out
+from .search import StepPlan, laid_out
 from .sites import Saved, saved_tensors
 from .step import Step, node_key
 from .watched import Probe
@@ -113,7 +114,7 @@ def fastest(limit: float, error: float = 0.0) -> Pick:
     those from which no larger error than `error` is expected."""
 
     def pick(saved: Saved, deadline: float) -> StepPlan:
-        plans = frontier(
+        plans = remembered(
             saved.step, saved.seconds, saved.droppable, saved.forms,
             error=error, host=saved.host, deadline=deadline,
         )  # fmt: skip

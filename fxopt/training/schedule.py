@@ -99,7 +99,7 @@ def schedule(
     """
     images = images or {}
     gone, stops = set(dropped) - step.outputs, set(stops)
-    forward, reads, saved = step.inside, step.reads, step.sites | step.outputs
+    forward, reads, saved = step.inside, step.reads, step.kept
     blocked: dict[fx.Node, bool] = {}
 
     def made_again(node: fx.Node) -> bool:

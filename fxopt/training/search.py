@@ -27,6 +27,8 @@ from .step import Step
 LIMITS = 10
 CHUNKS = 24
 REPAIRS = 2
+GAP = 2e-4
+"""Of the step's seconds: how far a plan may be from the best of its segments' options."""
 WAITS = 17
 CLOSE = 1.01
 START, MANY = "from ", 1e4
@@ -137,13 +139,15 @@ def _of_segments(
     fixed += _exact_starts(groups)
     if waiting := _waiting(step, groups):
         groups, fixed = (*groups, waiting), [*fixed, Row("link", _span(step))]
+    # so that a gap is a share of the step's seconds, not of those added
+    whole = Group("step", (Option("", {"seconds": _step_seconds(offers)}),))
     low = _lowest(base, changes)
     found = [_plan(step, seconds, _joined(options[-1] for options in choices), stops)]
     for limit in np.geomspace(max(low, 1.0), float(base.max()), LIMITS):
         for _ in range(REPAIRS):
             rows = [Row(f"peak@{i}", float(limit), float(base[p])) for i, p in enumerate(points)]
-            asked = Problem(groups, (*fixed, *rows), {"seconds": 1.0})
-            solution = solve(asked, time_limit=2.0)
+            asked = Problem((*groups, whole), (*fixed, *rows), {"seconds": 1.0})
+            solution = solve(asked, time_limit=2.0, gap=GAP, walk=False)
             if solution is None:
                 break
             picked = zip(choices, solution.choice[: len(choices)], strict=True)
@@ -154,6 +158,11 @@ def _of_segments(
             # points between those of the program are higher: ask for less
             limit = limit * limit / found[-1].peak
     return found
+
+
+def _step_seconds(offers: Offers) -> float:
+    """What the step takes with everything saved, where only the forward is known thrice that."""
+    return sum(offers.step.pace.values()) or 3 * sum(offers.seconds.values())
 
 
 def _joined(choices: Iterable[Choices]) -> Choices:

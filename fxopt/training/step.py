@@ -85,9 +85,9 @@ class Step:
         return found
 
     @cached_property
-    def sites(self) -> frozenset[fx.Node]:
-        """`saved` as a set."""
-        return frozenset(self.saved)
+    def kept(self) -> frozenset[fx.Node]:
+        """What is alive when the backward begins: `saved`, and what the step returns."""
+        return self.outputs.union(self.saved)
 
     @cached_property
     def lifetimes(self) -> Lifetimes:

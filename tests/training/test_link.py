@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxopt.training.link import copies
+from fxopt.training.link import Clock, copies
 
 
 def simulated(order: list[tuple[float, float]], end: float) -> float:
@@ -40,9 +40,9 @@ def test_placement_against_a_simulation(count: int, moved: int, seed: int) -> No
     done = {owner: draw.randrange(count + 1) for owner in owners}
     needed = {owner: draw.randrange(count) for owner in owners}
     nodes = [*forward, backward[0]]
+    clock = Clock.of(forward, backward, pace)
     found = copies(
-        forward, backward, pace,
-        {o: nodes[i] for o, i in done.items()}, {o: backward[i] for o, i in needed.items()},
+        clock, {o: nodes[i] for o, i in done.items()}, {o: backward[i] for o, i in needed.items()},
         seconds.__getitem__,
     )  # fmt: skip
 
@@ -78,4 +78,4 @@ def test_placement_against_a_simulation(count: int, moved: int, seed: int) -> No
 
 def test_nothing_to_copy() -> None:
     nodes: Any = ["f"], ["b"]
-    assert copies(*nodes, {}, {}, {}, lambda _: 1.0).wait == 0
+    assert copies(Clock.of(*nodes, {}), {}, {}, lambda _: 1.0).wait == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fxopt.training import offers, remembered
 from fxopt.training.capture import joint
 from fxopt.training.emit import executable, partition
 from fxopt.training.planned import fastest
@@ -16,6 +17,7 @@ from fxopt.training.schedule import schedule
 from fxopt.training.search import StepPlan, frontier
 from fxopt.training.segments import cuts
 from fxopt.training.step import Step, node_key
+from tests.training.test_images import saved_of
 
 Example = tuple[nn.Module, dict[str, Any]]
 
@@ -128,3 +130,61 @@ def test_layers_that_repeat_keep_what_they_start_from() -> None:
     assert everything > 0.95 * plans[0].peak
     assert plans[-1].peak < 0.65 * plans[0].peak
     assert len({node_key(o) for o in step.saved} - {node_key(o) for o in plans[-1].dropped}) >= 2
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+def test_layers_that_repeat_are_solved_for_once(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.GELU(), nn.SiLU())] * depth
+    step = taken_apart((nn.Sequential(*layers), {"input": torch.randn(512, 64)}))
+    stops = frozenset(step.saved[::4])
+    asked: list[int] = []
+    original = offers._cheapest
+
+    def counted(*args: Any) -> list[tuple[int, ...]]:
+        asked.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(offers, "_cheapest", counted)
+    offered = offers.Offers(step, made_up_seconds(step), droppable(step), {})
+    known: offers.Known = {}
+    sites = [o for o in step.saved if o not in stops]
+    size = len(sites) // depth
+    plans = [offered.plans(sites[i : i + size], stops, known) for i in range(0, size * depth, size)]
+    assert len(asked) <= 3
+    assert {len(each) for each in plans[1:-1]} == {len(plans[1])}
+
+
+def test_another_budget_is_answered_from_memory(
+    small: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+    original = remembered.frontier
+
+    def counted(*args: Any, **kwargs: Any) -> list[StepPlan]:
+        searched.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(remembered, "frontier", counted)
+    monkeypatch.setattr(remembered, "_known", {})
+
+    def asked(scale: float, forms: bool = True) -> list[Any]:
+        step = taken_apart(small)
+        saved = saved_of(step)
+        seconds = {node: scale * s for node, s in saved.seconds.items()}
+        offered = saved.forms if forms else {}
+        plans = remembered.remembered(step, seconds, saved.droppable, offered, error=0.1)
+        for plan in plans:
+            assert plan == plan.counted(step, seconds)
+        return [{o.name: getattr(t, "label", t) for o, t in p.choices.items()} for p in plans]
+
+    first = asked(1.0)
+    assert asked(1.0) == first
+    assert len(searched) == 1
+    assert any(label != "again" for said in first for label in said.values())
+    asked(2.0)
+    asked(1.0, forms=False)
+    assert len(searched) == 3
+    asked(1.0)
+    assert len(searched) == 3
