@@ -23,10 +23,10 @@ FAMILIES = {
     "attention": "attention.md",
     "kv_cache": "kv-cache.md",
     "linear": "linear.md",
-    "activation": "activation.md",
+    "activation": "activation-memory.md",
 }
 # More than three seconds, and what the others need.
-SLOW = {"budgets.md", "kv-cache.md", "activation.md", "onnx.md", "refusals.md"}
+SLOW = {"budgets.md", "kv-cache.md", "activation-memory.md", "onnx.md", "refusals.md"}
 NEEDS = {
     "index.md": ["transformers"],
     "kv-cache.md": ["transformers"],

@@ -1,0 +1,99 @@
+"""benchmarks/training_memory.py: a line a run whatever happens, and the drawing of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["training_memory.py", *arguments])
+    bench.main()
+
+
+SIZE = "--model llama --layers 1 --hidden 64 --seq 64 --vocabulary 256 --device cpu --steps 1"
+
+
+@pytest.mark.slow
+def test_runs_are_lines_and_lines_a_drawing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    bench = loaded("training_memory", monkeypatch)
+    out, drawing = tmp_path / "lines.jsonl", tmp_path / "plot.svg"
+
+    def broken(_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for a peer")
+
+    monkeypatch.setattr(bench, "selective", broken)
+    peers = ["--shares", "0.7", "0.01", "--peers", "selective", "checkpoint"]
+    run(bench, monkeypatch, *SIZE.split(), *peers, "--out", str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["run"] for line in lines] == ["eager", "fxopt", "fxopt", "selective", "checkpoint"]
+    eager, held, missed, failed, checkpoint = lines
+    assert failed["failed"] == "OutOfMemoryError: no room for a peer"
+    assert (held["held"], missed["held"]) == (True, False)
+    assert held["held_by_gradients"] < held["peak"] < eager["peak"]
+    assert held["predicted"] == pytest.approx(held["peak"], rel=1e-2)
+    assert checkpoint["peak"] < eager["peak"]
+    assert all(line["equal"] and not line["gradients"] for line in (eager, held, checkpoint))
+    run(bench, monkeypatch, "--plot", str(out), "--svg", str(drawing))
+    root = ElementTree.parse(drawing).getroot()
+    circles = [c for c in root.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None]
+    rings = [c for c in root.iter(f"{SVG}circle") if c.get("class") == "ring"]
+    # four that were measured; of two a prediction, and the ring that explains them
+    assert (len(circles), len(rings)) == (4, 3)
+
+
+def test_what_would_end_too_late_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    bench, out = loaded("training_memory", monkeypatch), tmp_path / "lines.jsonl"
+    run(bench, monkeypatch, *SIZE.split(), "--time-limit", "0", "--out", str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["run"] for line in lines] == ["eager", "checkpoint"]
+    assert all("--time-limit" in line["failed"] for line in lines)
+
+
+def test_a_drawing_is_to_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = loaded("training_plot", monkeypatch)
+    common = {"tokens": 8, "held_by_gradients": 2**30}
+    lines = [
+        {"run": "eager", "peak": 4 * 2**30, "seconds": 0.1, "eager": 0.1, **common},
+        # measured while the machine was half as fast: eager's own steps in the same turns say so
+        {"run": "fxopt", "peak": 2 * 2**30, "seconds": 0.3, "eager": 0.2, "memory": "2<GiB",
+         "predicted": 3 * 2**30, "added": 0.05, **common},
+        {"run": "compile", "failed": "RuntimeError", "tokens": 8},
+    ]  # fmt: skip
+    root = ElementTree.fromstring(plot.svg(lines))
+    marks = [c for c in root.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None]
+    (fxopt, eager), ring = marks, next(c for c in root.iter(f"{SVG}circle") if c.get("class"))
+    x, y = ([float(c.get(name, 0)) for c in (eager, fxopt, ring)] for name in ("cx", "cy"))
+    assert x[2] == pytest.approx(x[1], abs=0.2)  # 0.1 + 0.05 as 0.3 where eager takes 0.2
+    assert y[0] - y[2] == pytest.approx(y[2] - y[1], abs=0.2)
+    assert x[1] > x[0]
+    assert "budget 2<GiB" in "".join(root.itertext())
+    with pytest.raises(ValueError, match="one size of step"):
+        plot.svg([*lines, {**lines[0], "tokens": 16}])
+    with pytest.raises(ValueError, match="one size of step"):
+        plot.svg(lines[2:])
