@@ -48,7 +48,8 @@ ON_REQUEST = frozenset(
     }
 )
 """Tried only where `rewrites=` selects them: more candidates lengthen every search, and on a GPU
-a step with `offload` was measured to take more memory than predicted (docs/activation-memory.md)."""
+a step with `offload` was measured to take more memory than predicted
+(docs/activation-memory.md)."""
 ENTRY_POINTS = "fxopt.rewrites"
 
 

@@ -57,7 +57,9 @@ def test_runs_are_lines_and_lines_a_drawing(
     assert held["held_by_gradients"] < held["peak"] < eager["peak"]
     assert held["predicted"] == pytest.approx(held["peak"], rel=1e-2)
     assert checkpoint["peak"] < eager["peak"]
-    assert all(line["equal"] and not line["gradients"] for line in (eager, held, checkpoint))
+    assert eager["equal"]
+    assert checkpoint["equal"]
+    assert max(held["gradients"], missed["gradients"]) < 1e-5
     run(bench, monkeypatch, "--plot", str(out), "--svg", str(drawing))
     root = ElementTree.parse(drawing).getroot()
     circles = [c for c in root.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None]
