@@ -56,7 +56,8 @@ def main() -> None:
         return
     torch.manual_seed(0)
     begun = time.monotonic()
-    model = build(args).to(args.device, getattr(torch, args.dtype)).train()
+    with torch.device(args.device):
+        model = build(args).to(getattr(torch, args.dtype)).train()
     ids = torch.randint(args.vocabulary, (args.batch, args.seq), device=args.device)
     bench = Bench(model, {"input_ids": ids, "labels": ids}, args, begun)
     bench.run("eager", {}, as_it_is)
