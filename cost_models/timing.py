@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ def time_calls(calls: Sequence[Call], *, seconds: float = 0.05, record: bool = T
 
 def recorded(calls: Sequence[Call]) -> Call | None:
     """A replay of all calls in turn as one CUDA graph; None where that cannot be."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), _capturing(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
@@ -114,6 +115,12 @@ def recorded(calls: Sequence[Call]) -> Call | None:
         return None
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+@functools.cache
+def _capturing(device: int) -> torch.cuda.Stream:
+    """One stream for all graphs: a library keeps a workspace of 32 MiB for each that it sees."""
+    return torch.cuda.Stream(device)
 
 
 def _issued(calls: Sequence[Call], count: int, device: torch.device) -> float:

@@ -6,7 +6,9 @@ and from then on what a step is given is copied to where the graph reads it.
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,7 +142,7 @@ def _key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
 def _capturing(graph: torch.cuda.CUDAGraph) -> Generator[None]:
     """As `torch.cuda.graph`, which also collects garbage and empties the allocator's cache: at
     each `generate` that would take longer than the steps it saves. Other threads may go on."""
-    stream = torch.cuda.Stream()
+    stream = _side(torch.cuda.current_device(), threading.get_ident())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
@@ -149,3 +151,11 @@ def _capturing(graph: torch.cuda.CUDAGraph) -> Generator[None]:
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@functools.cache
+def _side(device: int, thread: int) -> torch.cuda.Stream:
+    """One for all captures of a thread: a library keeps a workspace of 32 MiB for each stream that
+    it sees."""
+    del thread
+    return torch.cuda.Stream(device)

@@ -100,8 +100,9 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         active = F.silu(gate)
     else:
         active = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-    del gate  # or the product would be a fourth tensor of this size
-    return active * up
+    if torch.compiler.is_compiling() or active.requires_grad or up.requires_grad:
+        return active * up
+    return active.mul_(up)  # not a fourth tensor beside those of the caller
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -123,7 +124,6 @@ def add_rms_norm(
     if _is_one_kernel(x, residual, weight):
         return torch.ops.fxopt.add_rms_norm.default(x, residual, weight, epsilon)
     total = x + residual
-    del x, residual  # as above
     return total, rms_norm(total, weight, epsilon)
 
 

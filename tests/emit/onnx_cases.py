@@ -49,7 +49,7 @@ def mlp() -> tuple[nn.Module, dict[str, Any]]:
     return Mlp().eval(), {"x": torch.randn(2, 40, WIDTH)}
 
 
-def llama(layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+def llama(layers: int = 1, tied: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -57,6 +57,7 @@ def llama(layers: int = 1) -> tuple[nn.Module, dict[str, Any]]:
         vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
         initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(3, 97, (1, 40))}
 

@@ -137,7 +137,8 @@ def test_a_gate_holds_no_more_than_the_two_calls_did() -> None:
     x = torch.randn(64, 4)
 
     def joined() -> Tensor:
-        return gated(gate(x), up(x), "silu")
+        left, right = gate(x), up(x)  # a caller that holds them
+        return gated(left, right, "silu")
 
     size = joined().nbytes
     assert peak_live_bytes(joined, x.device) < 3.1 * size

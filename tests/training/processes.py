@@ -47,6 +47,7 @@ class Model(nn.Module):
         self.last = nn.BatchNorm1d(hidden) if statistics else nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, CLASSES, bias=False)
         self.head.weight = self.embed.weight
+        nn.init.normal_(self.embed.weight, std=hidden**-0.5)  # so that steps converge at any size
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids.flatten())
