@@ -57,7 +57,9 @@ def windowed(model: Any, data: list[dict[str, Tensor]]) -> Any:
 
 @pytest.fixture(scope="module")
 def packed(model: Any, data: list[dict[str, Tensor]]) -> Any:
-    budget = fxopt.Budget(kl=0.05, kv_cache="60%", weights="60%")
+    """Of least error: a code of 2 bits that rounds the other way is another result, and what is
+    fastest differs between runs."""
+    budget = fxopt.Budget(kl=0.05, kv_cache="60%", weights="60%", minimize="error")
     rewrites = ("attention.window", "kv_cache.blocks", "linear.quantized")
     return fxopt.optimize(model, budget, **options(data, *rewrites))
 
