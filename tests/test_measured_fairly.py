@@ -12,7 +12,8 @@ from torch import nn
 import fxopt
 from fxopt.compiler import Compiler
 from fxopt.decide.again import note_totals
-from fxopt.decide.runs import calls
+from fxopt.decide.runs import Latency, calls
+from fxopt.decide.verify import Timing
 from fxopt.ir.errors import FxoptError, PlanError
 from fxopt.ir.workload import Generate
 from fxopt.request import resolve
@@ -199,3 +200,23 @@ def test_errors_of_inputs_that_nobody_gave_are_called_that() -> None:
     assert any("drawn at random" in note for note in request.calibration.notes)
     request = resolve(layers().eval(), budget, torch.randn(4, 128), **given)
     assert not any("drawn at random" in note for note in request.calibration.notes)
+
+
+def test_a_latency_that_nothing_limits_is_said_beside_the_original_of_its_own_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The machine was four times as busy when the original was timed first."""
+    busy = iter([4.0])
+
+    def timed(*_: Any) -> Latency:
+        load = next(busy, 1.0)
+        return Latency(load * 1.0, load * 0.5, 0.5, {"forward": Timing(load, load * 0.5, 0.5)})
+
+    monkeypatch.setattr("fxopt.measure.measure_latency", timed)
+    data = [torch.randn(4, 128) for _ in range(3)]
+    opt = fxopt.optimize(
+        layers(), fxopt.Budget(relative_error=0.1, weights="60%"), data[0],
+        calibration=data, rewrites=["linear.quantized"],
+    )  # fmt: skip
+    (row,) = [row for row in opt.report.rows if row.name == "latency"]
+    assert (row.before, row.measured) == (4.0, 2.0)
