@@ -37,10 +37,23 @@ def register(
     torch.library.define(op, schema)
     torch.library.impl(op, "default", implementation)
     if cuda is not None:
-        torch.library.impl(op, "cuda", cuda)
+        torch.library.impl(op, "cuda", _on_its_device(cuda))
     torch.library.register_fake(op, fake)
     if backward is not None:
         torch.library.register_autograd(op, backward, setup_context=setup_context)
     if autograd is not None:
         _FRAGMENT.impl(name, autograd, "Autograd")
     return getattr(torch.ops.fxopt, name).default
+
+
+def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """`cuda` with its tensors' device as the current one, on which Triton launches."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = next(a for a in args if isinstance(a, torch.Tensor))
+        if first.get_device() in (-1, torch.cuda.current_device()):
+            return cuda(*args, **kwargs)
+        with torch.cuda.device_of(first):
+            return cuda(*args, **kwargs)
+
+    return call

@@ -136,3 +136,18 @@ def test_a_module_cannot_be_made_of_shapes() -> None:
     stray.register_buffer("table", torch.zeros(3))
     with pytest.raises(CaptureError, match="table is on cpu, the parameters are on the meta"):
         fxopt.plan(stray, fxopt.Budget(weights="50%"))
+
+
+def test_a_mixture_is_planned_without_its_experts() -> None:
+    """Whose weights say what they lose; what counts their tokens runs on the host all the same."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=96, moe_intermediate_size=96,
+        num_experts=5, num_experts_per_tok=2, max_position_embeddings=256,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval().to("meta")
+    work = fxopt.Generate(batch=2, prompt=128, new_tokens=16)
+    plan = fxopt.plan(model, fxopt.Budget(weights="90%"), workload=work)
+    assert any(d.rewrite == "linear.quantized" for d in plan.decisions)
+    refused = [r.reason for r in plan.refusals if "experts" in r.key]
+    assert any("the model has none (meta device)" in reason for reason in refused)

@@ -12,11 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from fxopt.kernels.kv_attention.layout import parse
 
 from .cache import Cache
+
+# Those that call nobody and remember nothing from one step to the next.
+_PLAIN = {
+    *("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta"),
+    *("RepetitionPenalty", "NoRepeatNGram", "NoBadWords", "SequenceBias", "InfNanRemove"),
+    *("MinLength", "MinNewTokensLength", "ForcedBOSToken", "ForcedEOSToken"),
+    *("SuppressTokens", "SuppressTokensAtBegin"),
+}
+PROCESSORS = tuple(
+    kind
+    for name in _PLAIN
+    for ending in ("LogitsWarper", "LogitsProcessor")
+    if (kind := getattr(logits_process, name + ending, None)) is not None
+)
 
 
 def runs_ahead(
@@ -28,10 +43,12 @@ def runs_ahead(
 ) -> bool:
     """Whether nobody but us would notice one step too many: no code of the caller is called, and
     nothing but tokens returned."""
-    own = all(type(p).__module__.startswith("transformers.") for p in processors)
+    own = all(type(p) in PROCESSORS for p in processors)
     known = all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in criteria)
     returned = config.return_dict_in_generate or getattr(config, "is_assistant", False)
-    cached = isinstance(model_kwargs.get("past_key_values"), Cache) and model_kwargs["use_cache"]
+    cache = model_kwargs.get("past_key_values")
+    # when blocks of a cropped cache are packed next is known on the device alone
+    cached = isinstance(cache, Cache) and model_kwargs["use_cache"] and not cache.cropped
     return waits(device) and cached and own and known and not returned
 
 
@@ -97,7 +114,7 @@ class _Ended:
         place = self._steps % 2
         self._flags[place].copy_(last, non_blocking=True)
         if event := self._events[place]:
-            event.record()
+            event.record(torch.cuda.current_stream(last.device))
         self._steps += 1
         return self._steps > 1 and self._read(1 - place)
 

@@ -26,7 +26,7 @@ class Cache(HFCache):
     of sequences: `states[i]` are the tensors of layer i, `start` the number of tokens as a 0-d
     int64 tensor on their device. Of an encoder-decoder model it also holds the keys and values
     that cross-attention reads, each stored once (`fill`). Use `fork()` for a copy that continues
-    on its own.
+    on its own. `cropped` says that more than the newest token was ever cut off.
     """
 
     layers: list[CacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -34,6 +34,7 @@ class Cache(HFCache):
     def __init__(self, layers: list[CacheLayer], length: Length) -> None:
         super().__init__(layers=list(layers))
         self.length = length
+        self.cropped = False
 
     @classmethod
     def allocate(
@@ -121,6 +122,7 @@ class Cache(HFCache):
     def reset(self) -> None:
         super().reset()
         self.length.set(0)
+        self.cropped = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -tokens_to_remove tokens; a positive number is the length to keep."""
@@ -128,6 +130,7 @@ class Cache(HFCache):
         length = old + tokens_to_remove if tokens_to_remove <= 0 else min(old, tokens_to_remove)
         if length == old:
             return
+        self.cropped |= old - length > 1
         self.length.set(max(0, length))
         for layer in self.layers:
             layer.truncate(self.length.value)

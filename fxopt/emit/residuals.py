@@ -78,7 +78,8 @@ def _calls(outer: fx.Node, inner: fx.Node) -> bool:
 
 def _join_sum(graph: fx.Graph, norm: _Norm) -> None:
     total: Any = norm.x
-    total.prepend(norm.weight)
+    if total < norm.weight:  # else it may stand before other readers
+        total.prepend(norm.weight)
     with graph.inserting_before(total):
         both = graph.call_function(add_rms_norm, (*total.args, norm.weight, norm.epsilon))
     both.meta = {**total.meta, "facts": 2}

@@ -94,6 +94,10 @@ class Steps:
 
     def __call__(self, run: Run, inputs: Mapping[str, Any], cache: Cache) -> tuple[Any, ...]:
         """`run(inputs)` for the tokens that come next in `cache`, which is not advanced."""
+        with torch.cuda.device_of(next(v for v in inputs.values() if isinstance(v, Tensor))):
+            return self._call(run, inputs, cache)
+
+    def _call(self, run: Run, inputs: Mapping[str, Any], cache: Cache) -> tuple[Any, ...]:
         version, steps = self.known.get(cache, (cache.length.version, {}))
         if version != cache.length.version:
             steps.clear()  # its tensors are others now

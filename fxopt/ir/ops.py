@@ -100,7 +100,8 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         active = F.silu(gate)
     else:
         active = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if torch.compiler.is_compiling() or active.requires_grad or up.requires_grad:
+    alone = active.dtype == up.dtype and not (active.requires_grad or up.requires_grad)
+    if torch.compiler.is_compiling() or not alone:
         return active * up
     return active.mul_(up)  # not a fourth tensor beside those of the caller
 
@@ -131,6 +132,8 @@ def _is_one_kernel(*tensors: Tensor) -> bool:
     """Whether a call over these is a kernel of ours, which computes no gradient and which
     Inductor could not join to what is around it."""
     if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return False
+    if any(t.dtype != tensors[0].dtype for t in tensors):  # under autocast
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 

@@ -226,6 +226,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and type(gradients[0]) is Tensor:
+            raise NotImplementedError(
+                "fxopt::attention has no second derivative: its gradients are made by kernels; "
+                "with create_graph=True use the original model"
+            )
         out, lse, *tensors = ctx.saved_tensors
         found = iter(attention_backward(gradients[0], out, lse, *tensors, *ctx.options))
         given = [i in FLOATING and t is not None for i, t in enumerate(tensors)]

@@ -130,15 +130,26 @@ class Own(LogitsProcessor):
     "options",
     [
         {"return_dict_in_generate": True}, {"streamer": Streamer()}, {"use_cache": False},
-        {"logits_processor": [Own()]},
+        {"logits_processor": [Own()]}, {"prefix_allowed_tokens_fn": lambda *_: [1, 2]},
         {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(100.0)])},
     ],
-    ids=["dict", "streamer", "no cache", "processor", "criterion"],
+    ids=["dict", "streamer", "no cache", "processor", "prefix", "criterion"],
 )  # fmt: skip
 def test_what_the_caller_would_notice_waits(steps: list[int], options: dict[str, Any]) -> None:
     opt: Any = pair("llama", "exact", torch.float32)[1]
     opt.generate(prompts(1, 10), max_new_tokens=3, do_sample=False, **options)
     assert steps == []
+
+
+def test_a_cropped_cache_waits(steps: list[int]) -> None:
+    """When it packs a block next is not known on the host."""
+    opt: Any = pair("llama", "k4v4", torch.float32)[1]
+    cache = opt.make_cache(1, 200)
+    text = opt.generate(prompts(1, 60), past_key_values=cache, max_new_tokens=9, do_sample=False)
+    assert len(steps) == 1
+    cache.crop(-5)
+    opt.generate(text[:, :-3], past_key_values=cache, max_new_tokens=9, do_sample=False)
+    assert len(steps) == 1
 
 
 def test_a_cpu_has_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:

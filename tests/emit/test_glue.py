@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -142,3 +143,31 @@ def test_a_gate_holds_no_more_than_the_two_calls_did() -> None:
 
     size = joined().nbytes
     assert peak_live_bytes(joined, x.device) < 3.1 * size
+
+
+def test_gates_of_two_dtypes_are_promoted() -> None:
+    """As under autocast, which the graph knows nothing of."""
+    gate, up = torch.randn(3, 6).bfloat16(), torch.randn(3, 6)
+    assert torch.equal(gated(gate, up, "silu"), F.silu(gate) * up)
+
+
+class Looped(nn.Module):
+    """One norm and one layer, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.norm(x + self.linear(x))
+        return x
+
+
+def test_a_norm_that_is_called_again_reads_its_weight_in_order() -> None:
+    model, x = Looped().eval(), torch.randn(2, 5, 64)
+    opt = emitted(model, {"x": x})
+    assert opt.source.count("add_rms_norm(") == 3
+    opt.program.graph.lint()
+    again = copy.deepcopy(opt)
+    torch.testing.assert_close(again(x), model(x))

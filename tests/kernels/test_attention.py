@@ -328,3 +328,10 @@ def test_onnx(options: dict[str, Any], masked: bool) -> None:
         if call["bias"] == "keys":
             call["bias"] = key_bias(call["k"])
         torch.testing.assert_close(torch.from_numpy(out), op(call), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    out = torch.ops.fxopt.attention(q, k, v, None, None, None, 0.3, True, [0], 0.0, [0])
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(out.square().sum(), q, create_graph=True)
