@@ -85,6 +85,18 @@ class Search:
     ratios: list[float] = field(default_factory=list[float])
     solver_seconds: float = 40.0
 
+    def __post_init__(self) -> None:
+        for name, constant in self.limits.constants.items():
+            if name.startswith("latency") and constant < 0:
+                self.correction.setdefault(name, self._prior_scale(name))
+
+    def _prior_scale(self, name: str) -> float:
+        """Of seconds before any trial: sites that take longer one at a time than the whole model
+        does were timed too long, and with them what a choice would save."""
+        kept = self._kept(name)
+        constant = self.limits.constants.get(name, 0.0)
+        return 1 + constant / kept if constant < 0 < kept + constant else 1.0
+
     def problem(self) -> Problem:
         """The program with today's corrections."""
         rows = tuple(
@@ -248,7 +260,7 @@ class Search:
             return
         expected = (predicted - kept) / self.correction.get(name, 1.0)
         self.moves.setdefault(name, []).append((expected, measured - kept))
-        self.correction[name] = slope(self.moves[name], NOISE * kept)
+        self.correction[name] = slope(self.moves[name], NOISE * kept, self._prior_scale(name))
 
     def tighten(self, trial: Trial, row: str, factor: float) -> None:
         """What was measured of `trial` elsewhere was `factor` times worse in `row`: ask that much
@@ -277,10 +289,10 @@ class Search:
         return [c[o] for c, o in zip(self.table.columns, choice, strict=True)]
 
 
-def slope(moves: Sequence[tuple[float, float]], noise: float) -> float:
+def slope(moves: Sequence[tuple[float, float]], noise: float, expected: float = 1.0) -> float:
     """Measured over predicted changes, the most probable where each was measured to `noise` and
-    1 +- `SCALE_DOUBT` was expected: changes within the noise say nothing."""
-    both = sum(x * y for x, y in moves) / noise**2 + 1 / SCALE_DOUBT**2
+    `expected` +- `SCALE_DOUBT` was expected: changes within the noise say nothing."""
+    both = sum(x * y for x, y in moves) / noise**2 + expected / SCALE_DOUBT**2
     return max(both / (sum(x * x for x, _ in moves) / noise**2 + 1 / SCALE_DOUBT**2), LEAST_SCALE)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,4 +42,13 @@ def without_idle_mask(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and hasattr(model, "config") and bool(mask.all()):
         return {name: value for name, value in inputs.items() if name != "attention_mask"}
+    return inputs
+
+
+def without_cache(
+    model: nn.Module, inputs: dict[str, Any], parameters: Collection[str]
+) -> dict[str, Any]:
+    """`inputs` with `use_cache=False` where the model would return a KV cache unasked."""
+    if "use_cache" in parameters and getattr(getattr(model, "config", None), "use_cache", False):
+        return {"use_cache": False, **inputs}
     return inputs

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.errors import FxoptError
 from .capture import scalar_loss
-from .huggingface import without_idle_mask
+from .huggingface import without_cache, without_idle_mask
 from .parallel import check_whole
 
 Inputs = dict[str, Any]
@@ -148,7 +148,7 @@ def clone(model: nn.Module) -> nn.Module:
 
 
 def bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """Arguments by name, those left at a default of None out."""
+    """Arguments by name, those left at a default of None out; a step makes no KV cache."""
     signature = inspect.signature(model.forward)
     found: Inputs = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
@@ -162,7 +162,8 @@ def bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             )
         else:
             found[name] = value
-    return {name: value for name, value in found.items() if value is not None}
+    given = {name: value for name, value in found.items() if value is not None}
+    return without_cache(model, given, signature.parameters)
 
 
 def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:

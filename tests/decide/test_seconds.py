@@ -17,8 +17,8 @@ from fxopt.ir.cost import Cost
 KEPT = 10.0
 
 
-def search() -> Search:
-    """Two sites of 4 s each beside 2 s; a rewrite saves one or two of them."""
+def search(beside: float = 2.0) -> Search:
+    """Two sites of 4 s each `beside` 2 s; a rewrite saves one or two of them."""
 
     def column(seconds: float, error: float) -> Column:
         taken: Any = () if seconds == 4.0 else (SimpleNamespace(
@@ -30,13 +30,22 @@ def search() -> Search:
 
     keys: Any = [(SimpleNamespace(family="linear", key=f"{i}", info=None),) for i in range(2)]
     columns = [[column(4.0, 0.0), column(3.0, 0.1), column(2.0, 0.2)] for _ in keys]
-    limits = Limits({"latency": 9.0, "error": 1.0}, {"latency": 2.0}, {"error": 1.0})
+    limits = Limits({"latency": 9.0, "error": 1.0}, {"latency": beside}, {"error": 1.0})
     return Search(Table(keys, columns), limits)
 
 
 def test_before_any_trial_sums_stand() -> None:
     assert search().predict((0, 0))["latency"] == KEPT
     assert search().predict((1, 2))["latency"] == 7.0
+
+
+def test_sites_that_were_timed_longer_than_the_whole_save_no_more_than_it() -> None:
+    made = search(-6.0)  # the whole takes 2 s, its sites 8
+    assert made.predict((0, 0))["latency"] == pytest.approx(2.0)
+    assert made.predict((2, 2))["latency"] == pytest.approx(1.0)
+    made.tell((0, 1), {"latency": 1.9, "error": 0.0})
+    assert made.predict((0, 0))["latency"] == pytest.approx(2.0)
+    assert 0 < made.predict((2, 2))["latency"] < 2.0
 
 
 def test_trials_scale_what_sites_save_and_not_the_model_as_it_is() -> None:

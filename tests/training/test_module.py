@@ -190,3 +190,22 @@ def test_a_mask_of_ones_is_no_mask() -> None:
         assert off < 1e-5, name
         if bool(mask.all()):
             assert off == 0.0
+
+
+def test_a_model_that_returns_a_cache_unasked_is_trained_without_one() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=61,
+    )  # fmt: skip
+    model, ids = transformers.LlamaForCausalLM(config), torch.randint(61, (2, 16))
+    batch = {"input_ids": ids, "labels": ids}
+    assert model(**batch).past_key_values is not None
+    opt = fxopt.optimize(
+        model, fxopt.Budget(activations="90%"), batch, workload=fxopt.Train(2, 16),
+        rewrites=["activation.recompute"],
+    )  # fmt: skip
+    output = opt(**batch)
+    output.loss.backward()
+    assert output.past_key_values is None
+    torch.testing.assert_close(output.loss, model(**batch).loss)
