@@ -86,8 +86,8 @@ class Search:
     solver_seconds: float = 40.0
 
     def __post_init__(self) -> None:
-        for name, constant in self.limits.constants.items():
-            if name.startswith("latency") and constant < 0:
+        for name in self.limits.rows:
+            if name.startswith("latency"):
                 self.correction.setdefault(name, self._prior_scale(name))
 
     def _prior_scale(self, name: str) -> float:
@@ -196,13 +196,19 @@ class Search:
         """Every row of `choice`, and `further` ones, as predicted, in the solver's form."""
         problem = self.problem()
         names = {*self.limits.rows, *self.limits.objective, "error", *further}
-        return {
+        rows = {
             name: max(
                 total(problem, choice, row) + constant
                 for row, constant in self.constant(name).items()
             )
             for name in sorted(names)
         }
+        for name in rows.keys() - self.limits.rows.keys():
+            # said, but not decided by: what is only minimised is weighed by priced sites alone
+            if name.startswith("latency") and name not in self.correction:
+                kept = self.limits.constants.get(name, 0.0) + self._kept(name)
+                rows[name] = kept + self._prior_scale(name) * (rows[name] - kept)
+        return rows
 
     def constant(self, name: str) -> dict[str, float]:
         """The constants of a row; what scales seconds leaves the kept model's as they are."""

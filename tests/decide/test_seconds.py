@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,8 @@ def test_sites_that_were_timed_longer_than_the_whole_save_no_more_than_it() -> N
     made = search(-6.0)  # the whole takes 2 s, its sites 8
     assert made.predict((0, 0))["latency"] == pytest.approx(2.0)
     assert made.predict((2, 2))["latency"] == pytest.approx(1.0)
+    free = Search(made.table, replace(made.limits, rows={"error": 1.0}))
+    assert free.predict((2, 2), "latency")["latency"] == pytest.approx(1.0)
     made.tell((0, 1), {"latency": 1.9, "error": 0.0})
     assert made.predict((0, 0))["latency"] == pytest.approx(2.0)
     assert 0 < made.predict((2, 2))["latency"] < 2.0
