@@ -50,8 +50,9 @@ def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
     """`cuda` with its tensors' device as the current one, on which Triton launches."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        first = next(a for a in args if isinstance(a, torch.Tensor))
-        if first.get_device() in (-1, torch.cuda.current_device()):
+        given = (*args, *kwargs.values())
+        first = next((a for a in given if isinstance(a, torch.Tensor) and a.is_cuda), None)
+        if first is None or first.get_device() == torch.cuda.current_device():
             return cuda(*args, **kwargs)
         with torch.cuda.device_of(first):
             return cuda(*args, **kwargs)

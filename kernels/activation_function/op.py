@@ -63,8 +63,7 @@ def _cuda_codes(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     from . import triton
 
     codes = _fake_codes(x, borders, bits)
-    with torch.cuda.device_of(x):
-        triton.codes(in_memory_order(x), codes, borders, bits)
+    triton.codes(in_memory_order(x), codes, borders, bits)
     return codes
 
 
@@ -77,8 +76,7 @@ def _cuda_times(
 
     reference.check_levels(gradient.shape, codes, stride, levels, bits)
     out = torch.empty_like(gradient)
-    with torch.cuda.device_of(gradient):
-        triton.times(in_memory_order(gradient), codes, in_memory_order(out), levels, bits)
+    triton.times(in_memory_order(gradient), codes, in_memory_order(out), levels, bits)
     return out
 
 

@@ -28,8 +28,7 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         from . import triton
 
-        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-            return function(*args, kernel=triton.rows)
+        return function(*args, kernel=triton.rows)
 
     return call
 

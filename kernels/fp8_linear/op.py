@@ -30,15 +30,14 @@ def _cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
         return reference.fp8_linear(x, weight, scale, bias)
     from . import triton
 
-    with torch.cuda.device_of(x):
-        count = x.numel() // x.shape[-1]
-        if count == 1 and x.shape[-1] <= triton.LONGEST:
-            return triton.one_row(x, weight, scale, bias)
-        if count <= FEW_ROWS and len(weight) < WIDE:
-            return triton.fp8_linear(x, weight, scale, bias)
-        rows, own = triton.quantize_rows(x.reshape(-1, x.shape[-1]))
-        scaled: Any = torch.ops.aten._scaled_mm.default
-        y = scaled(rows, weight.t(), own, scale[None], bias, None, x.dtype, True)
+    count = x.numel() // x.shape[-1]
+    if count == 1 and x.shape[-1] <= triton.LONGEST:
+        return triton.one_row(x, weight, scale, bias)
+    if count <= FEW_ROWS and len(weight) < WIDE:
+        return triton.fp8_linear(x, weight, scale, bias)
+    rows, own = triton.quantize_rows(x.reshape(-1, x.shape[-1]))
+    scaled: Any = torch.ops.aten._scaled_mm.default
+    y = scaled(rows, weight.t(), own, scale[None], bias, None, x.dtype, True)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -54,8 +54,7 @@ def _cuda_pack(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     from . import triton
 
     codes, top = _fake_pack(x, bits, group_size)
-    with torch.cuda.device_of(x):
-        triton.pack(reference.in_memory_order(x), codes, top, bits, group_size)
+    triton.pack(reference.in_memory_order(x), codes, top, bits, group_size)
     return codes, top
 
 
@@ -72,8 +71,7 @@ def _cuda_unpack(
     from . import triton
 
     out = _fake_unpack(codes, top, size, stride, bits, group_size)
-    with torch.cuda.device_of(codes):
-        triton.unpack(codes, top, reference.in_memory_order(out), bits, group_size)
+    triton.unpack(codes, top, reference.in_memory_order(out), bits, group_size)
     return out
 
 

@@ -25,8 +25,7 @@ def _cuda(
     from . import triton
 
     reference.check(packed, scale, bits, group_size)
-    with torch.cuda.device_of(packed):
-        return triton.quantized_embedding(packed, indices, scale, zero, bits, group_size)
+    return triton.quantized_embedding(packed, indices, scale, zero, bits, group_size)
 
 
 def _fake(

@@ -39,11 +39,9 @@ def _cuda(
 
     reference.check(x, packed, scale, bits, group_size)
     if x.numel() > FUSED_ROWS * x.shape[-1]:
-        with torch.cuda.device_of(x):
-            weight = triton.dequantize(packed, scale, zero, bits, group_size)
+        weight = triton.dequantize(packed, scale, zero, bits, group_size)
         return F.linear(x, weight, bias).contiguous()
-    with torch.cuda.device_of(x):
-        return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size)
+    return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size)
 
 
 def _fake(
