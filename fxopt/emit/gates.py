@@ -12,7 +12,7 @@ from torch import fx
 
 from ..ir.ops import gated
 from .facts import tensor_facts
-from .norms import erase
+from .norms import put
 
 aten = torch.ops.aten
 
@@ -20,14 +20,8 @@ aten = torch.ops.aten
 def fuse_gates(graph: fx.Graph) -> None:
     """Write silu(gate) * up, and gelu, as `gated(gate, up, activation)`."""
     for product in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
-        found = _match(product)
-        if found is None:
-            continue
-        with graph.inserting_before(product):
-            fused = graph.call_function(gated, found)
-        fused.meta = dict(product.meta)
-        product.replace_all_uses_with(fused)
-        erase(graph, product)
+        if (found := _match(product)) is not None:
+            put(graph, product, gated, found)
 
 
 def _match(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:

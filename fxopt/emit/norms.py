@@ -35,11 +35,7 @@ def fuse_norms(graph: fx.Graph) -> None:
         if norm is None:
             continue
         arguments = (norm.x, [norm.size], norm.weight, norm.epsilon)
-        with graph.inserting_before(norm.result):
-            fused = graph.call_function(aten.rms_norm.default, arguments)
-        fused.meta = dict(norm.result.meta)
-        norm.result.replace_all_uses_with(fused)
-        erase(graph, norm.result)
+        put(graph, norm.result, aten.rms_norm.default, arguments)
 
 
 def _match(root: fx.Node) -> _Norm | None:
@@ -103,6 +99,15 @@ def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
 
 def _other(product: fx.Node, factor: fx.Node) -> Any:
     return product.args[1] if product.args[0] is factor else product.args[0]
+
+
+def put(graph: fx.Graph, old: fx.Node, target: Any, arguments: tuple[Any, ...]) -> None:
+    """Let one call stand for `old` and for what only `old` read."""
+    with graph.inserting_before(old):
+        new = graph.call_function(target, arguments)
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    erase(graph, old)
 
 
 def erase(graph: fx.Graph, node: fx.Node) -> None:

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..ir.ops import rotate
 from .facts import tensor_facts
-from .norms import erase
+from .norms import put
 
 aten = torch.ops.aten
 
@@ -20,14 +20,8 @@ aten = torch.ops.aten
 def fuse_rotary(graph: fx.Graph) -> None:
     """Write x * cos + cat([-x[half:], x[:half]], -1) * sin as `rotate(x, cos, sin)`."""
     for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        found = _match(total)
-        if found is None:
-            continue
-        with graph.inserting_before(total):
-            fused = graph.call_function(rotate, found)
-        fused.meta = dict(total.meta)
-        total.replace_all_uses_with(fused)
-        erase(graph, total)
+        if (found := _match(total)) is not None:
+            put(graph, total, rotate, found)
 
 
 def _match(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
