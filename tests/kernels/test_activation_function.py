@@ -129,7 +129,7 @@ def test_opcheck() -> None:
     ops = torch.ops.fxopt
     torch.library.opcheck(ops.derivative_codes.default, (x, borders, 3))
     codes = derivative_codes(x, borders, 3)
-    for given_ in (gradient, torch.empty_like(x)):
+    for given_ in (gradient, torch.randn_like(x)):
         arguments = (given_, codes, list(x.stride()), levels, 3)
         torch.library.opcheck(ops.times_derivative.default, arguments)
 
