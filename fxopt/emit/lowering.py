@@ -24,7 +24,7 @@ from .contrib import Target, packed_products
 from .frames import state_index
 from .program import Program, State
 from .registry import references
-from .targets import bare_name, mutates, schema
+from .targets import bare_name, mutates, root
 
 Kind = Literal["forward", "generate"]
 
@@ -213,27 +213,13 @@ def check_lowers(graph: fx.Graph, known: Mapping[str, Any]) -> None:
 
 
 def _check_keeps_tensors(node: fx.Node) -> None:
-    changed = _written(node) if mutates(node) else None
+    changed = root(node.args[0]) if mutates(node) else None
     if changed is not None and changed.op == "get_attr":
         raise ExportError(
             f"the forward changes {changed.target} ({node.target}), and an ONNX file holds no "
             "tensor that a call changes; nothing was written. Let the forward take it as an input "
             "and return it"
         )
-
-
-def _written(node: fx.Node) -> fx.Node | None:
-    """What a mutating node writes to, found through views."""
-    source = node.args[0]
-    while isinstance(source, fx.Node) and _is_view(source):
-        source = source.args[0]
-    return source if isinstance(source, fx.Node) else None
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    returns = schema(target).returns if isinstance(target, OpOverload) else ()
-    return any(result.alias_info is not None for result in returns)
 
 
 def state_names(state: State) -> list[str]:

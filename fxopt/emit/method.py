@@ -19,7 +19,7 @@ from .layout import INDENT, WIDTH, assign, wrap
 from .loops import Loop, find_loops
 from .paths import module_path, tensor_path
 from .spelling import ATOM, Expr, literal, spell
-from .targets import op_name
+from .targets import op_name, root
 from .tree import Tree
 
 _HINTS = {
@@ -69,6 +69,7 @@ class Writer:
     owners: dict[str, fx.Node] = field(default_factory=dict)
     left: Counter[fx.Node] = field(default_factory=Counter)
     pending: list[tuple[fx.Node, Expr, list[fx.Node]]] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
     def write(self) -> str:
@@ -232,6 +233,22 @@ class Writer:
             name = self.names[node]
             if not self.left[node] and self.owners.get(name) is node:
                 del self.owners[name]
+                if self._is_computed_here(node):
+                    self.dead.append(name)
+
+    def _is_computed_here(self, node: fx.Node) -> bool:
+        """Whether a value has memory that nothing but its name holds on to."""
+        known, source = tensor_facts(node), root(node)
+        here = source not in self.method.inputs and not floats(source)
+        return here and known is not None and len(known.shape) > 1
+
+    def _release(self) -> None:
+        """Names outlive their last reader until the method ends; what is computed next must not
+        find their memory taken."""
+        names = [name for name in dict.fromkeys(self.dead) if name not in self.owners]
+        if names:
+            self.lines += wrap(f"{INDENT * 2}del {', '.join(names)}")
+        self.dead.clear()
 
     def _add(self, statement: Statement, prefix: str = "") -> None:
         operands = self._operands(statement)
@@ -285,6 +302,8 @@ class Writer:
     def _emit(
         self, outputs: Sequence[fx.Node | None], expr: Expr, used: list[fx.Node], prefix: str = ""
     ) -> None:
+        if "(" in expr.text and (prefix or any(root(node) is node for node in outputs)):
+            self._release()
         self._spend(used)
         if any(node and self.left[node] for node in outputs) and not prefix:
             names = [
@@ -299,6 +318,7 @@ class Writer:
 
     def _add_loop(self, loop: Loop) -> None:
         """`for layer, state in zip(self.layers, past): x = layer(x, ..., state)`"""
+        self._release()
         carried = self.names[loop.carried]
         self._spend([loop.carried])
         if carried in self.owners:

@@ -49,17 +49,22 @@ def mutates(node: fx.Node) -> bool:
 
 def written(graph: fx.Graph) -> frozenset[str]:
     """Names of the buffers that running `graph` writes to, in place or through views."""
-    found = (_root(node.args[0]) for node in graph.nodes if mutates(node) and node.args)
+    found = (root(node.args[0]) for node in graph.nodes if mutates(node) and node.args)
     return frozenset(str(n.target) for n in found if isinstance(n, fx.Node) and n.op == "get_attr")
 
 
-def _root(source: Any) -> Any:
-    """The node whose memory a chain of views shows."""
-    while isinstance(source, fx.Node) and isinstance(source.target, OpOverload):
-        results = schema(source.target).returns
+def root(node: Any) -> Any:
+    """The node whose memory a chain of views shows: `node` itself where it is no view."""
+    source = node
+    while isinstance(source, fx.Node):
+        # a part of a list shows what the list shows
+        whole: Any = source.args[0] if source.target is operator.getitem else source
+        if not isinstance(whole, fx.Node) or not isinstance(whole.target, OpOverload):
+            break
+        results = schema(whole.target).returns
         if not results or results[0].alias_info is None:
-            return source
-        source = source.args[0]
+            break
+        source = whole.args[0]
     return source
 
 

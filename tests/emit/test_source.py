@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import capture
+from fxopt.decide.verify import peak_live_bytes
 from fxopt.emit.editor import GraphEditor
 from fxopt.emit.module import emit
 from fxopt.emit.source import places
@@ -52,6 +53,28 @@ def test_a_rewritten_model_equals_its_graph_to_the_bit(case, rewritten):
         want = torch.fx.Interpreter(graph).run(*values, enable_io_processing=False)
         got = opt.run_flat(dict(zip(opt.program.placeholders, values, strict=True)))
     assert torch.equal(want[0], got[0])
+
+
+class Hourglass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(6, 40), nn.Linear(40, 6), nn.Linear(6, 90)
+
+    def forward(self, x):
+        wide = self.up(x)
+        return self.out(self.down(wide * wide.tanh()))
+
+
+def test_no_value_outlives_its_last_reader():
+    """As much is alive as in a walk of the graph that frees each value after its last reader."""
+    x = torch.randn(50, 6)
+    opt, captured = optimised(Hourglass(), x)
+    walk, device = torch.fx.Interpreter(captured.graph), torch.device("cpu")
+    with torch.no_grad():
+        least = peak_live_bytes(lambda: walk.run(x), device)
+        assert peak_live_bytes(lambda: opt(x), device) == least
+    assert "del " in opt.source
+    torch.compile(opt, fullgraph=True, backend="eager")(x).sum().backward()
 
 
 @pytest.mark.parametrize("name", MODELS)
