@@ -15,6 +15,7 @@ from . import evidence
 from .compiler import Compiler
 from .decide.again import note_totals
 from .decide.decisions import refusals
+from .decide.outlook import nearest_note
 from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
@@ -99,7 +100,7 @@ class Session:
         editor = self.compiler.realise(self.compiler.chosen(self.search, trial.choice))
         made = self.plan_of(trial, self.measurer.rows(trial.predicted, {}), editor)
         if trial.excess > 0:
-            made.notes.append("no plan was found that keeps every row; this is the nearest")
+            made.notes.append(nearest_note(self.search.problem()))
         return made
 
     def optimize(self) -> Optimized:

@@ -10,6 +10,7 @@ from ..ir.cost import Cost
 from ..ir.decision import KEEP, Alternative, Decision
 from ..ir.errors import PlanError, RowResult
 from ..ir.plan import Plan
+from .outlook import nearest_note
 from .quality import QUALITIES, Quality
 from .solve import Group, Option, Problem, Row, nearest, solve, total, weighed
 
@@ -44,7 +45,7 @@ def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float =
     made.totals = _totals(plan, budget, limits, constants, problem, choice)
     made.notes = ["decided again from the plan's own costs and errors: not realised, not measured"]
     if found is None:
-        made.notes.append("no choice was found that keeps every row; this is the nearest")
+        made.notes.append(nearest_note(problem))
     return made
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..ir.units import format_value
 from .peaks import row_of
 from .prices import prices
-from .search import GAP, Choice, Rows, Search, Trial
+from .search import BYTE_ROWS, GAP, Choice, Rows, Search, Trial
 from .solve import Problem, solve, total, value
 
 
@@ -79,3 +80,15 @@ def loosened(stand: Standing, row: str, factor: float, *, time_limit: float) -> 
     if found.value < value(problem, stand.choice):
         return stand.rows(found.choice)
     return stand.rows(stand.choice) if found.gap <= GAP else None
+
+
+def nearest_note(problem: Problem) -> str:
+    """What is said of a plan that keeps not every row, with the rows that no choice could keep."""
+    floors: dict[str, float] = {}
+    for row in problem.rows:
+        name = row_of(row.name)
+        alone = replace(problem, rows=(), cuts=(), objective={row.name: 1.0})
+        if name in BYTE_ROWS and (found := solve(alone)) and found.value + row.constant > row.limit:
+            floors[name] = max(found.value + row.constant, floors.get(name, 0.0))
+    said = [f"{name} goes no lower than {format_value(v, 'bytes')}" for name, v in floors.items()]
+    return "; ".join(["no choice was found that keeps every row: this is the nearest", *said])

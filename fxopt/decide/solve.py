@@ -163,8 +163,8 @@ def solve(
 def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
     """The choice whose largest amount / limit over the rows is smallest; cuts are respected.
 
-    What is returned when the rows cannot all hold; among equals, rows that could reach the same
-    excess for nothing stay as small as they can.
+    What is returned when the rows cannot all hold. Among equals, the other rows that cannot are as
+    small as they can be, and those that can do hold; within that the objective decides.
     """
     relaxed = _milp(problem, time_limit / 2, 1e-6, relax=True) if problem.groups else None
     if relaxed is None:
@@ -172,7 +172,7 @@ def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
     # the excess takes all of the program's precision: what is left to gain is another program's
     reached = (r.constant + total(problem, relaxed.choice, r.name) for r in problem.rows)
     rows = tuple(
-        replace(row, limit=amount + ROUNDING * abs(amount))
+        replace(row, limit=max(row.limit, amount + ROUNDING * abs(amount)))
         for row, amount in zip(problem.rows, reached, strict=True)
     )
     held = _milp(replace(problem, rows=rows), time_limit / 2, 1e-6)

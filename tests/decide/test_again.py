@@ -111,6 +111,7 @@ def test_nothing_that_was_measured_is_claimed_of_the_new_plan(plan: fxopt.Plan) 
 def test_an_impossible_budget_gives_the_nearest_plan_and_says_so(plan: fxopt.Plan) -> None:
     again = fxopt.solve(plan, fxopt.Budget(weights="1%"))
     assert "no choice was found" in again.notes[-1]
+    assert "; weights goes no lower than " in again.notes[-1]
 
 
 @pytest.mark.parametrize(

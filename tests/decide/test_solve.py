@@ -167,7 +167,7 @@ def test_nearest_has_the_smallest_worst_ratio(problem: Problem) -> None:
 
     def worst(choice: tuple[int, ...]) -> float:
         ratios = [(total(problem, choice, r.name) + r.constant) / r.limit for r in rows]
-        return max([0.0, *ratios])
+        return max([1.0, *ratios])  # within its limits a row counts for nothing
 
     choices = itertools.product(*(range(len(g.options)) for g in problem.groups))
     assert worst(nearest(problem)) <= min(worst(c) for c in choices) + 1e-3
@@ -179,7 +179,10 @@ def test_nearest_wastes_no_other_row() -> None:
     slow = Option("slow", {"bytes": 3.0, "error": 0.01, "seconds": 2.0})
     groups = tuple(Group(f"g{i}", (fast, slow)) for i in range(6))
     rows = (Row("bytes", 6.0), Row("error", 0.6))
-    assert nearest(Problem(groups, rows, {"seconds": 1.0})) == (1,) * 6
+    problem = Problem(groups, rows, {"seconds": 1.0})
+    choice = nearest(problem)
+    assert total(problem, choice, "error") <= 0.6
+    assert sum(choice) == 4
 
 
 def test_nearest_spends_nothing_that_brings_it_no_nearer() -> None:
@@ -189,6 +192,19 @@ def test_nearest_spends_nothing_that_brings_it_no_nearer() -> None:
     idle = Option("idle", {"bytes": 5.0, "error": 1e-7})
     groups = [Group("g", (keep, small)), *(Group(f"h{i}", (keep, idle)) for i in range(9))]
     assert nearest(Problem(tuple(groups), (Row("bytes", 6.0),), {"error": 1.0})) == (1, *[0] * 9)
+
+
+def test_nearest_leaves_rows_that_hold_at_their_limits() -> None:
+    """One row cannot hold; the other is no reason to err more than it asks for."""
+    keep = Option("keep", {"cache": 0.0, "weights": 3.0, "error": 0.0})
+    small = Option("small", {"cache": 0.0, "weights": 1.0, "error": 0.1})
+    cached = Option("cached", {"cache": 9.0, "weights": 0.0, "error": 0.0})
+    packed = Option("packed", {"cache": 5.0, "weights": 0.0, "error": 0.2})
+    groups = (Group("cache", (cached, packed)), *(Group(f"g{i}", (keep, small)) for i in range(4)))
+    problem = Problem(groups, (Row("cache", 1.0), Row("weights", 10.0)), {"error": 1.0})
+    choice = nearest(problem)
+    assert choice[0] == 1
+    assert sum(choice[1:]) == 1
 
 
 def test_nothing_to_decide() -> None:
