@@ -24,7 +24,7 @@ from fxopt.compiler import Compiler
 from fxopt.decide.propose import Proposal
 from fxopt.decide.recover import recover
 from fxopt.decide.search import Limits, Search
-from fxopt.decide.table import build
+from fxopt.decide.table import build, lowered
 from fxopt.ir.cost import Cost, OpCall
 from fxopt.ir.site import GroupInfo
 from fxopt.passes.baseline import baseline_calls
@@ -98,7 +98,8 @@ def choose(made: Compiler, part: float) -> tuple[list[Proposal], float]:
         return Cost(0.0, call.weight_bytes)
 
     scenarios = (*made.scenarios, made.final)
-    table = build(made.proposals, scenarios, baseline_calls, bytes_only, made.preparer)
+    options = lowered(made.proposals, scenarios, baseline_calls)
+    table = build(made.proposals, options, bytes_only, made.preparer)
     served = {
         member
         for (site,) in table.keys

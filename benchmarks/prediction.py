@@ -35,7 +35,7 @@ from fxopt.cost_models.timing import time_call
 from fxopt.decide.propose import Proposal
 from fxopt.decide.runs import DECODE_STEPS, calls
 from fxopt.decide.search import Choice
-from fxopt.decide.table import Table, build
+from fxopt.decide.table import Table, build, lowered
 from fxopt.decide.verify import peak_live_bytes, weight_bytes
 from fxopt.kernels import fp8_linear, quantized_linear
 from fxopt.pace import Pace
@@ -130,10 +130,8 @@ def compare(
     clock("captured")
     for proposals in compiler.proposals.by_site.values():
         proposals[:] = [p for p in proposals if p.candidate.label in LABELS]
-    table = build(
-        compiler.proposals, (*compiler.scenarios, compiler.final), baseline_calls, compiler.costs,
-        lambda _: 0.0,
-    )  # fmt: skip
+    options = lowered(compiler.proposals, (*compiler.scenarios, compiler.final), baseline_calls)
+    table = build(compiler.proposals, options, compiler.costs, lambda _: 0.0)
     compiler.costs.save()
     clock("priced")
     pace = Pace(compiler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,7 +61,8 @@ class Measured:
     """Times a call's own closure; where that would take too long, or cannot be, others of its
     family tell (`between`), or the roofline.
 
-    `limit` is the longest predicted call, in seconds, that is worth running. `working_set` are the
+    `limit` is the longest predicted call, in seconds, that is worth running, and `left` the seconds
+    that running calls may take from now on, in all. `working_set` are the
     bytes that a whole call of the model reads: so many, or what fills the caches, are read between
     two runs, so that weights come from where they come from in the model. `peak` measures the bytes
     that a call allocates at most, those that it returns included. Results are keyed by the call's
@@ -74,12 +76,14 @@ class Measured:
         dtype: str,
         *,
         limit: float = 0.5,
+        left: float = math.inf,
         working_set: int = 0,
         peak: Peak | None = None,
         folder: Path | None = None,
     ) -> None:
         self.prior = Roofline(device, dtype)
         self.limit = limit
+        self.left = left
         self.measured: set[str] = set()
         self.disturbed: set[str] = set()
         self._peak = peak
@@ -98,8 +102,10 @@ class Measured:
         prior = self.prior(call)
         key = self._key(call)
         point = self._known.get(key)
-        if point is None and call.run is not None and prior.seconds * call.share <= self.limit:
+        if point is None and call.run is not None and self._worth_running(call, prior.seconds):
+            began = time.perf_counter()
             timing, workspace = self._time(call.run, call, prior.seconds * call.share)
+            self.left -= time.perf_counter() - began
             seconds, host = timing.seconds / call.share, timing.host / call.share
             point = Point(call.flops, _moved(call), prior.seconds, seconds, host, workspace)
             self._known[key] = point
@@ -114,6 +120,9 @@ class Measured:
             return replace(prior, seconds=point.seconds, host=point.host, temporary_bytes=held)
         found = self.between(call)
         return prior if found is None else replace(prior, seconds=found.seconds, doubt=found.doubt)
+
+    def _worth_running(self, call: OpCall, prior: float) -> bool:
+        return self.left > 0 and prior * call.share <= self.limit
 
     def between(self, call: OpCall) -> Estimate | None:
         """Seconds of a call by the nearest of its family that were measured; None without any.

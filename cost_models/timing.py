@@ -21,6 +21,8 @@ RUNS, LONGEST = 40, 0.4
 BUSY, AGAIN = 0.3, 2
 """Repeats whose middle half spreads wider than this share of the median were disturbed; they are
 made so many times more."""
+LEAST, LEAST_LONG = 5, 2
+"""Repeats at least, and of a call that takes longer than all of them are meant to."""
 ISSUED, REPLAYS = 8, 5
 """On a GPU: calls that are issued without waiting, and the replays of the graph of many."""
 
@@ -56,7 +58,8 @@ def time_call(
     before: Call | None = None,
 ) -> Timing:
     """Seconds of `call` by the host's clock: the lower quartile over repeats that fill about
-    `seconds`, at least 5, each after a `before` that is not timed.
+    `seconds`, at least 5 (of what takes longer than that: 2), each after a `before` that is not
+    timed.
 
     What else runs on the machine only ever adds time, so the fast repeats tell more. It adds most
     where threads wait for each other, a thousand times what a small call takes: one that is far
@@ -151,13 +154,20 @@ def _quartiles(times: Sequence[float]) -> Timing:
     return Timing(low, spread=(high - low) / middle if middle > 0 else 0.0)
 
 
+def _least(times: Sequence[float], seconds: float) -> int:
+    """How many repeats tell: fewer of long calls, which less disturbs."""
+    return LEAST_LONG if min(times, default=0.0) > seconds else LEAST
+
+
 def _repeated(
     call: Call, device: torch.device, seconds: float, most: int, before: Call | None
 ) -> list[float]:
-    """Seconds of repeated calls, at least 5, the fastest first."""
+    """Seconds of repeated calls, the fastest first."""
     times: list[float] = []
     deadline = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < deadline and len(times) < most):
+    while len(times) < _least(times, seconds) or (
+        time.perf_counter() < deadline and len(times) < most
+    ):
         if before is not None:
             before()
         synchronize(device)

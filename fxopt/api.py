@@ -62,9 +62,9 @@ def optimize(
     Raises BudgetError (with `.best`) when no plan was measured to keep every row, CaptureError
     when the model cannot be captured. `time_limit` in seconds bounds scoring and search; Ctrl-C
     during the search does what the end of that time does. `progress` draws bars on standard error
-    (None: when that is a terminal). An `fxopt.Train` workload gives a `TrainingModule`, whose
-    whole training step keeps the `memory` or `activations` of the budget; see
-    docs/activation-memory.md.
+    (None: when that is a terminal); elsewhere the logger `fxopt` has the stages at INFO. An
+    `fxopt.Train` workload gives a `TrainingModule`, whose whole training step keeps the `memory` or
+    `activations` of the budget; see docs/activation-memory.md.
     """
     if recover is not None:
         raise FxoptError(f"recover: no recovery by training is there yet, so not {recover!r}")

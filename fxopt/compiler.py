@@ -27,7 +27,7 @@ from .decide.quality import QUALITIES, Kind, Quality, Reference, class_axis
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.solve import weighed
 from .decide.statistics import Call, Statistics, collect
-from .decide.table import Column, Preparer, Priors, Table, build
+from .decide.table import Column, Preparer, Priors, Table, build, lowered, promising
 from .decide.verify import peak_live_bytes, weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit
@@ -36,6 +36,7 @@ from .fingerprint import structure_fingerprint, weights_fingerprint
 from .host import Host
 from .hosted import Optimized
 from .ir.budget import Budget
+from .ir.cost import CostModel, OpCall
 from .ir.errors import FxoptError
 from .ir.rewrite import Rewrite
 from .ir.site import Site
@@ -48,6 +49,8 @@ from .state import State
 
 logger = logging.getLogger("fxopt")
 
+TIMING_SECONDS, MOST_TIMING = {"cpu": 15.0}, 240.0
+"""Time for running op calls in all, by kind of device; where kernels are compiled first, more."""
 SWAP_SECONDS = 30.0
 SWAPS, TRIALS = 96, 8
 """Time for measuring single sites in all, how many at most, and how many whole choices; the rest
@@ -264,8 +267,22 @@ class Compiler:
     def _prior(self, proposal: Proposal) -> float:
         return self.scores(key_of([proposal]), lambda: self._priors(proposal))
 
+    @property
+    def timed(self) -> bool:
+        """Whether seconds decide anything, so that ops are timed."""
+        budget = self.request.budget
+        rows = any(name.startswith("latency") for name in budget.rows())
+        return rows or budget.objective != "error"
+
+    @property
+    def prices(self) -> CostModel:
+        """What op calls cost: where seconds only break ties, by the roofline, which says the same
+        each time."""
+        return self.costs if self.timed else self.costs.prior
+
     @cached_property
     def costs(self) -> Measured:
+        """Op calls as timed on the device."""
         return self._measured()
 
     def _measured(self, **options: Any) -> Measured:
@@ -282,12 +299,14 @@ class Compiler:
         """Every option priced: statistics, priors and measured costs."""
         try:
             self._record()
+            options = lowered(self.proposals, (*self.scenarios, self.final), baseline_calls)
+            if self.timed:
+                self._time(promising(options, self.costs.prior))
             with torch.no_grad():
                 return build(
                     self.proposals,
-                    (*self.scenarios, self.final),
-                    baseline_calls,
-                    self.costs,
+                    options,
+                    self.prices,
                     self._prior,
                     partial(self.request.progress.track, "scoring"),
                 )
@@ -299,6 +318,17 @@ class Compiler:
         every = (p for found in self.proposals.by_site.values() for p in found)
         if self.scores.empty and not all(p.rewrite.exact for p in every):
             _ = self.statistics
+
+    def _time(self, calls: Sequence[OpCall]) -> None:
+        """Time `calls` on the device in their order, as long as there is time for it."""
+        most = TIMING_SECONDS.get(self.device.type, MOST_TIMING)
+        self.costs.left = min(most, self.request.deadline - time.monotonic())
+        for call in self.request.progress.track("timing", calls):
+            self.costs(call)
+        self.costs.left = 0.0
+        told = sum(call.key not in self.costs.measured for call in calls)
+        if told:
+            logger.info("%d of %d op calls were not timed: others tell of them", told, len(calls))
 
     def _save(self) -> None:
         self.costs.save()

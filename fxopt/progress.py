@@ -1,4 +1,4 @@
-"""How far long work has come: bars on a terminal, lines elsewhere, or nothing.
+"""How far long work has come: bars on a terminal, lines elsewhere, or the log alone.
 
 Always on standard error, and drawn only between steps: a thread that redraws would disturb the
 very latencies that are being measured.
@@ -6,6 +6,7 @@ very latencies that are being measured.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -15,6 +16,10 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+logger = logging.getLogger("fxopt")
+
+PAUSE = 10.0
+"""Seconds after which something is said where nothing else was."""
 T = TypeVar("T")
 P = ParamSpec("P")
 Advance = Callable[[], None]
@@ -52,9 +57,9 @@ def stepping(advance: Advance, function: Callable[P, T]) -> Callable[P, T]:
 @contextmanager
 def showing(wanted: bool | None) -> Generator[Progress]:
     """Progress to report to while the block runs: by default (None) shown when standard error is
-    a terminal."""
+    a terminal. Where it is not shown, the log `fxopt` has it at INFO."""
     if not (_terminal() if wanted is None else wanted):
-        yield Progress()
+        yield Logged(hint=wanted is None)
         return
     from rich.console import Console
 
@@ -110,16 +115,43 @@ class Bars(Progress):
 
 
 class Lines(Progress):
-    """One line when a stage ends, for logs."""
+    """One line when a stage ends, and one now and then while it lasts, for logs."""
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Generator[Advance]:
-        begin, done = time.monotonic(), 0
+        begin = said = time.monotonic()
+        done = 0
 
         def advance() -> None:
-            nonlocal done
+            nonlocal done, said
             done += 1
+            if time.monotonic() > said + PAUSE:
+                said = time.monotonic()
+                of = "" if total is None else f" of {max(total, done)}"
+                self._say(f"{name}: {done}{of} after {said - begin:.0f} s")
 
         yield advance
         steps = "" if total is None else f"{done} in "
-        print(f"{name}: {steps}{time.monotonic() - begin:.0f} s", file=sys.stderr)
+        self._say(f"{name}: {steps}{time.monotonic() - begin:.0f} s")
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+class Logged(Lines):
+    """Lines for whoever listens to the log; `hint` tells others once, when work takes long, how to
+    see them."""
+
+    def __init__(self, *, hint: bool = False) -> None:
+        self._hint, self._began = hint, time.monotonic()
+
+    def _say(self, text: str) -> None:
+        logger.info(text)
+        if self._hint and time.monotonic() > self._began + PAUSE:
+            self._hint = False
+            if not logger.isEnabledFor(logging.INFO):
+                logger.warning(
+                    "still at work (%s); progress=True shows how far it is, progress=False does "
+                    "not say this",
+                    text,
+                )

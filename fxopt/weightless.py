@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from .capture import Captured, capture
 from .compiler import Compiler
-from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes, tensor_bytes
 from .decide.assumed import Assumed, without_weights
 from .decide.propose import Proposal, Proposals, total_cost
@@ -71,13 +70,6 @@ class Weightless(Compiler):
         return without_weights(super().proposals)
 
     @cached_property
-    def costs(self) -> Measured:
-        """Ops are timed where seconds decide; where they only break ties, those known on disk and
-        the roofline do."""
-        timed = any(name.startswith("latency") for name in self.request.budget.rows())
-        return self._measured(**({} if timed else {"limit": 0.0}))
-
-    @cached_property
     def statistics(self) -> Statistics:
         """Weights as shapes: rewrites give the shapes of their tensors."""
         nodes = {node.name: node for node in self.captured.graph.graph.nodes}
@@ -109,7 +101,7 @@ class Weightless(Compiler):
         moved = list(_moved(others, self.sizes(scenario)))
         seconds = sum(moved) / self.hardware.bandwidth
         seconds += len(moved) * self.hardware.launch_seconds
-        return total_cost(calls, self.costs).seconds + seconds
+        return total_cost(calls, self.prices).seconds + seconds
 
 
 class Predicted(Measurer):

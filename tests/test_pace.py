@@ -15,7 +15,7 @@ from fxopt.compiler import Compiler
 from fxopt.cost_models.calls import Parts, Realised
 from fxopt.decide.runs import calls
 from fxopt.decide.search import identity
-from fxopt.decide.table import Table, build
+from fxopt.decide.table import Table, build, lowered
 from fxopt.decide.verify import peak_live_bytes, weight_bytes
 from fxopt.ir.site import LinearInfo
 from fxopt.kernels import quantized_linear
@@ -44,11 +44,9 @@ def made(device: str, head_dim: int = 32) -> Compiler:
 
 
 def priced(compiler: Compiler) -> Table:
+    options = lowered(compiler.proposals, (*compiler.scenarios, compiler.final), baseline_calls)
     with torch.no_grad():
-        return build(
-            compiler.proposals, (*compiler.scenarios, compiler.final), baseline_calls,
-            compiler.costs, lambda _: 0.0,
-        )  # fmt: skip
+        return build(compiler.proposals, options, compiler.costs, lambda _: 0.0)
 
 
 @pytest.fixture(scope="module")

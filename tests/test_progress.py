@@ -4,6 +4,7 @@ with what it has."""
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import threading
 from typing import Any
@@ -14,8 +15,9 @@ from torch import nn
 
 import fxopt
 from fxopt import api
+from fxopt import progress as progress_module
 from fxopt.measure import Measurer
-from fxopt.progress import Bars, Lines, Progress, showing, stepping
+from fxopt.progress import Bars, Lines, Logged, showing, stepping
 
 
 class Screen(io.StringIO):
@@ -41,10 +43,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
     [
         (True, None, Bars),
         (True, True, Bars),
-        (True, False, Progress),
-        (False, None, Progress),
+        (True, False, Logged),
+        (False, None, Logged),
         (False, True, Lines),
-        (False, False, Progress),
+        (False, False, Logged),
     ],
 )
 def test_who_is_shown_what(
@@ -60,7 +62,7 @@ def test_who_is_shown_what(
 def test_a_program_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     with showing(None) as progress:
-        assert type(progress) is Progress
+        assert type(progress) is Logged
 
 
 def test_bars_count_and_estimate_and_are_gone_at_the_end(
@@ -106,6 +108,55 @@ def test_lines_for_logs(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="wrong"), progress.stage("searching", 2):
             raise ValueError("wrong")
     assert log.getvalue() == "scoring: 2 in 0 s\ncapturing: 0 s\n"
+
+
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_long_stage_says_now_and_then_how_far_it_is(
+    hands: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Lines().stage("scoring", 9) as advance:
+        for _ in range(8):
+            hands[0] += 4.0
+            advance()
+    assert capsys.readouterr().err == (
+        "scoring: 3 of 9 after 12 s\nscoring: 6 of 9 after 24 s\nscoring: 8 in 32 s\n"
+    )
+
+
+def test_without_a_terminal_the_log_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with caplog.at_level(logging.INFO, "fxopt"), showing(None) as progress:
+        assert list(progress.track("scoring", [4, 5])) == [4, 5]
+    assert caplog.record_tuples == [("fxopt", logging.INFO, "scoring: 2 in 0 s")]
+    assert log.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("level", "wanted", "said"),
+    [(logging.WARNING, None, 1), (logging.WARNING, False, 0), (logging.INFO, None, 0)],
+)
+def test_who_hears_nothing_is_told_once_how_to(
+    hands: list[float], caplog: pytest.LogCaptureFixture, level: int, wanted: bool | None, said: int
+) -> None:
+    with caplog.at_level(level, "fxopt"), showing(wanted) as progress:
+        for _ in progress.track("scoring", range(3)):
+            assert not caplog.records
+            hands[0] += 3.0
+        for _ in progress.track("searching", range(9)):
+            hands[0] += 6.0
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == said
+    assert all("searching: 2 of 9" in text and "progress=True" in text for text in warned)
 
 
 def test_stepping_counts_calls_that_end() -> None:
@@ -162,7 +213,7 @@ def test_optimize_plan_apply_and_verify_report(
 
     opt = optimize(False)
     plan = opt.plan
-    decided = ["capturing", "recording", "scoring", "comparing", "searching"]
+    decided = ["capturing", "recording", "timing", "scoring", "comparing", "searching"]
     assert stages(optimize, True) == [*decided, "verifying"]
     assert stages(optimize, None) == []  # pytest's standard error is no terminal
     calls = {

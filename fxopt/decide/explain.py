@@ -46,6 +46,9 @@ class Explainer:
     def __init__(self, swaps: Swaps, quality: str, unit: str) -> None:
         self.swaps, self.quality, self.unit = swaps, quality, unit
         self.main = swaps.stand.main
+        rows = (row.name for row in swaps.stand.problem.rows)
+        # ops are timed only then: what the roofline alone says is no reason
+        self.timed = self.main != "error" or any(row.startswith("latency") for row in rows)
 
     def alternative(self, group: int, option: int, mine: Choice, other: Choice) -> str:
         """Why `option` of `group`, which makes `other` of a site, was not taken."""
@@ -70,7 +73,8 @@ class Explainer:
         back = self.swaps.to(group, option)
         rows = {r: more for r, more in back.added.items() if more > 0 and r != "error"}
         sizes = {r: more for r, more in rows.items() if not r.startswith("latency")}
-        parts = [self._speed(mine, kept)] if mine.cost.seconds < kept.cost.seconds * 0.98 else []
+        faster = self.timed and mine.cost.seconds < kept.cost.seconds * 0.98
+        parts = [self._speed(mine, kept)] if faster else []
         parts += [f"saves {self._listed(sizes)}"] if sizes else []
         if not parts:
             return "gains nothing in this budget's rows"

@@ -99,21 +99,22 @@ class Search:
 
     def problem(self) -> Problem:
         """The program with today's corrections."""
+        amounts, forbidden = self._amounts(), self._forbidden()
+        return replace(
+            amounts,
+            cuts=tuple(trial.choice for trial in self.trials),
+            forbidden=forbidden | self._dominated(amounts.groups, forbidden),
+            exclusive=self.table.exclusive,
+        )
+
+    def _amounts(self) -> Problem:
+        """The program as far as it says what a choice comes to."""
         rows = tuple(
             Row(row, limit, constant)
             for name, limit in self.limits.rows.items()
             for row, constant in self.constant(name).items()
         )
-        groups = self.table.groups(self.correction)
-        forbidden = self._forbidden()
-        return Problem(
-            groups,
-            rows,
-            self.limits.objective,
-            cuts=tuple(trial.choice for trial in self.trials),
-            forbidden=forbidden | self._dominated(groups, forbidden),
-            exclusive=self.table.exclusive,
-        )
+        return Problem(self.table.groups(self.correction), rows, self.limits.objective)
 
     def _dominated(
         self, groups: Sequence[Group], forbidden: frozenset[tuple[int, int]]
@@ -194,7 +195,7 @@ class Search:
 
     def predict(self, choice: Choice, *further: str) -> dict[str, float]:
         """Every row of `choice`, and `further` ones, as predicted, in the solver's form."""
-        problem = self.problem()
+        problem = self._amounts()
         names = {*self.limits.rows, *self.limits.objective, "error", *further}
         rows = {
             name: max(
@@ -234,7 +235,7 @@ class Search:
 
     def _widest(self, choice: Choice, row: str) -> str:
         """The point of the program at which the peak of `choice` is expected."""
-        problem = self.problem()
+        problem = self._amounts()
         return max(
             self.limits.points,
             key=lambda p: total(problem, choice, row_at(row, p)) + self.limits.points[p],

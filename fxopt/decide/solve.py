@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from scipy.sparse import coo_matrix
 from .peaks import row_of
 
 ROUNDING = 1e-9
+INFEASIBLE = 2
+"""The status of `scipy.optimize.milp`."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ class Solution:
     method: str
 
 
+class _Infeasible(Exception):
+    """It is proved that no choice holds."""
+
+
 def total(problem: Problem, choice: Sequence[int], row: str) -> float:
     """The amount that `choice` adds to `row`, pairs included, constants not."""
     amount = sum(
@@ -153,7 +159,10 @@ def solve(
         # nothing to decide, and HiGHS takes no empty program
         empty = Solution((), 0.0, 0.0, "milp")
         return empty if violation(problem, ()) <= 0 else None
-    exact = _milp(problem, time_limit, gap)
+    try:
+        exact = _milp(problem, time_limit, gap)
+    except _Infeasible:
+        return None
     if not walk or (exact is not None and exact.gap <= gap):
         return exact
     found = [s for s in (exact, greedy(problem)) if s is not None]
@@ -166,7 +175,9 @@ def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
     What is returned when the rows cannot all hold. Among equals, the other rows that cannot are as
     small as they can be, and those that can do hold; within that the objective decides.
     """
-    relaxed = _milp(problem, time_limit / 2, 1e-6, relax=True) if problem.groups else None
+    relaxed = None
+    with suppress(_Infeasible):
+        relaxed = _milp(problem, time_limit / 2, 1e-6, relax=True) if problem.groups else None
     if relaxed is None:
         return tuple(0 for _ in problem.groups)
     # the excess takes all of the program's precision: what is left to gain is another program's
@@ -175,7 +186,9 @@ def nearest(problem: Problem, *, time_limit: float = 10.0) -> tuple[int, ...]:
         replace(row, limit=max(row.limit, amount + ROUNDING * abs(amount)))
         for row, amount in zip(problem.rows, reached, strict=True)
     )
-    held = _milp(replace(problem, rows=rows), time_limit / 2, 1e-6)
+    held = None
+    with suppress(_Infeasible):
+        held = _milp(replace(problem, rows=rows), time_limit / 2, 1e-6)
     return relaxed.choice if held is None or held.value > relaxed.value else held.choice
 
 
@@ -233,6 +246,8 @@ def _milp(
             constraints=constraints(problem, index, width, relax=relax, sizes=[*map(len, alike)]),
             options={"time_limit": time_limit, "mip_rel_gap": gap},
         )
+    if result.status == INFEASIBLE:
+        raise _Infeasible
     if result.x is None:
         return None
     choice = [0] * len(whole.groups)

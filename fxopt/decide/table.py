@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -153,36 +153,101 @@ class Preparer:
         return self._recorded
 
 
-def build(
-    proposals: Proposals,
+@dataclass(frozen=True)
+class Lowered:
+    """One joint option of a group, and the op calls of its sites in each call of the workload."""
+
+    proposals: tuple[Proposal, ...]
+    calls: tuple[tuple[Scenario, list[OpCall]], ...]
+
+
+Options = tuple[tuple[Site, ...], list[Lowered]]
+"""Sites that are decided together, and what could become of them; the first keeps them."""
+
+
+def lowered(
+    proposals: Proposals, scenarios: Sequence[Scenario], baseline: Baseline
+) -> list[Options]:
+    """The options of all sites that have any. Attention and KV cache of one head are one joint
+    decision."""
+    found: list[Options] = []
+    for sites in joint(proposals.sites):
+        offered = [proposals.by_site.get((s.family, s.key), []) for s in sites]
+        if any(offered):
+            made = [_lowered(sites, c, scenarios, baseline) for c in _product(offered)]
+            found.append((sites, made))
+    return found
+
+
+def _lowered(
+    sites: tuple[Site, ...],
+    chosen: tuple[Proposal, ...],
     scenarios: Sequence[Scenario],
     baseline: Baseline,
+) -> Lowered:
+    by_family = {p.site.family: p for p in chosen}
+    calls = ((scenario, calls_of(sites, by_family, scenario, baseline)) for scenario in scenarios)
+    return Lowered(chosen, tuple(calls))
+
+
+def promising(options: Iterable[Options], price: CostModel) -> list[OpCall]:
+    """The distinct calls that could be timed, those first that tell most: what stands there now;
+    of each family one, which others can be told by; then by what an option with the call saves of
+    all seconds, at `price`."""
+    calls: dict[str, OpCall] = {}
+    saved: dict[str, float] = {}
+    for _, made in options:
+        kept = _seconds(made[0], price)
+        for option in made:
+            gain = kept - _seconds(option, price) if option.proposals else math.inf
+            for call in _timed(option):
+                calls[call.key] = call
+                saved[call.key] = max(saved.get(call.key, -math.inf), gain)
+    best = sorted(calls, key=lambda key: -saved[key])
+    kept = [key for key in best if saved[key] == math.inf]
+    first: dict[str, str] = {}
+    for key in best:
+        first.setdefault(calls[key].family or key, key)
+    return [calls[key] for key in dict.fromkeys([*kept, *first.values(), *best])]
+
+
+def _timed(option: Lowered) -> Iterator[OpCall]:
+    """The calls of an option that can be run; a scenario of no repeats is there for its bytes."""
+    for scenario, made in option.calls:
+        yield from (call for call in made if scenario.repeats and call.run is not None)
+
+
+def _seconds(option: Lowered, price: CostModel) -> float:
+    totals = (s.repeats * total_cost(made, price).seconds for s, made in option.calls if s.repeats)
+    return sum(totals)
+
+
+def build(
+    proposals: Proposals,
+    options: Collection[Options],
     cost: CostModel,
     prior_of: Callable[[Proposal], float],
-    watch: Callable[[list[tuple[Site, ...]]], Iterable[tuple[Site, ...]]] = iter,
+    watch: Callable[[Collection[Options]], Iterable[Options]] = iter,
 ) -> Table:
-    """Price every option. Attention and KV cache of one head are one joint decision.
+    """Price every option.
 
-    `prior_of` gives the additive error of one proposal alone. `watch` iterates over the groups,
-    and may count them.
+    `prior_of` gives the additive error of one proposal alone; what returns no number is refused in
+    `proposals`. `watch` iterates over the options, and may count the sites.
     """
     keys: list[tuple[Site, ...]] = []
     columns: list[list[Column]] = []
-    for sites in watch(joint(proposals.sites)):
-        options = [proposals.by_site.get((s.family, s.key), []) for s in sites]
-        if not any(options):
-            continue
+    for sites, made in watch(options):
         keys.append(sites)
-        made: list[Column] = []
-        for chosen in _product(options):
-            total, seconds, host, timed = _cost(sites, chosen, scenarios, baseline, cost)
+        columns.append([])
+        for option in made:
+            chosen = option.proposals
+            total, seconds, host, timed = _cost(option, cost)
             known = 0.0 if all(p.rewrite.exact for p in chosen) else None
             prior = sum(0.0 if p.rewrite.exact else prior_of(p) for p in chosen)
             if math.isfinite(prior):
-                made.append(Column(chosen, total, prior, known, seconds, timed, host))
+                columns[-1].append(Column(chosen, total, prior, known, seconds, timed, host))
             elif len(chosen) == 1:
                 proposals.refuse(chosen[0], "its output is no number on the calibration data")
-        columns.append(made)
     return Table(keys, columns)
 
 
@@ -212,11 +277,7 @@ def is_identity(proposal: Proposal) -> bool:
 
 
 def _cost(
-    sites: tuple[Site, ...],
-    chosen: tuple[Proposal, ...],
-    scenarios: Sequence[Scenario],
-    baseline: Baseline,
-    model: CostModel,
+    option: Lowered, model: CostModel
 ) -> tuple[Cost, dict[str, float], dict[str, float], frozenset[str]]:
     """Seconds summed over scenarios (and of one call each, on the device and to issue), bytes at
     the last (longest) one; the scenarios of which the model timed every op.
@@ -224,16 +285,14 @@ def _cost(
     Temporaries are those of the call with the most. A scenario of no repeats is there for its
     bytes: its calls are not timed.
     """
-    by_family = {p.site.family: p for p in chosen}
     seconds: dict[str, float] = {}
     host: dict[str, float] = {}
     timed: set[str] = set()
     known: Collection[str] = getattr(model, "measured", ())
     repeated = 0.0
     bytes_ = Cost()
-    for scenario in scenarios:
+    for scenario, made in option.calls:
         price = model if scenario.repeats else _bytes_only
-        made = calls_of(sites, by_family, scenario, baseline)
         total = total_cost(made, price)
         if scenario.repeats:
             seconds[scenario.name], host[scenario.name] = total.seconds, total.host

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fxopt.capture import capture
 from fxopt.ir.errors import CaptureError
 from fxopt.ir.site import LinearInfo
+from fxopt.ir.workload import Scenario
+from fxopt.passes.linear.dense import tokens
 
 
 def mlp() -> nn.Sequential:
@@ -44,6 +46,40 @@ def test_mlp_sites() -> None:
         ("linear", "0+2"),
     ]
     assert sites[2].info.out_bytes == 8 * 4
+
+
+class Pooled(nn.Module):
+    """Two linears: of each token, and of each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.whole = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(self.each(x).mean(1))
+
+
+def test_rows_of_a_matrix_are_items_of_the_batch() -> None:
+    def rows(sites: Any) -> dict[str, int]:
+        call = Scenario("forward", 5, 16, 0)
+        infos = {s.key: s.info for s in sites if isinstance(s.info, LinearInfo)}
+        return {key: tokens(info, call) for key, info in infos.items()}
+
+    assert rows(capture(mlp(), torch.randn(2, 16)).sites) == {"0": 5, "2": 5}
+    assert rows(capture(Pooled(), torch.randn(2, 7, 16)).sites) == {"each": 80, "whole": 5}
+
+
+def test_rows_of_all_tokens_together_are_no_items() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each = nn.Linear(16, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.each(x.flatten(0, 1))
+
+    site, *_ = capture(Flat(), torch.randn(2, 7, 16)).sites
+    assert tokens(site.info, Scenario("forward", 5, 7, 0)) == 35
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 8), (3, 17), (2, 32)])

@@ -73,6 +73,32 @@ def test_a_call_that_would_take_long_stays_a_prediction(tmp_path: Path) -> None:
     assert model(slow).seconds == pytest.approx(1 + 1e-6)
 
 
+def test_no_more_is_run_than_there_is_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, runs = [0.0], list[str]()
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
+
+    def timed(self: Measured, run, made: OpCall, prior: float) -> tuple[Timing, float]:
+        runs.append(made.key)
+        now[0] += 2.0
+        return Timing(3 * prior), -1.0
+
+    monkeypatch.setattr(Measured, "_time", timed)
+    model = Measured(DEVICE, "float32", folder=tmp_path)
+    model.left = 3.0
+    for size in (1, 2, 3, 4):
+        made = call(key=f"{size}", bytes_read=size * 1e6, family="f", run=lambda device: None)
+        found = model(made)
+        assert found.seconds == pytest.approx(3 * model.prior(made).seconds)
+        assert (found.doubt > 0) == (size > 2)  # told by the others
+    assert runs == ["1", "2"]
+    assert model.measured == {"1", "2"}
+    model.left = 1.0
+    model(call(key="3", bytes_read=3e6, family="f", run=lambda device: None))
+    assert runs == ["1", "2", "3"]
+
+
 def test_what_cannot_be_is_measured_again_by_the_next_process(tmp_path: Path) -> None:
     runs: list[int] = []
 

@@ -56,6 +56,18 @@ def test_repeats_that_disagree_are_made_again(hands: list[float]) -> None:
     assert not found.disturbed
 
 
+@pytest.mark.parametrize(("each", "times"), [(0.001, 51), (0.02, 6), (0.2, 3)])
+def test_long_calls_are_repeated_less(hands: list[float], each: float, times: int) -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        hands[0] += each
+
+    assert time_call(call, CPU, seconds=0.05).seconds == pytest.approx(each)
+    assert abs(len(calls) - times) <= 1  # rounding of sums of seconds
+
+
 def test_what_never_agrees_is_said_to_be_disturbed(hands: list[float]) -> None:
     spent = [0.01, 0.03] * 100
 

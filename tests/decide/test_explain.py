@@ -192,6 +192,11 @@ def test_least_error_is_explained_in_errors() -> None:
     (first, second) = decided(table(a=OPTIONS, b=OPTIONS), (1, 0), "error", weights=145)
     assert first.reason.startswith("saves 60 KiB of weights, which is used up: worth ")
     assert first.reason.endswith(" for 0.001 nats here")
+    fast = {"keep": (5, 100, 0), "fast8": (2, 40, 1e-3)}
+    (untimed,) = decided(table(a=fast), (1,), "error", weights=45)
+    assert untimed.reason.startswith("saves 60 KiB of weights")  # of speed only where it is timed
+    (timed,) = decided(table(a=fast), (1,), "error", weights=45, latency=3)
+    assert timed.reason.startswith("2.50x speed, saves 60 KiB of weights")
     assert reasons(first)["tiny4"].startswith("errs 0.009 nats against 0.001 nats")
     assert reasons(second)["small8"].startswith("errs 0.001 nats against 0 nats")
 

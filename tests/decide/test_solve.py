@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxopt.decide import solve as solve_module
 from fxopt.decide.solve import (
     Group,
     Option,
@@ -144,9 +145,13 @@ def test_solution_is_deterministic() -> None:
     assert all(solve(problem) == first for _ in range(3))
 
 
-def test_infeasible_is_none() -> None:
+def test_infeasible_is_none_without_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve_module, "greedy", lambda _: pytest.fail("walked"))
     group = Group("g", (Option("o", {"bytes": 2.0}),))
     assert solve(Problem((group,), (Row("bytes", 1.0),), {"error": 1.0})) is None
+    tried = Problem((group,), (), {"error": 1.0}, cuts=((0,),))
+    assert solve(tried) is None
+    assert nearest(tried) == (0,)  # nothing else is left
 
 
 def test_dominated_options_are_dropped_and_one_of_equals_stays() -> None:
