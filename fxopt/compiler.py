@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
 from .decide.peaks import Points, points, shifted
 from .decide.propose import Proposal, Proposals, propose
-from .decide.quality import QUALITIES, Kind, Quality, Reference, class_axis
+from .decide.quality import QUALITIES, Kind, Measurement, Quality, Reference, class_axis
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
 from .decide.solve import weighed
 from .decide.statistics import Call, Statistics, collect
-from .decide.table import Column, Preparer, Priors, Table, build, lowered, promising
+from .decide.table import Column, Preparer, Priors, Swapped, Table, build, lowered, promising
 from .decide.verify import peak_live_bytes, weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit
@@ -477,15 +477,18 @@ class Compiler:
         }
         return weighed(self.request.budget.objective, scale)
 
-    def measure_column(self, column: Column) -> float:
+    def measure_column(self, column: Column) -> Swapped:
         """Additive error of one swapped site, on the `choose` part."""
 
-        def measure() -> float:
+        @cache
+        def measured() -> Measurement:
             graph = self.realise(column.proposals).graph
-            measured = self.choose_reference.measure(graph, batches=1)
-            return self.quality.additive(measured.mean)
+            return self.choose_reference.measure(graph, batches=1)
 
-        return self.scores(f"swap:{key_of(column.proposals)}", measure)
+        key = key_of(column.proposals)
+        error = self.scores(f"swap:{key}", lambda: self.quality.additive(measured().mean))
+        within = self.scores(f"within:{key}", lambda: measured().within)
+        return Swapped(error, within)
 
     def scored(self, proposals: Sequence[Proposal], measure: Callable[[], float]) -> float:
         """The error of a whole choice on the `choose` part, measured once; a metric, which may be

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .cost_models.hardware import cache_folder, read_json, write_json
 from .decide.propose import Proposal
 from .ir.rewrite import Rewrite
 
+N = TypeVar("N", float, float | None)
 INTERVAL = 5.0
 """Seconds between writes, so that an interrupted scoring goes on where it stopped."""
 
@@ -32,11 +33,11 @@ class Scores:
         digest = hashlib.sha256("|".join(identity).encode()).hexdigest()[:16]
         self._path = (folder or cache_folder()) / f"scores-{digest}.json"
         stored = read_json(self._path)
-        self._known: dict[str, float] = stored if isinstance(stored, dict) else {}
+        self._known: dict[str, Any] = stored if isinstance(stored, dict) else {}
         self._saved, self._dirty = time.monotonic(), False
 
-    def __call__(self, key: str, compute: Callable[[], float]) -> float:
-        """The number at `key`, computed where it is not known yet."""
+    def __call__(self, key: str, compute: Callable[[], N]) -> N:
+        """The number (or None) at `key`, computed where it is not known yet."""
         if key not in self._known:
             self._known[key] = compute()
             self._dirty = True

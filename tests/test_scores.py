@@ -157,3 +157,28 @@ def test_a_damaged_file_is_no_obstacle(
     for file in folder.glob("scores-*.json"):
         file.write_text("{ cut")
     assert not first.diff(fxopt.plan(model, BUDGET, data[0], calibration=data))
+
+
+def test_what_is_measured_alone_has_its_interval_the_second_time_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3,
+    )  # fmt: skip
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (3, 48))
+
+    def planned() -> fxopt.Plan:
+        return fxopt.plan(
+            model, fxopt.Budget(weights="75%"), {"input_ids": ids}, rewrites=["linear.quantized"]
+        )
+
+    first, again = planned(), planned()
+    options = [one for d in first.decisions for one in (d, *d.alternatives)]
+    measured = [one for one in options if one.error_measured]
+    assert measured
+    assert all(one.error_within is not None and one.error_within > 0 for one in measured)
+    assert all(one.error_within is None for one in options if not one.error_measured)
+    taken = next(d for d in first.rewritten if d.error_measured)
+    text = first.explain(taken.key)
+    assert f"error {taken.error:.3g} ± {taken.error_within:.2g}, measured alone" in text
+    assert [d.error_within for d in again.decisions] == [d.error_within for d in first.decisions]

@@ -41,6 +41,14 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
 
 
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 DATA = [torch.randn(4, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 
@@ -49,13 +57,9 @@ def planned(budget: fxopt.Budget) -> fxopt.Plan:
 
 
 def test_a_cache_of_least_error_is_planned_without_timing(timed: list[str]) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
     ids = torch.randint(64, (3, 48))
     plan = fxopt.plan(
-        transformers.LlamaForCausalLM(config).eval(), fxopt.Budget(kv_cache="90%"),
+        llama(), fxopt.Budget(kv_cache="90%"),
         {"input_ids": ids}, workload=fxopt.Generate(batch=1, prompt=256, new_tokens=16),
     )  # fmt: skip
     assert {d.family for d in plan.rewritten} >= {"kv_cache"}

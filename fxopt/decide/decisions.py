@@ -172,6 +172,7 @@ class _Here:
             "calls": self._calls(option),
             "timed": self._timed(option),
             "error_measured": measured if proposal else None,
+            "error_within": self._within(option) if proposal else None,
         }
         if proposal is None:
             return {"rewrite": KEEP, **fields}
@@ -210,6 +211,12 @@ class _Here:
         table, kept = self.table, self.columns[0]
         columns = (self.columns[option], self._apart, self.mine)
         return self._share(*(table.amounts(c, kept)["error"] for c in columns))
+
+    def _within(self, option: int) -> float | None:
+        """Of an error that is the option's own and no share of it."""
+        column = self.columns[option]
+        own = self.table.amounts(column, self.columns[0])["error"]
+        return column.within if self._error(option) == own else None
 
     def _calls(self, option: int) -> dict[str, float]:
         columns = (self.columns[option], self._apart, self.mine)

@@ -28,6 +28,8 @@ QUALITIES: dict[str, Kind] = {
 """By the budget's row."""
 IGNORED = -100
 """A label that does not count, as in torch's own cross entropy."""
+RUNS, SHORTEST = 16, 4
+"""Runs of positions that an interval is told by, and positions of one at least."""
 Evaluate = Callable[[Any, Batch, Tensor | None], Tensor]
 """(module, batch, positions [P] or None) -> output of interest; logits of those positions."""
 
@@ -125,13 +127,16 @@ def _unpadded(labels: Tensor, mask: Tensor | None) -> Tensor:
 class Measurement:
     """A quality measurement: `mean` is the row's value; `p99` over positions where there are
     any; `count` of positions or sequences. `upper` is what the mean of other data like this is
-    below with 95 % confidence, by how the `sequences` differ; None of a single one."""
+    below with 95 % confidence, by how the `sequences` differ; None of a single one. `within` is
+    half of the 95 % interval of the mean in its additive form, by how `runs` of positions differ;
+    None of too few."""
 
     mean: float
     p99: float
     count: int
     upper: float | None
     sequences: int
+    within: float | None = None
 
 
 def first_tensor(batch: Batch) -> Tensor:
@@ -186,7 +191,8 @@ class Reference:
         upper = upper_bound([(e.double().mean().item(), len(e)) for e in errors])
         if upper is not None:
             upper = self.quality.measured(upper)
-        return Measurement(mean, p99, len(values), upper, len(errors))
+        within = half_width([(run.mean().item(), len(run)) for run in runs(errors)])
+        return Measurement(mean, p99, len(values), upper, len(errors), within)
 
     def _nothing(self) -> str:
         if self.quality.kind == "loss_increase":
@@ -220,11 +226,37 @@ def upper_bound(parts: Sequence[tuple[float, int]], confidence: float = 0.95) ->
     """
     if len(parts) < 2:
         return None
+    mean, error = _clustered(parts)
+    return mean + float(stdtrit(len(parts) - 1, confidence)) * error
+
+
+def half_width(parts: Sequence[tuple[float, int]], confidence: float = 0.95) -> float | None:
+    """Half of the two-sided interval of such a mean."""
+    if len(parts) < 2:
+        return None
+    return float(stdtrit(len(parts) - 1, (1 + confidence) / 2)) * _clustered(parts)[1]
+
+
+def _clustered(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The mean over at least two clusters of (mean, count), and its standard error."""
     count = sum(n for _, n in parts)
     mean = sum(value * n for value, n in parts) / count
     squares = sum((n / count) ** 2 * (value - mean) ** 2 for value, n in parts)
-    t = float(stdtrit(len(parts) - 1, confidence))
-    return mean + t * math.sqrt(squares * len(parts) / (len(parts) - 1))
+    return mean, math.sqrt(squares * len(parts) / (len(parts) - 1))
+
+
+def runs(errors: Sequence[Tensor]) -> list[Tensor]:
+    """Errors by position as runs of neighbours, about `RUNS` in all and none across sequences.
+
+    Neighbours err alike, so that means of runs are what tells how a mean varies (batch means;
+    Schmeiser, Batch size effects, 1982).
+    """
+    parts = max(1, RUNS // max(len(errors), 1))
+    return [
+        run
+        for found in errors
+        for run in found.double().tensor_split(max(1, min(parts, len(found) // SHORTEST)))
+    ]
 
 
 def divergence(

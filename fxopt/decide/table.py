@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,12 +22,21 @@ KEEP = "keep"
 Rows = dict[str, float]
 
 
+class Swapped(NamedTuple):
+    """The additive error that was measured of one option alone; `within` is half of its 95 %
+    interval (None: unknown)."""
+
+    error: float
+    within: float | None = None
+
+
 @dataclass(frozen=True)
 class Column:
     """One joint option of a group: the proposals it realises (none: keep), what it costs and
-    errs. `prior` and `measured` are additive errors; `seconds` is of one call, by scenario, and
-    of all calls of a named workload; `timed` names the scenarios of which all ops were timed on
-    the device. `host` are the seconds to issue a call, by scenario."""
+    errs. `prior` and `measured` are additive errors, the latter `within` half of its 95 % interval
+    (None: unknown) where it was `swapped`, and not known to be exact. `seconds` is of one call, by
+    scenario, and of all calls of a named workload; `timed` names the scenarios of which all ops
+    were timed on the device. `host` are the seconds to issue a call, by scenario."""
 
     proposals: tuple[Proposal, ...]
     cost: Cost
@@ -35,6 +45,8 @@ class Column:
     seconds: Mapping[str, float] = field(default_factory=dict)
     timed: frozenset[str] = frozenset()
     host: Mapping[str, float] = field(default_factory=dict)
+    within: float | None = None
+    swapped: bool = False
 
     @property
     def label(self) -> str:

@@ -50,6 +50,7 @@ class Alternative(PlanModel):
     calls: dict[str, float] | None = None
     timed: list[str] = Field(default_factory=list)
     error_measured: bool | None = None
+    error_within: float | None = None
 
 
 class Refused(PlanModel):
@@ -72,7 +73,8 @@ class Decision(PlanModel):
 
     For readers alone: `calls` are the seconds behind `cost`, of one call of each kind that the
     workload makes, and `timed` the kinds that were timed (others are the roofline's);
-    `error_measured` says whether `error` was measured by swapping this site alone; `already` names
+    `error_measured` says whether `error` was measured by swapping this site alone, and
+    `error_within` is half of its 95 % interval (None: unknown); `already` names
     rewrites that would change nothing, since the call is what they make.
     """
 
@@ -91,6 +93,7 @@ class Decision(PlanModel):
     calls: dict[str, float] | None = None
     timed: list[str] = Field(default_factory=list)
     error_measured: bool | None = None
+    error_within: float | None = None
     already: list[RewriteName] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -147,6 +150,7 @@ class Decision(PlanModel):
             calls=self.calls,
             timed=self.timed,
             error_measured=self.error_measured,
+            error_within=self.error_within,
         )
         for other in self.alternatives:
             # these compare with what was chosen before
@@ -157,6 +161,7 @@ class Decision(PlanModel):
         self.cost, self.error, self.reason = chosen.cost, chosen.error, BY_HAND
         self.calls, self.timed = chosen.calls, chosen.timed
         self.error_measured = chosen.error_measured
+        self.error_within = chosen.error_within
 
 
 def _no_choice(

@@ -91,7 +91,7 @@ def _costs(plan: Plan, decision: Decision) -> list[str]:
     time = _cost("seconds", before, after, training)
     time += f": {', '.join(calls)}" if time and calls else ""
     known = {True: ", measured alone", False: ", predicted", None: ""}[decision.error_measured]
-    error = "" if decision.error is None else f"error {decision.error:.3g}{known}"
+    error = f"{_error(decision)}{known}" if decision.error is not None else ""
     return [text for text in (time, *texts, error if decision.rewritten else "") if text]
 
 
@@ -142,4 +142,12 @@ def _amounts(one: Decision | Alternative, chosen: Decision) -> str:
         for name in ("seconds", "weight_bytes", "state_bytes")
         if any(getattr(other.cost, name) for other in (chosen, *chosen.alternatives))
     ]
-    return ", ".join([*texts, *([] if one.error is None else [f"error {one.error:.3g}"])])
+    return ", ".join([*texts, *filter(None, [_error(one)])])
+
+
+def _error(one: Decision | Alternative) -> str:
+    """An error, with its 95 % interval where it was measured."""
+    if one.error is None:
+        return ""
+    within = "" if one.error_within is None else f" ± {one.error_within:.2g}"
+    return f"error {one.error:.3g}{within}"

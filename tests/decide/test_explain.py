@@ -261,6 +261,20 @@ def test_joint_costs_add_up_and_alternatives_leave_the_other_site(choice: int) -
         assert alternative.rewrite == "keep" or decision.rewrite == "keep"
 
 
+@pytest.mark.parametrize(
+    ("choice", "known"), [(1, (0.1, None)), (2, (None, 0.2)), (3, (None,) * 2)]
+)
+def test_an_interval_is_that_of_an_error_which_was_measured_so(
+    choice: int, known: tuple[float | None, float | None]
+) -> None:
+    made = joint()
+    columns = made[0].columns[0]
+    for option, within in ((1, 0.1), (2, 0.2), (3, 0.3)):
+        columns[option] = replace(columns[option], within=within)
+    both = decided(made, (choice,), kv_cache=200 * KIB, error=1.0)
+    assert tuple(decision.error_within for decision in both) == known
+
+
 @pytest.mark.parametrize("choice", [0, 1, 2, 3])
 def test_a_pair_is_told_of_as_one(choice: int) -> None:
     made = joint()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fxopt.decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
-from fxopt.decide.table import Column, Table
+from fxopt.decide.search import A_SITE, Choice, Limits, Search, Trial, improve, measure_swaps
+from fxopt.decide.table import Column, Swapped, Table
 from fxopt.ir.cost import Cost
 
 
@@ -37,7 +37,7 @@ KEEP = column("keep", 1.0, 100, 100, 0.0)
 
 def forbidden(options: list[Column], rows: dict[str, float], objective: dict[str, float]) -> Any:
     search = Search(table([KEEP, *options]), Limits(rows, {}, objective))
-    return {o for _, o in search._forbidden()}
+    return {o for _, o in search._forbidden(search.table.groups({}))}
 
 
 def test_what_serves_no_row_is_never_taken() -> None:
@@ -170,9 +170,9 @@ def test_swaps_are_measured_once_each_largest_error_first_and_teach_the_rest() -
     search, _ = search_of(300.0)
     seen: list[str] = []
 
-    def measure(measured: Column) -> float:
+    def measure(measured: Column) -> Swapped:
         seen.append(measured.label)
-        return 3.0 * measured.prior
+        return Swapped(3.0 * measured.prior, 0.1)
 
     done = measure_swaps(search, measure, deadline=math.inf)
     assert done == len(seen) > 0
@@ -180,3 +180,19 @@ def test_swaps_are_measured_once_each_largest_error_first_and_teach_the_rest() -
     again = measure_swaps(search, measure, deadline=math.inf)
     assert again == 0
     assert measure_swaps(search_of(300.0)[0], measure, deadline=time.monotonic() - 1) == 0
+
+
+def test_of_one_site_at_most_so_many_options_are_measured() -> None:
+    """Each that is measured turns out so bad that the solver takes another."""
+    options = [column(f"b{i}", 1.0, 50, 100, 1e-3 * i) for i in range(1, 9)]
+    search = Search(table([KEEP, *options]), Limits({"weights": 60.0}, {}, {"error": 1.0}))
+    seen: list[str] = []
+
+    def measure(measured: Column) -> Swapped:
+        seen.append(measured.label)
+        return Swapped(1.0 + len(seen))
+
+    for _ in range(2):
+        measure_swaps(search, measure, deadline=math.inf)
+    assert len(seen) == len(set(seen)) == A_SITE == 4
+    assert [c.swapped for c in search.table.columns[0]].count(True) == A_SITE

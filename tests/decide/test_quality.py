@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from scipy.special import stdtrit
+from torch import Tensor
 
-from fxopt.decide.quality import Quality, Reference, divergence, kl_divergence, upper_bound
+from fxopt.decide.quality import (
+    Quality,
+    Reference,
+    divergence,
+    half_width,
+    kl_divergence,
+    runs,
+    upper_bound,
+)
 from fxopt.ir.errors import FxoptError
 
 
@@ -158,6 +170,42 @@ def test_the_bound_holds_as_often_as_it_says(sequences: int) -> None:
         assert bound is not None
         held += bound >= 1.0
     assert 0.92 <= held / 800 <= 0.98
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 512), (3, 170), (1, 12)])
+def test_the_interval_holds_as_often_as_it_says(sequences: int, length: int) -> None:
+    """Errors of neighbours go together, as those of tokens do."""
+    rng = np.random.default_rng(length)
+    held, widths, count = 0, list[float](), 600
+    for _ in range(count):
+        noise = rng.normal(0.0, 1.0, (sequences, length + 3))
+        errors = 1.0 + sum(noise[:, i : length + i] for i in range(4)) / 4
+        parts = [torch.from_numpy(e) for e in errors]
+        within = half_width([(run.mean().item(), len(run)) for run in runs(parts)])
+        assert within is not None
+        widths.append(within)
+        held += abs(errors.mean() - 1.0) <= within
+    assert (0.90 if length > 100 else 0.75) <= held / count <= 0.99
+    assert sum(map(len, runs(parts))) == sequences * length
+
+
+def test_an_error_comes_with_the_interval_of_its_mean() -> None:
+    quality, generator = Quality("kl", per_position=True), torch.Generator().manual_seed(2)
+    batches = [{"input_ids": torch.zeros(1, 64, dtype=torch.long)} for _ in range(2)]
+    logits = torch.randn(64, 9, generator=generator)
+    noise = torch.randn(64, 9, generator=generator)
+
+    def evaluate(module: Any, batch: Any, positions: Any) -> Tensor:
+        return logits + module * noise
+
+    found = Reference(quality, evaluate, 0.0, batches).measure(0.3, batches=1)
+    errors = kl_divergence(logits, logits + 0.3 * noise)
+    means = errors.double().reshape(16, 4).mean(1)
+    expected = float(stdtrit(15, 0.975)) * (means.std() / 4).item()
+    assert found.within == pytest.approx(expected)
+    assert found.upper is None
+    whole = Reference(Quality("relative_error", per_position=False), evaluate, 0.0, batches)
+    assert whole.measure(0.3, batches=1).within is None  # one number tells nothing
 
 
 def test_one_sequence_bounds_nothing() -> None:

@@ -89,10 +89,13 @@ def test_a_choice_by_hand_takes_its_own_facts_and_drops_old_comparisons(plan: Pl
     keep, small, large = first.alternatives
     keep.reason, small.reason, large.reason = "slower", "errs more", "errs 0.3 nats alone"
     small.calls, small.timed, small.error_measured = {"decode": 1e-6}, ["decode"], True
+    small.error_within, first.error_within = 1e-4, 2e-4
     first.choose("linear.low_rank", "r8")
     assert (first.reason, first.calls, first.timed) == (BY_HAND, {"decode": 1e-6}, ["decode"])
     assert first.error_measured is True
+    assert first.error_within == 1e-4
     mine = first.alternatives[1]
+    assert mine.error_within == 2e-4
     assert (mine.label, mine.reason, mine.calls) == ("int4", "replaced by hand", None)
     # what compares with the former choice is dropped, what holds of any choice stays
     assert [other.reason for other in (keep, large)] == ["", "errs 0.3 nats alone"]
@@ -103,7 +106,7 @@ def test_plans_without_the_facts_for_readers_load(plan: Plan, tmp_path: Path) ->
     data = json.loads(path.read_text("utf-8"))
     for decision in data["decisions"]:
         for one in (decision, *decision["alternatives"]):
-            for name in ("calls", "timed", "error_measured", "already"):
+            for name in ("calls", "timed", "error_measured", "error_within", "already"):
                 one.pop(name, None)
     for name in ("prices", "untried"):
         del data[name]

@@ -60,6 +60,14 @@ def only(plan: Plan) -> Joined:
     return found
 
 
+def test_an_interval_is_that_of_the_one_that_changes(plan: Plan) -> None:
+    assert only(plan).error_within is None
+    attention, cache, *_ = plan.decisions
+    assert cache.rewritten
+    attention.rewrite, attention.label, attention.error, cache.error_within = KEEP, "", 0.0, 2e-4
+    assert only(plan).error_within == 2e-4
+
+
 def test_costs_and_errors_are_those_of_both(plan: Plan) -> None:
     joined = only(plan)
     assert joined.choice == "attention.window window9 + kv_cache.blocks blocks9"
