@@ -208,7 +208,7 @@ def test_a_latency_that_nothing_limits_is_said_beside_the_original_of_its_own_ti
     """The machine was four times as busy when the original was timed first."""
     busy = iter([4.0])
 
-    def timed(*_: Any) -> Latency:
+    def timed(*_: Any, **__: Any) -> Latency:
         load = next(busy, 1.0)
         return Latency(load * 1.0, load * 0.5, 0.5, {"forward": Timing(load, load * 0.5, 0.5)})
 

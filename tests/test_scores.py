@@ -12,6 +12,7 @@ from torch import nn
 
 import fxopt
 from fxopt import measure as measure_module
+from fxopt.decide import runs
 from fxopt.decide.quality import Reference
 from fxopt.decide.runs import Latency
 from fxopt.decide.table import Priors
@@ -182,3 +183,24 @@ def test_what_is_measured_alone_has_its_interval_the_second_time_too() -> None:
     text = first.explain(taken.key)
     assert f"error {taken.error:.3g} ± {taken.error_within:.2g}, measured alone" in text
     assert [d.error_within for d in again.decisions] == [d.error_within for d in first.decisions]
+
+
+@pytest.mark.parametrize(("limited", "share"), [(False, 0.25), (True, 1.0)])
+def test_seconds_of_the_whole_that_no_row_limits_are_measured_briefly(
+    model: nn.Module,
+    data: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    limited: bool,
+    share: float,
+) -> None:
+    measure, asked = measure_module.measure_latency, list[float]()
+
+    def timed(*args: Any, **options: Any) -> Latency:
+        asked.append(options["seconds"])
+        return measure(*args, **options)
+
+    monkeypatch.setattr(measure_module, "measure_latency", timed)
+    rows: Any = {"latency": "9x"} if limited else {}
+    budget = fxopt.Budget(weights="60%", relative_error=0.2, **rows)
+    fxopt.plan(model, budget, data[0], calibration=data)
+    assert set(asked) == {share * runs.SECONDS}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..ir.errors import excess
 from .peaks import PEAK_ROWS, Points, row_at
@@ -101,23 +102,21 @@ class Search:
 
     def problem(self) -> Problem:
         """The program with today's corrections."""
-        amounts = self._amounts()
-        forbidden = self._forbidden(amounts.groups)
-        return replace(
-            amounts,
-            cuts=tuple(trial.choice for trial in self.trials),
-            forbidden=forbidden | self._dominated(amounts.groups, forbidden),
-            exclusive=self.table.exclusive,
-        )
-
-    def _amounts(self) -> Problem:
-        """The program as far as it says what a choice comes to."""
         rows = tuple(
             Row(row, limit, constant)
             for name, limit in self.limits.rows.items()
             for row, constant in self.constant(name).items()
         )
-        return Problem(self.table.groups(self.correction), rows, self.limits.objective)
+        groups = self.table.groups(self.correction)
+        forbidden = self._forbidden(groups)
+        return Problem(
+            groups,
+            rows,
+            self.limits.objective,
+            cuts=tuple(trial.choice for trial in self.trials),
+            forbidden=forbidden | self._dominated(groups, forbidden),
+            exclusive=self.table.exclusive,
+        )
 
     def _dominated(
         self, groups: Sequence[Group], forbidden: frozenset[tuple[int, int]]
@@ -198,13 +197,10 @@ class Search:
 
     def predict(self, choice: Choice, *further: str) -> dict[str, float]:
         """Every row of `choice`, and `further` ones, as predicted, in the solver's form."""
-        problem = self._amounts()
+        added = self._added(choice)
         names = {*self.limits.rows, *self.limits.objective, "error", *further}
         rows = {
-            name: max(
-                total(problem, choice, row) + constant
-                for row, constant in self.constant(name).items()
-            )
+            name: max(added(row) + constant for row, constant in self.constant(name).items())
             for name in sorted(names)
         }
         for name in rows.keys() - self.limits.rows.keys():
@@ -213,6 +209,11 @@ class Search:
                 kept = self.limits.constants.get(name, 0.0) + self._kept(name)
                 rows[name] = kept + self._prior_scale(name) * (rows[name] - kept)
         return rows
+
+    def _added(self, choice: Choice) -> Callable[[str], float]:
+        """What `choice` adds to a row of the program, with today's corrections."""
+        groups = self.table.taken(self.correction, choice)
+        return partial(total, Problem(groups, (), {}), [0] * len(groups))
 
     def constant(self, name: str) -> dict[str, float]:
         """The constants of a row; what scales seconds leaves the kept model's as they are."""
@@ -238,11 +239,8 @@ class Search:
 
     def _widest(self, choice: Choice, row: str) -> str:
         """The point of the program at which the peak of `choice` is expected."""
-        problem = self._amounts()
-        return max(
-            self.limits.points,
-            key=lambda p: total(problem, choice, row_at(row, p)) + self.limits.points[p],
-        )
+        added = self._added(choice)
+        return max(self.limits.points, key=lambda p: added(row_at(row, p)) + self.limits.points[p])
 
     def correct(self, choice: Choice, predicted: Rows, measured: Rows) -> None:
         """Scale the error row by `robust` ratios of measured to predicted, within a factor of 10

@@ -82,17 +82,21 @@ class Table:
 
     def groups(self, scales: Mapping[str, float]) -> tuple[Group, ...]:
         """The solver's groups, amounts in rows multiplied by `scales`."""
-
-        def scaled(amounts: Rows) -> Rows:
-            return {row: scales.get(row, 1.0) * amount for row, amount in amounts.items()}
-
         return tuple(
-            Group(
-                sites[0].key,
-                tuple(Option(c.label, scaled(self.amounts(c, columns[0]))) for c in columns),
-            )
+            Group(sites[0].key, tuple(self._option(c, columns[0], scales) for c in columns))
             for sites, columns in zip(self.keys, self.columns, strict=True)
         )
+
+    def taken(self, scales: Mapping[str, float], choice: Sequence[int]) -> tuple[Group, ...]:
+        """Those groups with the option alone that `choice` takes."""
+        return tuple(
+            Group(sites[0].key, (self._option(columns[o], columns[0], scales),))
+            for sites, columns, o in zip(self.keys, self.columns, choice, strict=True)
+        )
+
+    def _option(self, column: Column, kept: Column, scales: Mapping[str, float]) -> Option:
+        amounts = self.amounts(column, kept)
+        return Option(column.label, {r: scales.get(r, 1.0) * x for r, x in amounts.items()})
 
     def amounts(self, column: Column, kept: Column) -> Rows:
         """What a column adds to each row; `kept` is the first of its group."""
