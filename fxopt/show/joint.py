@@ -98,6 +98,7 @@ def _joined(attention: Decision, cache: Decision, pair: Pair | None) -> Joined:
         calls=whole.calls,
         timed=whole.timed,
         error_measured=pair.error_measured if pair is not None and fresh else whole.error_measured,
+        kept_mass=attention.kept_mass,
         already=[name for part in parts for name in part.already],
         parts=parts,
     )
@@ -137,6 +138,7 @@ def _together(attention: Half, cache: Half) -> Alternative:
         calls={n: sum(c.get(n, 0.0) for c in calls) for n in {**calls[0], **calls[1]}} or None,
         timed=[name for name in attention.timed if name in cache.timed],
         error_measured=all(known) if known and None not in known else None,
+        kept_mass=attention.kept_mass,
     )
 
 
