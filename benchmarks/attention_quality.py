@@ -138,7 +138,7 @@ class Bench:
     def decided(self, kl: float) -> fxopt.Plan:
         """What `optimize` decides, as verified on the third part of the calibration."""
         made = self.made.under(fxopt.Budget(kl=kl, minimize="latency"))
-        session = Session(made, self.table)
+        session = Session(made, made.table())
         # without the limit of seconds that the search has for it
         measure_swaps(session.search, made.measure_column, deadline=math.inf)
         return session.optimize().plan

@@ -111,7 +111,7 @@ def roles(plan: Plan) -> str:
         if masses
     ]
     if dense:
-        said.append(f"{len(dense)} dense (masks would keep {_span(dense)})")
+        said.append(f"{len(dense)} dense (masks would keep {_span(dense)} at most)")
     return f"Heads by what they attend to: {', '.join(said)}." if said else ""
 
 

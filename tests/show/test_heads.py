@@ -116,7 +116,7 @@ def test_a_plan_says_which_heads_are_local_retrieve_or_are_dense() -> None:
     plan = masked()
     said = (
         "Heads by what they attend to: 2 local (30% to 98% of their attention kept), 1 retrieving "
-        "(75% of their attention kept), 1 dense (masks would keep 60%)."
+        "(75% of their attention kept), 1 dense (masks would keep 60% at most)."
     )
     assert roles(plan) == said
     assert said in " ".join(str(plan).split())
