@@ -21,6 +21,7 @@ from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes, symbols_of
 from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
+from .decide.mass import Masses
 from .decide.peaks import Points, points, shifted
 from .decide.propose import Proposal, Proposals, propose
 from .decide.quality import QUALITIES, Kind, Measurement, Quality, Reference, class_axis
@@ -37,8 +38,9 @@ from .host import Host
 from .hosted import Optimized
 from .ir.budget import Budget
 from .ir.cost import CostModel, OpCall
+from .ir.decision import KeptMass
 from .ir.errors import FxoptError
-from .ir.rewrite import Rewrite
+from .ir.rewrite import Masking, Rewrite
 from .ir.site import Site
 from .ir.workload import Forward, Generate, Scenario, Train, parts, scenarios
 from .passes.baseline import baseline_calls, cache_bytes
@@ -279,6 +281,21 @@ class Compiler:
         """What op calls cost: where seconds only break ties, by the roofline, which says the same
         each time."""
         return self.costs if self.timed else self.costs.prior
+
+    @cached_property
+    def _masses(self) -> Masses:
+        return Masses(self.statistics, seed=self.request.seed)
+
+    def kept_mass(self, proposal: Proposal) -> KeptMass | None:
+        """What a mask leaves of a head's attention on the `fit` part; None of what is no mask."""
+        rewrite = proposal.rewrite
+        if not isinstance(rewrite, Masking):
+            return None
+        low, mean, high = (
+            self.scores(f"mass{i}:{key_of([proposal])}", lambda i=i: self._masses(proposal)[i])
+            for i in range(3)
+        )
+        return KeptMass(mean=mean, low=low, high=high, near=rewrite.near)
 
     @cached_property
     def costs(self) -> Measured:

@@ -42,7 +42,8 @@ def shown(
     stand = standing(search, taken)
     names = _Names(measurer, stand, totals)
     why = Explainer(Swaps(stand), measurer.quality_row, error_unit(measurer.quality_row))
-    decided = decisions(compiler.proposals, search.table, why)
+    decided = decisions(compiler.proposals, search.table, why, compiler.kept_mass)
+    compiler.scores.save()
     judge(measurer, decided)
     held = all(row.excess <= 0 for row in totals)
     return {

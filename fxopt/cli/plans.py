@@ -19,6 +19,10 @@ Memory = Annotated[
     Path | None,
     typer.Option(help="SVG to write: memory over a training step.", show_default=False),
 ]
+Heads = Annotated[
+    Path | None,
+    typer.Option(help="SVG to write: what each attention head keeps.", show_default=False),
+]
 SiteName = Annotated[str, typer.Argument(help="Site, attention op, or module.")]
 FamilyName = Annotated[
     str | None, typer.Option("--family", help="Of the sites of one name.", show_default=False)
@@ -55,12 +59,14 @@ def report(
     html: o.Html = None,
     markdown: Markdown = None,
     memory: Memory = None,
+    heads: Heads = None,
 ) -> int:
     """Show a plan's budget: predicted against measured, row by row.
 
     fxopt report small --html plan.html --markdown plan.md
     """
     from fxopt.ir.store import write_text
+    from fxopt.show.heads import svg
     from fxopt.show.report import Report
     from fxopt.show.rows import limit_texts
 
@@ -72,6 +78,8 @@ def report(
     shown = Report(read.totals, read.notes, limit_texts(read.budget), read.memory)
     if memory:
         shown.to_svg(memory)
+    if heads:
+        write_text(heads, svg(read))
     output.show(shown, {"rows": rows_of(read.totals), "notes": read.notes})
     return OK
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from ..ir.cost import Cost
+from ..ir.decision import KeptMass
 from ..ir.evidence import Pair
 from ..ir.plan import KEEP, Alternative, Decision, Refused
 from ..ir.site import GroupInfo, Site
@@ -15,12 +16,20 @@ from .propose import Proposal, Proposals
 from .table import Column, Table, is_identity
 
 
-def decisions(proposals: Proposals, table: Table, why: Explainer) -> list[Decision]:
+class Masses(Protocol):
+    """What a proposal leaves of a head's attention; None where it hides no keys."""
+
+    def __call__(self, proposal: Proposal, /) -> KeptMass | None: ...
+
+
+def decisions(
+    proposals: Proposals, table: Table, why: Explainer, mass: Masses = lambda _: None
+) -> list[Decision]:
     """One decision a site, in the order of the graph; joint options give one to each site."""
     made: dict[tuple[str, str], Decision] = {}
     for group, sites in enumerate(table.keys):
         for site in sites:
-            here = _Here(proposals, table, why, group, site)
+            here = _Here(proposals, table, why, group, site, mass)
             made[site.family, site.key] = here.decision()
     for decision in list(made.values()):
         for member in _members(proposals, decision) if decision.rewritten else ():
@@ -81,9 +90,15 @@ class _Here:
     """The options of one decision as they concern one of its sites, all else as chosen."""
 
     def __init__(
-        self, proposals: Proposals, table: Table, why: Explainer, group: int, site: Site
+        self,
+        proposals: Proposals,
+        table: Table,
+        why: Explainer,
+        group: int,
+        site: Site,
+        mass: Masses = lambda _: None,
     ) -> None:
-        self.proposals, self.table, self.why = proposals, table, why
+        self.proposals, self.table, self.why, self.mass = proposals, table, why, mass
         self.group, self.site = group, site
         self.columns = table.columns[group]
         self.option = why.swaps.stand.choice[group]
@@ -181,6 +196,7 @@ class _Here:
             "version": proposal.rewrite.version,
             "label": proposal.candidate.label,
             "parameters": dict(proposal.candidate.parameters),
+            "kept_mass": self.mass(proposal),
             **fields,
         }
 

@@ -33,6 +33,20 @@ class PlanModel(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, ser_json_inf_nan="strings")
 
 
+class KeptMass(PlanModel):
+    """The mean part of a head's attention that falls on the keys which a mask leaves visible, over
+    queries sampled from calibration data, and its 95% confidence interval. `near`: the mask hides
+    keys by how far they are."""
+
+    mean: float
+    low: float
+    high: float
+    near: bool
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} (95%: {self.low:.1%} to {self.high:.1%})"
+
+
 class Alternative(PlanModel):
     """What else was possible at a site, and why it was not chosen. Keeping the site is one too.
 
@@ -51,6 +65,7 @@ class Alternative(PlanModel):
     timed: list[str] = Field(default_factory=list)
     error_measured: bool | None = None
     error_within: float | None = None
+    kept_mass: KeptMass | None = None
 
 
 class Refused(PlanModel):
@@ -74,8 +89,9 @@ class Decision(PlanModel):
     For readers alone: `calls` are the seconds behind `cost`, of one call of each kind that the
     workload makes, and `timed` the kinds that were timed (others are the roofline's);
     `error_measured` says whether `error` was measured by swapping this site alone, and
-    `error_within` is half of its 95 % interval (None: unknown); `already` names
-    rewrites that would change nothing, since the call is what they make.
+    `error_within` is half of its 95 % interval (None: unknown); `kept_mass` is what a mask of
+    attention leaves, None where none is chosen; `already` names rewrites that would change
+    nothing, since the call is what they make.
     """
 
     key: str
@@ -94,6 +110,7 @@ class Decision(PlanModel):
     timed: list[str] = Field(default_factory=list)
     error_measured: bool | None = None
     error_within: float | None = None
+    kept_mass: KeptMass | None = None
     already: list[RewriteName] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -151,6 +168,7 @@ class Decision(PlanModel):
             timed=self.timed,
             error_measured=self.error_measured,
             error_within=self.error_within,
+            kept_mass=self.kept_mass,
         )
         for other in self.alternatives:
             # these compare with what was chosen before
@@ -160,8 +178,8 @@ class Decision(PlanModel):
         self.parameters, self.kernel = chosen.parameters, {}
         self.cost, self.error, self.reason = chosen.cost, chosen.error, BY_HAND
         self.calls, self.timed = chosen.calls, chosen.timed
-        self.error_measured = chosen.error_measured
-        self.error_within = chosen.error_within
+        self.error_measured, self.error_within = chosen.error_measured, chosen.error_within
+        self.kept_mass = chosen.kept_mass
 
 
 def _no_choice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -163,6 +163,24 @@ class Rewrite(Protocol):
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None: ...
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """What a rewrite of attention that hides keys, and changes nothing else, may have besides."""
+
+    @property
+    def near(self) -> bool:
+        """Whether keys are hidden by how far they are, not by what they hold."""
+        ...
+
+    def kept_mass(
+        self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
+    ) -> Tensor:
+        """The part of the attention of the queries `rows` [R] of the recorded `inputs` that falls
+        on keys which they still see, exp(lse_S - lse) for what is left S: [B, H, R] in 0 to 1,
+        every head of the op under the candidate."""
+        ...
 
 
 def element_size(dtype: torch.dtype) -> int:

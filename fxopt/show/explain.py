@@ -92,7 +92,9 @@ def _costs(plan: Plan, decision: Decision) -> list[str]:
     time += f": {', '.join(calls)}" if time and calls else ""
     known = {True: ", measured alone", False: ", predicted", None: ""}[decision.error_measured]
     error = f"{_error(decision)}{known}" if decision.error is not None else ""
-    return [text for text in (time, *texts, error if decision.rewritten else "") if text]
+    mass = decision.kept_mass
+    kept = f"keeps {mass} of its attention" if mass is not None else ""
+    return [text for text in (time, *texts, error if decision.rewritten else "", kept) if text]
 
 
 def _cost(name: str, before: Cost | None, after: Cost, training: bool) -> str:
@@ -142,6 +144,7 @@ def _amounts(one: Decision | Alternative, chosen: Decision) -> str:
         for name in ("seconds", "weight_bytes", "state_bytes")
         if any(getattr(other.cost, name) for other in (chosen, *chosen.alternatives))
     ]
+    texts += [] if one.kept_mass is None else [f"keeps {one.kept_mass.mean:.1%}"]
     return ", ".join([*texts, *filter(None, [_error(one)])])
 
 

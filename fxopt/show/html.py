@@ -21,7 +21,7 @@ from .compact import Encoder, columns_of, rounded, to_script
 from .costs import is_training
 from .entries import MARKS, Entry, entries, reasons_of
 from .entries import summary as summary_text
-from .heads import head_map
+from .heads import head_map, roles
 from .joint import family_of, joined_diff
 from .rows import cells
 from .text import workload_text
@@ -86,6 +86,7 @@ def render(plan: Plan) -> str:
         at_sites_notes=summary.at_sites_notes(plan),
         lines=summary.lines(plan),
         heads=head_map(plan),
+        roles=roles(plan),
         timeline=plan.memory and memory.drawing(plan.memory),
         timeline_said=memory.sentence(plan.memory) if plan.memory else "",
         policies=memory.policies(plan.memory) if plan.memory else ([], []),

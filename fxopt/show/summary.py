@@ -15,6 +15,7 @@ from .binding import binding, objective, quote, used
 from .costs import SAVED, TEMPORARY, change, is_training, saving, total
 from .entries import Entry, counted, entries, said_together, shown_together
 from .fold import fold_keys, groups
+from .heads import head_map, roles
 from .joint import SHOWN, decided, joined_diff
 from .rows import cells, limit_texts, with_missing
 
@@ -98,12 +99,14 @@ def general_notes(plan: Plan) -> list[str]:
 def said(plan: Plan) -> list[str]:
     """What is to be said of the plan as a whole beside its notes."""
     texts = [_slower(plan), beside(plan), _chosen_by(plan), _together(plan), defined(plan)]
-    return [text for text in [*texts, _untried(plan)] if text]
+    return [text for text in [*texts, roles(plan), _untried(plan)] if text]
 
 
 def said_on_page(plan: Plan) -> list[str]:
     """The same without what the page says elsewhere."""
     elsewhere = beside(plan), _together(plan), defined(plan)
+    if head_map(plan) is not None:
+        elsewhere += (roles(plan),)
     return [text for text in said(plan) if text not in elsewhere]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
@@ -22,8 +23,15 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.spec import per_head
-from fxopt.kernels.block_topk.reference import LEAST, SPARED, TILE
-from fxopt.passes.attention import calls, emulation
+from fxopt.kernels.block_topk.reference import (
+    LEAST,
+    SPARED,
+    TILE,
+    chosen_tiles,
+    hides,
+    tiles,
+)
+from fxopt.passes.attention import calls, emulation, mass
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class BlockTopk:
     exact: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15486"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+    near: ClassVar[bool] = False
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):
@@ -106,6 +115,11 @@ class BlockTopk:
         """Every head of the op under this share, tokens past the prompt seeing all keys."""
         return emulation.attended_as_decoded(inputs, top=[_top(candidate)])
 
+    def kept_mass(
+        self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
+    ) -> Tensor:
+        return mass.kept(inputs, rows, _visible(inputs, rows, _top(candidate)))
+
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
@@ -119,6 +133,31 @@ class BlockTopk:
 
 def _top(candidate: Candidate) -> int:
     return int(candidate.parameters["top"])
+
+
+def _visible(inputs: Mapping[str, Any], rows: Tensor, top: int) -> Tensor:
+    """The keys of the tiles that each of the queries `rows` [R] keeps: bool [B, H, R, T].
+
+    Only tiles of queries that have one of them are estimated.
+    """
+    q, k, mask = inputs["q"], inputs["k"], inputs.get("mask")
+    (batch, heads, queries), keys = q.shape[:3], k.shape[2]
+    prompt = inputs.get("prompt") or queries
+    past = keys - queries
+    visible = torch.ones(batch, heads, len(rows), keys, dtype=torch.bool, device=q.device)
+    if not hides(prompt, prompt + past):
+        return visible
+    for number in (rows // TILE).unique().tolist():
+        if number >= tiles(prompt) - SPARED:
+            continue
+        start, end = number * TILE, (number + 1) * TILE + past
+        chosen = chosen_tiles(
+            q[:, :, start : start + TILE], k[:, :, :end], None if mask is None else mask[:, :end],
+            inputs["scale"], inputs.get("softcap", 0.0), [top] * k.shape[1], 0,
+        )  # fmt: skip
+        kept = chosen.flatten(1, 3).repeat_interleave(TILE, 2)[:, :, :end]
+        visible[:, :, rows // TILE == number, :end] = kept[:, :, None]
+    return visible
 
 
 def _longest(scenarios: Sequence[Scenario]) -> Scenario | None:

@@ -21,7 +21,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.spec import per_head
-from fxopt.passes.attention import calls, emulation
+from fxopt.passes.attention import calls, emulation, mass
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Window:
     exact: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+    near: ClassVar[bool] = True
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):
@@ -94,6 +95,12 @@ class Window:
         """Every head of the op under this window."""
         window, sink = _choice(candidate)
         return emulation.attended(inputs, window=[window], sink_tokens=[sink])
+
+    def kept_mass(
+        self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
+    ) -> Tensor:
+        window, sink = _choice(candidate)
+        return mass.kept(inputs, rows, mass.seen(inputs, rows, [window], [sink]))
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

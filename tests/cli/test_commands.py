@@ -16,7 +16,7 @@ from fxopt import load
 from fxopt.cli import run
 from fxopt.ir.budget import Budget
 from fxopt.ir.evidence import Memory
-from fxopt.ir.plan import Plan
+from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.workload import Generate
 
 BUDGET = ["--kl", "0.5", "--weights", "95%"]
@@ -159,6 +159,18 @@ def test_report_draws_memory(fxopt: Invoke, saved: Path, tmp_path: Path) -> None
     assert code == 0
     assert "14 B as predicted" in shown
     assert (tmp_path / "memory.svg").read_text("utf-8").startswith("<svg ")
+
+
+def test_report_draws_heads(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
+    drawing = tmp_path / "heads.svg"
+    code, shown, error = fxopt("report", saved, "--heads", drawing)
+    assert (code, shown) == (1, "")
+    assert "rewrites no attention head" in error
+    plan = Plan.load(saved / "plan.json")
+    plan.decisions.append(Decision(key="a/kv=0", family="attention", rewrite="attention.window"))
+    code, shown, _ = fxopt("report", plan.save(tmp_path / "plan.json"), "--heads", drawing)
+    assert code == 0
+    assert drawing.read_text("utf-8").startswith("<svg ")
 
 
 def test_explain(fxopt: Invoke, saved: Path) -> None:

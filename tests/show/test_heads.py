@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from xml.etree import ElementTree
+
+import pytest
 
 from fxopt.ir.cost import Cost
+from fxopt.ir.decision import Alternative, KeptMass
+from fxopt.ir.errors import PlanError
+from fxopt.ir.plan import Plan
 from fxopt.show import html
-from fxopt.show.heads import LEAST_SHADE, head_map
+from fxopt.show.heads import BY_MASS, LEAST_SHADE, head_map, roles, svg
 from tests.show.synthetic import llama
 
 
@@ -68,3 +74,70 @@ def test_the_page_draws_it_where_a_head_is_rewritten() -> None:
     assert page.count('<g class="head k0">') == 3
     assert "<b>w9" not in page
     assert "Heads: 3 kept, 1 &lt;b&gt;w9" in page
+
+
+def mass(mean: float, *, near: bool = True) -> KeptMass:
+    return KeptMass(mean=mean, low=mean - 0.02, high=mean + 0.01, near=near)
+
+
+def masked() -> Plan:
+    """Three heads under masks and one that is kept, beside the mask that it was offered."""
+    plan = llama(layers=2, heads=2)
+    heads = plan.decisions = [d for d in plan.decisions if d.family == "attention"]
+    window, tiles, low, kept = heads
+    window.rewrite, window.label, window.kept_mass = "attention.window", "<w9>", mass(0.98)
+    tiles.rewrite, tiles.label = "attention.block_topk", "top5%"
+    tiles.kept_mass = mass(0.75, near=False)
+    low.rewrite, low.label, low.kept_mass = "attention.window", "<w9>", mass(0.3)
+    kept.rewrite, kept.label = "keep", ""
+    for decision in heads:
+        decision.alternatives = []
+    kept.alternatives = [
+        Alternative(rewrite="attention.window", label=f"w{i}", kept_mass=mass(i / 10))
+        for i in (4, 6)
+    ]
+    return plan
+
+
+def test_shades_follow_kept_mass_where_it_is_known() -> None:
+    found = head_map(masked())
+    assert found is not None
+    assert found.shades == BY_MASS
+    assert [c.shade for c in found.cells] == [0.97, 0.62, LEAST_SHADE, 1.0]
+    assert [c.text for c in found.cells] == ["<w9> 98%", "top5% 75%", "<w9> 30%", "kept"]
+    titles = [c.title for c in found.cells]
+    assert titles[1].endswith("keeps 75.0% (95%: 73.0% to 76.0%) of its attention")
+    assert titles[3].endswith(
+        "other masks: w4 40.0% (95%: 38.0% to 41.0%), w6 60.0% (95%: 58.0% to 61.0%)"
+    )
+
+
+def test_a_plan_says_which_heads_are_local_retrieve_or_are_dense() -> None:
+    plan = masked()
+    said = (
+        "Heads by what they attend to: 2 local (30% to 98% of their attention kept), 1 retrieving "
+        "(75% of their attention kept), 1 dense (masks would keep 60% at most)."
+    )
+    assert roles(plan) == said
+    assert said in " ".join(str(plan).split())
+    assert html.render(plan).count(said) == 1
+    assert "keeps 98.0%" in plan.explain("model.layers.0.self_attn/kv=0")
+    assert "keeps 60.0%)" in plan.explain("model.layers.1.self_attn/kv=1")
+    assert roles(llama(layers=1, heads=2)) == ""
+
+
+def test_the_map_is_a_drawing_of_its_own() -> None:
+    plan = masked()
+    found = head_map(plan)
+    assert found is not None
+    page = ElementTree.fromstring(svg(plan))
+    space = "{http://www.w3.org/2000/svg}"
+    titles = [title.text for title in page.iter(f"{space}title")]
+    assert titles == [cell.title for cell in found.cells]
+    cells = [r for r in page.iter(f"{space}rect") if r.get("fill-opacity")]
+    assert [float(r.get("fill-opacity", 0)) for r in cells] == [c.shade for c in found.cells]
+    assert [r.get("class") for r in cells] == ["k1", "k2", "k1", "k0"]
+    for decision in plan.decisions:
+        decision.rewrite = "keep"
+    with pytest.raises(PlanError, match="rewrites no attention head"):
+        svg(plan)

@@ -1,0 +1,92 @@
+"""Kept mass of masks of attention, against the weights that their emulation shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
+from fxopt.ir.ops import attend
+from fxopt.ir.rewrite import Candidate, Masking, Match
+from fxopt.ir.site import AttentionInfo, Site
+from fxopt.passes.attention.block_topk import BlockTopk
+from fxopt.passes.attention.window import Window
+
+LENGTH = 1500
+CASES = {
+    "window": (Window(), {"window": 70, "sink": 5}),
+    "block_topk": (BlockTopk(), {"top": 50}),
+}
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "padded": {"mask": 37},
+    "decoded": {"prompt": 1460},
+    "few decoded": {"prompt": 200},
+    "sinks and softcap": {"sinks": True, "softcap": 3.0},
+    "own window": {"window": (300,), "sink_tokens": (5,)},
+}
+
+
+# block_topk refuses sites that have a window of their own
+SERVED = [(n, k) for n in CASES for k in CALLS if (n, k) != ("block_topk", "own window")]
+
+
+def recorded(kind: str) -> dict[str, Any]:
+    """A call whose values are the unit vectors: its output are its weights."""
+    given = dict(CALLS[kind])
+    if "mask" in given:
+        given["mask"] = (torch.arange(LENGTH) >= given["mask"]).long()[None]
+    if "sinks" in given:
+        given["sinks"] = torch.randn(4, dtype=torch.float64)
+    q, k = (torch.randn(1, h, LENGTH, 8, dtype=torch.float64) for h in (4, 2))
+    v = torch.eye(LENGTH, dtype=torch.float64).expand(1, 2, -1, -1)
+    return {"q": 2 * q, "k": k, "v": v, "scale": 0.5, "causal": True, **given}
+
+
+def match() -> Match:
+    info = AttentionInfo(4, 2, 8, LENGTH, torch.float64, True, 0, 0.0, True, False, False, False, 
+                         True)  # fmt: skip
+    return Match(Site("attention", "a/kv=0", "attend", info, "a", 0))
+
+
+@pytest.mark.parametrize(("name", "kind"), SERVED)
+def test_kept_mass_is_that_of_the_keys_which_emulation_weighs(name: str, kind: str) -> None:
+    rewrite, parameters = CASES[name]
+    assert isinstance(rewrite, Masking)
+    inputs = recorded(kind)
+    rows = torch.tensor([40, 128, 500, 1151, 1152, 1279, 1459, 1460, 1499])
+    candidate = Candidate(rewrite.name, "", parameters)
+    found = rewrite.kept_mass(match(), candidate, inputs, rows)
+    options = {n: x for n, x in inputs.items() if n != "prompt"}
+    weights = attend(**options)[:, rows].transpose(1, 2)
+    masked = rewrite.emulate(match(), candidate, {}, inputs)[:, rows].transpose(1, 2)
+    sink = 1 - weights.sum(-1)  # of the sink's logit, which nothing hides
+    kept = (weights * (masked > 0)).sum(-1) + sink
+    torch.testing.assert_close(found, kept, rtol=1e-9, atol=1e-12)
+    hides = (name, kind) != ("block_topk", "few decoded")
+    assert (found.min() < 0.95) == hides
+    _check_identity(weights, masked, kept)
+
+
+def _check_identity(weights: Tensor, masked: Tensor, kept: Tensor) -> None:
+    """o - o_S = tau * (mu_tail - mu_S), the sink's value being 0."""
+    tau = (1 - kept)[..., None]
+    values = torch.randn(LENGTH, 3, dtype=torch.float64)
+    tail = (weights * (masked == 0)) @ values / tau.clamp_min(1e-300)
+    left = (weights * (masked > 0)) @ values / kept[..., None]
+    torch.testing.assert_close(
+        (weights - masked) @ values, tau * (tail - left), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_two_sided_windows_count_both_sides() -> None:
+    inputs = {**recorded("causal"), "causal": False}
+    found = Window().kept_mass(
+        match(), Candidate("attention.window", "", {"window": 70, "sink": 0}), inputs,
+        torch.tensor([550]),
+    )  # fmt: skip
+    weights = attend(**inputs)[0, 550]
+    torch.testing.assert_close(found[0, :, 0], weights[:, 550 - 69 : 550 + 70].sum(-1))
