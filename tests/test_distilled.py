@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import session
+from fxopt.decide import distill
 from fxopt.ir.errors import FxoptError
 
 HOW = fxopt.Distill(steps=60)
@@ -156,6 +157,47 @@ def test_what_makes_the_whole_model_worse_is_undone(
 def test_a_plan_with_nothing_to_train_says_so(model: nn.Module, data: list[Tensor]) -> None:
     kept = optimized(model, data, budget=fxopt.Budget(weights="70%"), rewrites=["linear.quantized"])
     assert any("recover: nothing was distilled" in note for note in kept.report.notes)
+
+
+def test_blocks_are_steps_of_the_progress_shown(
+    model: nn.Module, data: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimized(model, data, progress=True, recover=fxopt.Distill(steps=2))
+    assert "distilling: 2 in " in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_blocks_that_were_reached(
+    model: nn.Module, data: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = distill._Segment.error, 0  # pyright: ignore[reportPrivateUsage]
+
+    def pressed(segment: Any, sequences: Any) -> float:
+        nonlocal calls
+        calls += segment.block.name == "1"
+        if calls == 2:
+            raise KeyboardInterrupt
+        return measure(segment, sequences)
+
+    monkeypatch.setattr(distill._Segment, "error", pressed)  # pyright: ignore[reportPrivateUsage]
+    opt = optimized(model, data)
+    assert [block.block for block in opt.report.distilled] == ["0"]
+    notes = opt.report.notes
+    assert any("1 of 2 blocks are better" in n and "Ctrl-C ended it after 1" in n for n in notes)
+    assert "Ctrl-C ended the search; this is the best plan measured so far" in notes
+    again = fxopt.apply(model, opt.plan, example_inputs=data[0])
+    assert torch.equal(again(data[20]), opt(data[20]))
+
+
+def test_time_that_is_over_distils_nothing(model: nn.Module, data: list[Tensor]) -> None:
+    opt = optimized(model, data, time_limit=1e-3)
+    assert any("the time limit ended it after 0" in note for note in opt.report.notes)
+    assert not opt.report.distilled
+
+
+def test_a_plan_decided_again_is_not_yet_distilled(opt: Any) -> None:
+    made = fxopt.solve(opt.plan, fxopt.Budget(weights="90%"))
+    assert made.recover == HOW
+    assert not made.distilled
 
 
 def test_a_submodule(model: nn.Module, data: list[Tensor]) -> None:
