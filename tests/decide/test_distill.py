@@ -141,6 +141,20 @@ def test_every_structure_trains(rewrite: str) -> None:
         assert changed.isdisjoint({"order", "kept"})
 
 
+def test_of_codes_and_factors_the_factors_train() -> None:
+    data = [torch.randn(1, 63, 512) for _ in range(12)]
+    rewrites = ["linear.quantized_low_rank", "linear.quantized"]
+    compiler = compiled(nn.Sequential(nn.Linear(512, 512, bias=False)), rewrites, data)
+    every = [p for found in compiler.proposals.by_site.values() for p in found]
+    mixed, codes = ([next(p for p in every if p.rewrite.name == name)] for name in rewrites)
+    first = _disturbed(compiler.preparer(mixed[0]))
+    made = distilled(compiler, mixed, fxopt.Distill(steps=4), lambda _: first)
+    assert {n for n, t in made(mixed[0]).items() if not torch.equal(t, first[n])} == {"down", "up"}
+    alone = distil(compiler, codes, steps=4)
+    assert "nothing was distilled" in alone.said
+    assert equal(alone(codes[0]), compiler.preparer(codes[0]))
+
+
 def _trains(name: str, tensor: Tensor) -> bool:
     """Most biases are the original's own: a rewrite has a copy to emulate with."""
     return tensor.is_floating_point() and not name.startswith("bias")
