@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from . import evidence
 from .compiler import TRIALS, Compiler
 from .decide.again import note_totals
@@ -294,9 +296,13 @@ class Session:
             **shown,
         )
         note_totals(made)
-        proposals = compiler.chosen(search, trial.choice)
-        made.tensors = prepared_tensors(proposals, self._prepare(trial.choice))
+        made.tensors = self._tensors(trial)
         return made
+
+    def _tensors(self, trial: Trial) -> dict[str, Tensor]:
+        """What the choices of a trial prepared."""
+        proposals = self.compiler.chosen(self.search, trial.choice)
+        return prepared_tensors(proposals, self._prepare(trial.choice))
 
 
 def _nearer(one: Verified | None, other: Verified) -> Verified:
