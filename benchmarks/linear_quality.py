@@ -1,11 +1,13 @@
 """What each rewrite of linear layers costs in quality at a part of their bytes, on the tiny model.
 
     python benchmarks/linear_quality.py [--percent 50] [--windows 48] [--only linear.monarch ...]
+        [--distill STEPS]
 
 For each rewrite alone (of the layers that it serves), and for all together: the candidates that
 the solver takes from priors (nothing is measured to choose), the sum over sites of
 E‖Δy‖² / E‖y‖², and KL on text that no fit has seen, as projected and with every site fitted again
-behind the rewritten ones before it.
+behind the rewritten ones before it. With `--distill` KL and the increase of the loss after that
+many steps a block as well, with the loss as projected beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,9 +26,11 @@ import fxopt
 from fxopt import passes
 from fxopt.compiler import Compiler
 from fxopt.decide.propose import Proposal
+from fxopt.decide.quality import Kind, Reference
 from fxopt.decide.recover import recover
 from fxopt.decide.search import Limits, Search
-from fxopt.decide.table import build, lowered
+from fxopt.decide.table import Priors, build, lowered
+from fxopt.distilled import distilled
 from fxopt.ir.cost import Cost, OpCall
 from fxopt.ir.site import GroupInfo
 from fxopt.passes.baseline import baseline_calls
@@ -41,11 +47,15 @@ def main() -> None:
     parser.add_argument("--percent", type=float, default=50.0)
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--distill", type=int, default=0, metavar="STEPS")
     args = parser.parse_args()
     names = [name for name in passes.available() if name.startswith("linear.")]
-    print(f"| rewrite | bytes | sites | Σ error | KL | KL, fitted again | mostly |\n|{'---|' * 7}")
+    heads = ["rewrite", "bytes", "sites", "Σ error", "KL", "KL, fitted again", "mostly"]
+    heads += ["KL, distilled", "loss", "loss, distilled"] if args.distill else []
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for chosen in [[n] for n in args.only or names] + ([] if args.only else [names]):
-        print(row(compiler(chosen, args.windows), chosen, args.percent / 100), flush=True)
+        made = compiler(chosen, args.windows)
+        print(row(made, chosen, args.percent / 100, args.distill), flush=True)
 
 
 def compiler(rewrites: list[str], windows: int) -> Compiler:
@@ -63,7 +73,7 @@ def compiler(rewrites: list[str], windows: int) -> Compiler:
 
 
 @torch.no_grad()
-def row(made: Compiler, names: list[str], part: float) -> str:
+def row(made: Compiler, names: list[str], part: float, steps: int) -> str:
     title = f"`{names[0]}`" if len(names) == 1 else "all together"
     proposals, stored = choose(made, part)
     if not proposals:
@@ -78,16 +88,28 @@ def row(made: Compiler, names: list[str], part: float) -> str:
         made.statistics,
         made.preparer,
     )
-    kl = [
-        made.verify_reference.measure(made.realise(proposals, tensors).graph).mean
-        for tensors in (None, recovery)
-    ]
+    kl = [error(made, proposals, tensors) for tensors in (None, recovery)]
     (label, count), *_ = Counter(f"{p.candidate.label}" for p in proposals).most_common(1)
     total = sum(site_error(made, proposal) for proposal in proposals)
     return (
         f"| {title} | {stored:.1%} | {len(proposals)} | {total:.2g} | {kl[0]:.3g} | {kl[1]:.3g} "
-        f"| {count} x {label} |"
+        f"| {count} x {label} |{trained(made, proposals, steps) if steps else ''}"
     )
+
+
+def trained(made: Compiler, proposals: list[Proposal], steps: int) -> str:
+    """KL after distillation, and the loss before and after."""
+    after = distilled(made, proposals, fxopt.Distill(steps=steps), made.preparer)
+    loss = [error(made, proposals, tensors, "loss_increase") for tensors in (None, after)]
+    found = [error(made, proposals, after), *loss]
+    return "".join(f" {value:.3g} |" for value in found)
+
+
+def error(made: Compiler, proposals: list[Proposal], tensors: Any, kind: Kind = "kl") -> float:
+    """Of the whole model on the text kept aside."""
+    quality, graph = replace(made.quality, kind=kind), made.captured.graph
+    reference = Reference(quality, made.evaluate, graph, made.request.calibration.verify)
+    return reference.measure(made.realise(proposals, tensors).graph).mean
 
 
 def choose(made: Compiler, part: float) -> tuple[list[Proposal], float]:
@@ -99,7 +121,7 @@ def choose(made: Compiler, part: float) -> tuple[list[Proposal], float]:
 
     scenarios = (*made.scenarios, made.final)
     options = lowered(made.proposals, scenarios, baseline_calls)
-    table = build(made.proposals, options, bytes_only, made.preparer)
+    table = build(made.proposals, options, bytes_only, Priors(made.preparer))
     served = {
         member
         for (site,) in table.keys

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxopt.api import apply, frontier, load, optimize, plan, solve, verify
     from fxopt.emit.cache import Cache
     from fxopt.ir.budget import Budget
+    from fxopt.ir.distill import Distill
     from fxopt.ir.errors import BudgetError, CaptureError, FxoptError, PlanError
     from fxopt.ir.plan import Plan
     from fxopt.ir.workload import Forward, Generate, Train
@@ -25,6 +26,7 @@ __all__ = [
     "BudgetError",
     "Cache",
     "CaptureError",
+    "Distill",
     "Forward",
     "FxoptError",
     "Generate",
@@ -45,6 +47,7 @@ _PUBLIC = {
     "BudgetError": "fxopt.ir.errors:BudgetError",
     "Cache": "fxopt.emit.cache:Cache",
     "CaptureError": "fxopt.ir.errors:CaptureError",
+    "Distill": "fxopt.ir.distill:Distill",
     "Forward": "fxopt.ir.workload:Forward",
     "FxoptError": "fxopt.ir.errors:FxoptError",
     "Generate": "fxopt.ir.workload:Generate",

@@ -17,13 +17,14 @@ from .decide.again import solve_again
 from .frontiers import Frontier
 from .hosted import Optimized, load_into
 from .ir.budget import Budget
+from .ir.distill import Distill
 from .ir.errors import FxoptError, PlanError
 from .ir.plan import Plan
 from .ir.workload import Forward, Generate, Train, Workload
 from .measure import Measurer
 from .progress import Progress, showing
 from .replay import check_tensors, installed, replay
-from .request import Request, resolve, training_step
+from .request import Request, check_recovery, resolve, training_step
 from .session import Session
 from .show.report import Report
 from .state import evaluated, preserved
@@ -45,7 +46,7 @@ def optimize(
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,
     at: str | None = None,
-    recover: None = None,
+    recover: Distill | None = None,
     seed: int = 0,
     time_limit: float | None = None,
     progress: bool | None = None,
@@ -58,7 +59,8 @@ def optimize(
     by name, each with latency rows of its own. `keep` names sites left alone, `rewrites` the
     rewrites to use: names or `re:` patterns. `at` names a submodule: only that is captured and
     rewritten, inputs and budget are of the whole model, which stays as it is around it and need
-    not be a graph; `save` then writes the submodule (`OptimizedHost.save`).
+    not be a graph; `save` then writes the submodule (`OptimizedHost.save`). `recover` trains what
+    linear layers became, block by block, before a choice is measured; see `Distill`.
     Raises BudgetError (with `.best`) when no plan was measured to keep every row, CaptureError
     when the model cannot be captured. `time_limit` in seconds bounds scoring and search; Ctrl-C
     during the search does what the end of that time does. `progress` draws bars on standard error
@@ -66,17 +68,18 @@ def optimize(
     `fxopt.Train` workload gives a `TrainingModule`, whose whole training step keeps the `memory` or
     `activations` of the budget; see docs/activation-memory.md.
     """
-    if recover is not None:
-        raise FxoptError(f"recover: no recovery by training is there yet, so not {recover!r}")
+    check_recovery(recover)
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
+        if recover is not None:
+            raise FxoptError("recover: fxopt.Train rewrites steps exactly; leave recover out")
         with preserved(model):
             return training.optimize(
                 model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
             )
     request = resolve(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
-        rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
+        rewrites=rewrites, at=at, seed=seed, time_limit=time_limit, recover=recover,
     )  # fmt: skip
     with evaluated(model), showing(progress) as shown:
         return Session(_compiler(request, shown)).optimize()

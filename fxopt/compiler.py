@@ -20,6 +20,7 @@ from .cost_models.hardware import Device, probe
 from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes, symbols_of
 from .decide.calibration import Batch
+from .decide.distill import Outcome, Trained, distil, find_blocks
 from .decide.evaluate import run_as_decoded
 from .decide.mass import Masses
 from .decide.peaks import Points, points, shifted
@@ -39,6 +40,7 @@ from .hosted import Optimized
 from .ir.budget import Budget
 from .ir.cost import CostModel, OpCall
 from .ir.decision import KeptMass
+from .ir.distill import Distill
 from .ir.errors import FxoptError
 from .ir.rewrite import Masking, Rewrite
 from .ir.site import Site
@@ -371,6 +373,22 @@ class Compiler:
         editor.finish()
         return editor
 
+    def distil(self, editor: GraphEditor, trained: Trained, how: Distill) -> Outcome:
+        """Train parameters of a realised graph, in place, to the blocks of the original."""
+        original = self.captured.graph
+        now = {site.node: editor.node(site).name for site in self.captured.sites}
+        return distil(
+            original,
+            editor.graph,
+            find_blocks(original, editor.graph, now, trained),
+            self.request.calibration.fit,
+            self._run,
+            self.quality,
+            how,
+            until=self.request.deadline,
+            watch=partial(self.request.progress.track, "distilling"),
+        )
+
     def emit(self, editor: GraphEditor) -> Optimized:
         """The module that people get: generated classes around the edited graph."""
         module = self._module(editor)
@@ -519,7 +537,7 @@ class Compiler:
     def _choosing(self) -> str:
         return data_digest(self.request.calibration.choose)
 
-    def search(self, search: Search, measure: Any) -> Trial | None:
+    def search(self, search: Search, measure: Any, rounds: int = TRIALS) -> Trial | None:
         """Measure what the solver takes, solve again, measure whole choices."""
         began = time.monotonic()
         enough = min(self.request.deadline, began + self._swap_seconds)
@@ -529,10 +547,10 @@ class Compiler:
             measure_swaps(search, column, deadline=enough, limit=SWAPS)
         self.scores.save()
         self._swap_seconds -= time.monotonic() - began
-        with stage("searching", TRIALS) as advance:
+        with stage("searching", rounds) as advance:
             trial = stepping(advance, measure)
             try:
-                return improve(search, trial, deadline=self.request.deadline, rounds=TRIALS)
+                return improve(search, trial, deadline=self.request.deadline, rounds=rounds)
             finally:
                 self.scores.save()
 

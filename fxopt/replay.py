@@ -14,6 +14,7 @@ from torch import Tensor
 from . import passes
 from .compiler import Compiler
 from .decide.propose import Proposal, candidates
+from .distilled import Prepare, distilled, too_few
 from .emit.module import OptimizedModule
 from .emit.targets import written
 from .hosted import Optimized
@@ -34,12 +35,12 @@ def installed(plan: Plan) -> list[str]:
     return sorted({d.rewrite for d in plan.rewritten if d.rewrite in known})
 
 
-def prepared_tensors(compiler: Compiler, proposals: Iterable[Proposal]) -> dict[str, Tensor]:
+def prepared_tensors(proposals: Iterable[Proposal], prepare: Prepare) -> dict[str, Tensor]:
     """What calibrated choices prepared, by the choice and the tensor's name."""
     return {
         f"{_choice(proposal)}:{name}": tensor
         for proposal in proposals
-        for name, tensor in compiler.preparer(proposal).items()
+        for name, tensor in prepare(proposal).items()
     }
 
 
@@ -59,21 +60,36 @@ def replay(compiler: Compiler, plan: Plan, *, refit: bool) -> Optimized:
     for key, tensor in ({} if refit else plan.tensors).items():
         choice, _, name = key.rpartition(":")
         stored.setdefault(choice, {})[name] = tensor
-    fitted: list[str] = []
+    fitted: dict[str, Mapping[str, Tensor]] = {}
 
     def tensors(proposal: Proposal) -> Mapping[str, Tensor]:
-        if found := stored.get(_choice(proposal)):
+        choice = _choice(proposal)
+        if found := stored.get(choice):
             return {name: tensor.to(compiler.device) for name, tensor in found.items()}
-        recorded: Any = _Recording(compiler, proposal.site)
-        made = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
-        fitted.extend([proposal.site.key] if made else [])
-        return made
+        if choice not in fitted:
+            recorded: Any = _Recording(compiler, proposal.site)
+            made = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
+            fitted[choice] = made
+        return fitted[choice]
 
-    module = compiler.emit(compiler.realise(proposals, tensors))
+    again = None
+    if plan.recover is not None and not stored and not too_few(compiler):
+        again = distilled(compiler, proposals, plan.recover, tensors)
+    module = compiler.emit(compiler.realise(proposals, again or tensors))
     module.plan = plan
-    notes = _fitting(fitted, "refit=True" if refit else _why_fitted(plan), compiler)
+    keys = [p.site.key for p in proposals if fitted.get(_choice(p))]
+    notes = _fitting(keys, "refit=True" if refit else _why_fitted(plan), compiler)
+    if keys and plan.recover is not None:
+        notes.append(f"distilled again: {again.said}" if again else _undistilled(compiler))
     module.report = plan.report("replayed: not measured again", *notes)
+    if again is not None:
+        module.report.distilled = again.outcome.blocks
     return module
+
+
+def _undistilled(compiler: Compiler) -> str:
+    reason = too_few(compiler) or "the plan holds distilled tensors of the other choices"
+    return f"not distilled again: {reason}"
 
 
 def _why_fitted(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from .decide.calibration import Batch, Calibration, bind, split
 from .host import refuse_cache, uncached
 from .inputs import default_inputs, default_workload
 from .ir.budget import Budget
+from .ir.distill import Distill
 from .ir.errors import FxoptError
 from .ir.names import hint
 from .ir.workload import Forward, Generate, Several, Train, Workload, scenarios
@@ -40,6 +41,7 @@ class Request:
     seed: int
     time_limit: float | None
     deadline: float
+    recover: Distill | None = None
     progress: Progress = field(default_factory=Progress)
 
 
@@ -60,6 +62,7 @@ def resolve(
     at: str | None,
     seed: int,
     time_limit: float | None,
+    recover: Distill | None = None,
     fits: bool = True,
 ) -> Request:
     """Fill in what the caller left out; errors name the argument. With `fits=False` calibration
@@ -96,6 +99,7 @@ def resolve(
         seed=seed,
         time_limit=time_limit,
         deadline=ends(time_limit),
+        recover=recover,
     )
 
 
@@ -123,6 +127,12 @@ def check(model: object, budget: object, workload: object) -> None:
         together(workload)
     except ValueError as error:
         raise FxoptError(str(error)) from None
+
+
+def check_recovery(recover: object) -> None:
+    """FxoptError for another kind of recovery than there is."""
+    if recover is not None and not isinstance(recover, Distill):
+        raise FxoptError(f"recover: takes fxopt.Distill(steps=200) or None, not {_kind(recover)}")
 
 
 def together(workload: object) -> Workload | None:

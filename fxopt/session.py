@@ -7,21 +7,22 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import evidence
-from .compiler import Compiler
+from .compiler import TRIALS, Compiler
 from .decide.again import note_totals
 from .decide.decisions import refusals
 from .decide.outlook import nearest_note
 from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
+from .distilled import Distillation, Prepare, distilled, too_few
 from .emit.editor import GraphEditor
 from .hosted import Optimized
-from .ir.errors import BudgetError, RowResult
+from .ir.errors import BudgetError, FxoptError, RowResult
 from .ir.plan import Plan
 from .ir.units import format_value
 from .measure import Measurer
@@ -33,6 +34,9 @@ logger = logging.getLogger("fxopt")
 ATTEMPTS = 5
 """Searches, each asking more of the `choose` part, until the `verify` part holds."""
 MARGIN, MOST = 1.02, 10.0
+DISTILLED = 3
+"""Whole choices that are distilled in a search: the best of those that were not, and what the
+solver takes next, knowing how much better that became."""
 RUNNERS_UP = 4
 """Where nothing holds, so many of the nearest trials are verified, and the model as it is; the
 best is handed out."""
@@ -57,6 +61,10 @@ class Session:
     ) -> None:
         self.compiler = compiler
         self.interrupted = False
+        self._distils = False
+        self._made: dict[Choice, Distillation] = {}
+        if compiler.request.recover is not None and (reason := too_few(compiler)):
+            raise FxoptError(f"recover: {reason}")
         for note in compiler.request.calibration.notes:
             logger.warning(note)
         self.measurer = measurer or Measurer(compiler)
@@ -69,9 +77,46 @@ class Session:
         found = self._search()
         if found is None or found.excess > 0:
             self._try(identity(self.table))
+        self._go_on_distilled()
         best = self.search.best
         assert best is not None
+        kept = {best.choice, *(trial.choice for trial in self.search.ranked()[:RUNNERS_UP])}
+        self._made = {choice: made for choice, made in self._made.items() if choice in kept}
         return best
+
+    def _go_on_distilled(self) -> None:
+        """Distil the best choice and search on: from here on choices are distilled before they
+        are measured."""
+        if self.compiler.request.recover is None or self._distils or self.interrupted:
+            return
+        trial = self._to_distil()
+        if trial is None:
+            return
+        self._distils = True
+        try:
+            rows = self._distilled(trial.choice, trial.measured)
+        except KeyboardInterrupt:
+            self._end()
+            return
+        self.search.forget(trial)
+        self.search.tell(trial.choice, rows)
+        self._search()
+
+    def _to_distil(self) -> Trial | None:
+        """The best trial that holds and rewrites anything; without one, that nearest to the budget
+        of those that exceed it by their error alone."""
+        limits, none = self.search.limits, identity(self.table)
+        best = self.search.best
+        if best is not None and best.excess <= 0 and best.choice != none:
+            return best
+        return next(
+            (
+                trial
+                for trial in self.search.ranked()
+                if trial.choice != none and limits.excess({**trial.measured, "error": 0.0}) <= 0
+            ),
+            None,
+        )
 
     def _try(self, choice: Choice) -> None:
         """Measure a choice that the search has not tried."""
@@ -81,23 +126,52 @@ class Session:
     def _search(self) -> Trial | None:
         """As far as time goes. Ctrl-C ends the time: at least one choice is still measured, where
         none was; another Ctrl-C is for the caller."""
+        rounds = DISTILLED if self._distils else TRIALS
         try:
-            return self.compiler.search(self.search, self._measured)
+            return self.compiler.search(self.search, self._measured, rounds)
         except KeyboardInterrupt:
-            self.interrupted = True
-            logger.warning("Ctrl-C: the best plan measured so far follows; once more gives up")
-            now = replace(self.compiler.request, deadline=time.monotonic())
-            self.compiler.request = now
-            return self.compiler.search(self.search, self._measured)
+            self._end()
+            return self.compiler.search(self.search, self._measured, rounds)
+
+    def _end(self) -> None:
+        """End the time; another Ctrl-C is for the caller."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.warning("Ctrl-C: the best plan measured so far follows; once more gives up")
+        now = replace(self.compiler.request, deadline=time.monotonic())
+        self.compiler.request = now
 
     def _measured(self, choice: Choice) -> Mapping[str, float]:
         proposals = self.compiler.chosen(self.search, choice)
-        return self.measurer.trial(self.compiler.realise(proposals), proposals)
+        rows = self.measurer.trial(self.compiler.realise(proposals), proposals)
+        return self._distilled(choice, rows) if self._distils else rows
+
+    def _distilled(self, choice: Choice, rows: Mapping[str, float]) -> Mapping[str, float]:
+        """`rows` of a choice with its error after distillation, which is taken back where the
+        tensors as they were fitted err less."""
+        how, proposals = self.compiler.request.recover, self.compiler.chosen(self.search, choice)
+        assert how is not None
+        made = distilled(self.compiler, proposals, how, self.compiler.preparer)
+        if made.outcome.interrupted:
+            self._end()
+        error = rows["error"]
+        if made.improved:
+            error = self.measurer.error(self.compiler.realise(proposals, made))
+            if not error < rows["error"]:
+                made.take_back()
+        self._made[choice] = made
+        return {**rows, "error": min(error, rows["error"])}
+
+    def _prepare(self, choice: Choice) -> Prepare:
+        """The tensors of a choice as it was measured."""
+        return self._made.get(choice, self.compiler.preparer)
 
     def plan(self) -> Plan:
         """The decision alone: realised to see the graph, not emitted and not verified."""
         trial = self.search_best()
-        editor = self.compiler.realise(self.compiler.chosen(self.search, trial.choice))
+        chosen = self.compiler.chosen(self.search, trial.choice)
+        editor = self.compiler.realise(chosen, self._prepare(trial.choice))
         made = self.plan_of(trial, self.measurer.rows(trial.predicted, {}), editor)
         if trial.excess > 0:
             made.notes.append(nearest_note(self.search.problem()))
@@ -135,6 +209,13 @@ class Session:
                 logger.warning(note)
         return module
 
+    def _recovery(self, choice: Choice) -> dict[str, Any]:
+        """How the tensors of a choice were trained, as fields of `Plan`."""
+        made = self._made.get(choice)
+        if made is None or made.taken_back or not made.outcome.blocks:
+            return {}
+        return {"recover": self.compiler.request.recover, "distilled": made.outcome.blocks}
+
     def _nearest(self) -> list[Trial]:
         """Where nothing holds: the trials to verify, the model as it is among them."""
         none = identity(self.table)
@@ -145,7 +226,7 @@ class Session:
     def _verified(self, trial: Trial) -> Verified:
         """The module of a trial, and its rows on the part kept aside."""
         proposals = self.compiler.chosen(self.search, trial.choice)
-        editor = self.compiler.realise(proposals)
+        editor = self.compiler.realise(proposals, self._prepare(trial.choice))
         module = self.compiler.emit(editor)
         measured = self.measurer.contract(editor, module)
         rows = self.measurer.rows(trial.predicted, measured)
@@ -154,7 +235,9 @@ class Session:
             measured |= self.measurer.minimised(module)
             rows = self.measurer.rows(trial.predicted, measured)
         module.plan = self.plan_of(trial, rows, editor, module)
-        module.report = Report(rows, self._notes())
+        module.report = Report(
+            rows, self._notes_of(trial.choice), distilled=list(module.plan.distilled)
+        )
         return Verified(excess, module, rows)
 
     def _correct(self, trial: Trial, rows: Sequence[RowResult]) -> None:
@@ -169,6 +252,13 @@ class Session:
         # what is no number is as bad as can be
         factor = min(max(factor, 1.0), MOST) if math.isfinite(factor) else MOST
         self.search.tighten(trial, name, factor * MARGIN)
+
+    def _notes_of(self, choice: Choice) -> list[str]:
+        if self.compiler.request.recover is None:
+            return self._notes()
+        made = self._made.get(choice)
+        said = made.said if made else "this plan was not distilled"
+        return [*self._notes(), f"recover: {said}"]
 
     def _notes(self) -> list[str]:
         notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]
@@ -201,7 +291,8 @@ class Session:
             refusals=refusals(compiler.proposals),
             totals=rows,
             baseline=dict(self.measurer.baseline),
-            notes=[*self._notes(), *evidence.notes(shown["decisions"])],
+            **self._recovery(trial.choice),
+            notes=[*self._notes_of(trial.choice), *evidence.notes(shown["decisions"])],
             **shown,
         )
         note_totals(made)
@@ -210,7 +301,8 @@ class Session:
 
     def _tensors(self, trial: Trial) -> dict[str, Tensor]:
         """What the choices of a trial prepared."""
-        return prepared_tensors(self.compiler, self.compiler.chosen(self.search, trial.choice))
+        proposals = self.compiler.chosen(self.search, trial.choice)
+        return prepared_tensors(proposals, self._prepare(trial.choice))
 
 
 def _nearer(one: Verified | None, other: Verified) -> Verified:

@@ -165,6 +165,7 @@ def _chosen(plan: Plan, columns: Sequence[Sequence[Alternative]], choice: Sequen
     made = plan.model_copy(deep=True)
     made.tensors = plan.tensors
     made.trials, made.prices, made.looser, made.blocks, made.sources = [], [], [], [], []
+    made.distilled = []
     for decision, options, o in zip(made.decisions, columns, choice, strict=True):
         taken = options[o]
         if (taken.rewrite, taken.label) != (decision.rewrite, decision.label):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +20,7 @@ from .calibration import Batch, padding_of
 from .propose import Proposal
 from .quality import Quality
 from .statistics import Recorded, Run, Statistics
+from .walk import Walk
 
 DAMPING = 3.0
 """Times features a row, of the mean energy of an input: how much W' is held to W. Little of it
@@ -79,7 +79,7 @@ def recover(
     ]
     at = {site.node: (p, k, site) for p in linear for k, site in _outputs(p)}
     recovery = Recovery(prepare)
-    walks = [_Walk(graph, batches, run, quality) for graph in (original, rewritten)]
+    walks = [Walk(graph, batches, run, quality) for graph in (original, rewritten)]
     masks = [padding_of(batch) for batch in batches]
     with torch.no_grad():
         for node in [n.name for n in rewritten.graph.nodes if n.name in at]:
@@ -182,51 +182,3 @@ def _error(
 def _emulated(proposal: Proposal, tensors: Mapping[str, Tensor], x: Tensor, member: int) -> Tensor:
     inputs = {"x": x, "member": member}
     return proposal.rewrite.emulate(proposal.match, proposal.candidate, tensors, inputs)
-
-
-class _Arguments(Exception):
-    """Carries the graph's arguments out of the model around it."""
-
-
-class _Walk:
-    """One graph run node by node, for all batches at once."""
-
-    def __init__(
-        self, graph: fx.GraphModule, batches: Sequence[Batch], run: Run, quality: Quality
-    ) -> None:
-        self._runs = [fx.Interpreter(graph) for _ in batches]
-        for interpreter, batch in zip(self._runs, batches, strict=True):
-            interpreter.args_iter = iter(_arguments(run, batch, quality.positions(batch)))
-        self._nodes = list(graph.graph.nodes)
-        self._last = {source: n for n in self._nodes for source in n.all_input_nodes}
-        self._next = 0
-
-    def inputs(self, site: Site) -> list[Tensor]:
-        """Run up to the node of `site`, and give what it reads for each batch."""
-        while self._nodes[self._next].name != site.node:
-            self.proceed()
-        operand = 1 if isinstance(site.info, EmbeddingInfo) else 0
-        source: Any = self._nodes[self._next].args[operand]
-        return [interpreter.env[source] for interpreter in self._runs]
-
-    def proceed(self, outputs: Sequence[Any] | None = None) -> None:
-        """Run the next node, or take `outputs` for what it returns."""
-        node = self._nodes[self._next]
-        for i, interpreter in enumerate(self._runs):
-            made = interpreter.run_node(node) if outputs is None else outputs[i]
-            interpreter.env[node] = made
-            for source in node.all_input_nodes:
-                if self._last[source] is node:
-                    del interpreter.env[source]
-        self._next += 1
-
-
-def _arguments(run: Run, batch: Batch, positions: Tensor | None) -> list[Any]:
-    def call(arguments: list[Any]) -> Sequence[Any]:
-        raise _Arguments(arguments)
-
-    try:
-        run(call, batch, positions)
-    except _Arguments as found:
-        return found.args[0]
-    raise AssertionError("the model was run without its graph")

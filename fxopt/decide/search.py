@@ -270,6 +270,11 @@ class Search:
         self.moves.setdefault(name, []).append((expected, measured - kept))
         self.correction[name] = slope(self.moves[name], NOISE * kept, self._prior_scale(name))
 
+    def forget(self, trial: Trial) -> None:
+        """Let the choice of `trial` be measured anew, and what errors were compared with."""
+        self.trials.remove(trial)
+        self.ratios.clear()
+
     def tighten(self, trial: Trial, row: str, factor: float) -> None:
         """What was measured of `trial` elsewhere was `factor` times worse in `row`: ask that much
         more of every choice, and take this one for failed."""

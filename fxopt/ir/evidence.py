@@ -20,6 +20,16 @@ class Trial(PlanModel):
     taken: bool = False
 
 
+class Distilled(PlanModel):
+    """A block that was trained: ‖y − ŷ‖² / ‖y‖² of its outputs, ŷ for the inputs that the rewritten
+    blocks before it make, on sequences that no step of its training saw. `steps` were taken."""
+
+    block: str
+    before: float
+    after: float
+    steps: int
+
+
 class Looser(PlanModel):
     """What the solver would choose if `row` were allowed `limit` and all else stayed.
 

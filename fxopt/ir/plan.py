@@ -14,8 +14,9 @@ from torch import Tensor
 from .budget import Budget
 from .changes import PlanDiff
 from .decision import KEEP, Alternative, Decision, PlanModel, Refused
+from .distill import Distill
 from .errors import PlanError, RowResult
-from .evidence import Block, Generated, Looser, Memory, Pair, Price, Trial
+from .evidence import Block, Distilled, Generated, Looser, Memory, Pair, Price, Trial
 from .names import hint, select
 from .store import read_plan, read_tensors, tensors_path, write_plan, write_text
 from .workload import Forward, Generate, Several, Train
@@ -42,7 +43,8 @@ class Plan(PlanModel):
     takes in a row beyond its sites, and the whole erred `error_scale` times as much as its sites
     added up: with these `fxopt.solve` decides again. `tensors` is what calibrated
     choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
-    SHA-256 of that file.
+    SHA-256 of that file; `recover` is how they were trained after they were fitted, and
+    `distilled` what that did to each block.
     `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
     `blocks`, `sources`, `pairs` and `memory` (of a training step) are for readers: nothing of them
     is replayed.
@@ -64,6 +66,8 @@ class Plan(PlanModel):
     error_scale: float = 1.0
     notes: list[str] = Field(default_factory=list[str])
     prepared: str | None = None
+    recover: Distill | None = None
+    distilled: list[Distilled] = Field(default_factory=list[Distilled])
     trials: list[Trial] = Field(default_factory=list[Trial])
     prices: list[Price] = Field(default_factory=list[Price])
     looser: list[Looser] = Field(default_factory=list[Looser])
@@ -217,7 +221,9 @@ class Plan(PlanModel):
     def report(self, *notes: str) -> Any:
         """The rows as they were measured when the plan was made, for a module that was not."""
         kind = import_module("..show.report", __package__).Report
-        return kind(list(self.totals), [*self.notes, *notes], memory=self.memory)
+        return kind(
+            list(self.totals), [*self.notes, *notes], memory=self.memory, distilled=self.distilled
+        )
 
     def graph(self) -> DiGraph[str]:
         """The calls of the model before and after, as one networkx graph; see `show.network`.

@@ -7,22 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fxopt.ir.errors import PlanError, RowResult
-from fxopt.ir.evidence import Memory
+from fxopt.ir.evidence import Distilled, Memory
 from fxopt.ir.store import write_text
 
 from . import memory
 from .page import Page, has_colours, width
 from .rows import HEADS, cells, deviation, table
 
+DISTILLED = ["distilled", "error before", "after", "steps", ""]
+
 
 @dataclass
 class Report:
-    """What was allowed, predicted and measured. `written` holds limits as the user wrote them."""
+    """What was allowed, predicted and measured. `written` holds limits as the user wrote them;
+    `distilled` is what training did to each block."""
 
     rows: list[RowResult]
     notes: list[str] = field(default_factory=list[str])
     written: Mapping[str, str] = field(default_factory=dict[str, str])
     memory: Memory | None = None
+    distilled: list[Distilled] = field(default_factory=list[Distilled])
 
     @property
     def kept(self) -> bool:
@@ -56,6 +60,14 @@ def render(report: Report, *, colours: bool | None = None, columns: int | None =
         page.add(memory.sentence(report.memory))
         page.verbatim(table(*memory.policies(report.memory)))
         page.add()
+    if report.distilled:
+        page.add()
+        page.verbatim(table(DISTILLED, [_trained(block) for block in report.distilled]))
+        page.add()
     for note in report.notes:
         page.add(f"Note: {note}")
     return page.render(has_colours() if colours is None else colours)
+
+
+def _trained(block: Distilled) -> list[str]:
+    return [block.block, f"{block.before:.3g}", f"{block.after:.3g}", str(block.steps), ""]

@@ -1,0 +1,103 @@
+"""The prepared tensors of a choice after distillation, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .compiler import Compiler
+from .decide.distill import Outcome, trains
+from .decide.propose import Proposal
+from .ir.distill import Distill
+
+Prepare = Callable[[Proposal], Mapping[str, Tensor]]
+Key = tuple[str, str]
+
+
+@dataclass
+class Distillation:
+    """Tensors by proposal, for `Compiler.realise`: trained ones, others as `prepare` gives them."""
+
+    prepare: Prepare
+    trained: dict[Key, dict[str, Tensor]]
+    outcome: Outcome
+    taken_back: bool = False
+
+    @property
+    def improved(self) -> bool:
+        """Whether any block is better than it was."""
+        return any(block.after < block.before for block in self.outcome.blocks)
+
+    @property
+    def said(self) -> str:
+        """What came of it, in a sentence."""
+        found, count = self.outcome.blocks, self.outcome.count
+        if len(found) == count and not any(block.steps for block in found):
+            return "nothing was distilled: the plan rewrites no layer into tensors that train"
+        better = sum(block.after < block.before for block in found)
+        text = f"{better} of {count} blocks are better on sequences held out"
+        if self.taken_back:
+            return f"{text}, but not the whole model on the part to choose by: undone"
+        if len(found) == count and not self.outcome.interrupted:
+            return text
+        by = "Ctrl-C" if self.outcome.interrupted else "the time limit"
+        return f"{text}; {by} ended it after {len(found)}"
+
+    def take_back(self) -> None:
+        """Give what `prepare` gives again."""
+        self.trained.clear()
+        self.taken_back = True
+
+    def __call__(self, proposal: Proposal) -> Mapping[str, Tensor]:
+        found = self.trained.get(_key(proposal))
+        return self.prepare(proposal) if found is None else found
+
+
+def distilled(
+    compiler: Compiler, proposals: Sequence[Proposal], how: Distill, prepare: Prepare
+) -> Distillation:
+    """Distil a choice whose tensors are first those of `prepare`, which stay as they are."""
+    training = [p for p in proposals if trains(p.site)]
+    held = {_key(p): _copied(prepare(p)) for p in training}
+    made = Distillation(prepare, held, Outcome(0))
+    editor = compiler.realise(proposals, made)
+    found = [(p.site, _registered(held[_key(p)], editor.graph)) for p in training]
+    made.outcome = compiler.distil(editor, [one for one in found if one[1]], how)
+    made.trained = {k: {n: t.detach() for n, t in of.items()} for k, of in held.items()}
+    return made
+
+
+def too_few(compiler: Compiler) -> str | None:
+    """Why the calibration does not do, where it leaves no sequence to hold out."""
+    if len(compiler.request.calibration.fit) > 1:
+        return None
+    return (
+        "distillation holds some of the sequences out that tensors are fitted on, and there is "
+        "one; pass a calibration of four sequences or more"
+    )
+
+
+def _key(proposal: Proposal) -> Key:
+    return proposal.site.family, proposal.site.key
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that can be trained as parameters of their own: editors register such as
+    they are."""
+    return {n: nn.Parameter(t.detach().clone()) if _real(t) else t for n, t in tensors.items()}
+
+
+def _real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
+def _registered(tensors: Mapping[str, Tensor], graph: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a graph that are these tensors, or views of them."""
+    places = {_place(t) for t in tensors.values() if isinstance(t, nn.Parameter)}
+    return [p for p in graph.parameters() if _place(p) in places]
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
