@@ -1,0 +1,231 @@
+"""Which tokens of an attention are the places of an image or a video.
+
+Followed from the convolution that makes them, forwards: what an op does to a tensor's dimensions
+says where its grid lies afterwards. Ops of which that is not known end the search.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor, fx
+from torch._ops import OpOverload
+
+from ..ir.ops import attend
+from .nodes import CASTS, COPIES, VIEWS, op_name, value
+
+aten = torch.ops.aten
+CONVOLUTIONS = {
+    aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding,
+}  # fmt: skip
+RESHAPES = VIEWS | {
+    aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
+}  # fmt: skip
+EACH = CASTS | COPIES | {
+    aten.dropout.default, aten.expand.default, aten.batch_norm.default, aten.linear.default,
+    aten.layer_norm.default, aten.rms_norm.default,
+}  # fmt: skip
+"""Ops that keep places apart, beside those that PyTorch itself calls pointwise."""
+SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """From dimension `dim` on a tensor has the axes of the grid (`folded`), or that dimension has
+    `prefix` tokens and then its places. `sizes` are those of the trace, numbers or symbols."""
+
+    sizes: tuple[int | SymInt, ...]
+    dim: int
+    prefix: int = 0
+    folded: bool = False
+
+    @property
+    def dims(self) -> range:
+        return range(self.dim, self.dim + (len(self.sizes) if self.folded else 1))
+
+    @property
+    def extent(self) -> list[Any]:
+        """The sizes of `dims`, as expressions."""
+        sizes = [_expression(size) for size in self.sizes]
+        return sizes if self.folded else [self.prefix + sympy.prod(sizes)]
+
+
+class Grids:
+    """The grids of a graph's tensors."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._found: dict[fx.Node, _Grid] = {}
+        self._lost: dict[fx.Node, str] = {}
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            known = [n for n in node.all_input_nodes if n in self._found]
+            if grid := _made(node) or (self._after(node, known) if known else None):
+                self._found[node] = grid
+            elif known:
+                self._lost[node] = (
+                    f"behind {op_name(node)} in {node.meta.get('fqn') or 'the root'} it is not "
+                    f"known where the {_words(self._found[known[0]])} places stand"
+                )
+            elif lost := [n for n in node.all_input_nodes if n in self._lost]:
+                self._lost[node] = self._lost[lost[0]]
+
+    def at(self, node: fx.Node) -> tuple[tuple[int, ...], str]:
+        """(prefix, size, ...) of an attention's tokens; or () and why there is none."""
+        grid = self._common(list(node.args[:3]))
+        if grid is None:
+            reasons = (self._lost.get(n) for n in node.all_input_nodes)
+            unknown = "no convolution makes its tokens, so that they have no known grid"
+            return (), next(filter(None, reasons), unknown)
+        if len(set[Any]().union(*(_expression(size).free_symbols for size in grid.sizes))) > 1:
+            return (), f"{_words(grid)} places vary apart: their number does not tell their grid"
+        sizes = (size.node.hint if isinstance(size, SymInt) else size for size in grid.sizes)
+        return (grid.prefix, *sizes), ""
+
+    def _common(self, operands: Sequence[Any]) -> _Grid | None:
+        """The one grid of all operands."""
+        first, *others = (self._found.get(n) for n in operands)
+        same = first is not None and all(
+            g is not None and (g.dim, g.prefix, g.folded) == (first.dim, first.prefix, first.folded)
+            and _same(g.extent, first.extent) for g in others
+        )  # fmt: skip
+        return first if same else None
+
+    def _after(self, node: fx.Node, known: list[fx.Node]) -> _Grid | None:
+        target = node.target
+        if target is aten.cat.default:
+            return self._joined(node)
+        if target is attend:
+            grid = self._common(list(node.args[:3]))
+            # [B, H, N, D] becomes [B, N, H, D].
+            return replace(grid, dim=1) if grid and (grid.dim, grid.folded) == (2, False) else None
+        source = node.args[0]
+        grid = self._found.get(source) if isinstance(source, fx.Node) else None
+        if target in RESHAPES and grid:
+            return _reshaped(grid, value(source).shape, value(node).shape)
+        if target in (aten.permute.default, aten.transpose.int) and grid:
+            return _permuted(grid, _order(node))
+        if target is aten.slice.Tensor and grid:
+            return _sliced(grid, node)
+        if target in SPLITS | {aten.unbind.int, aten.select.int} and grid:
+            return _split(grid, node)
+        if target is operator.getitem:
+            return grid
+        return self._each(node, known)
+
+    def _each(self, node: fx.Node, known: list[fx.Node]) -> _Grid | None:
+        """Behind an op that keeps places apart; operands are aligned at their last dimensions."""
+        target, result = node.target, value(node)
+        pointwise = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+        if not isinstance(result, Tensor) or not (pointwise or target in EACH):
+            return None
+        first, *others = (
+            replace(g, dim=g.dim + result.dim() - value(n).dim())
+            for n, g in ((n, self._found[n]) for n in known)
+        )
+        over = {aten.linear.default: 1, aten.rms_norm.default: 1}.get(target, 0)  # pyright: ignore
+        if target in (aten.layer_norm.default, aten.rms_norm.default):
+            over = len(node.args[1])  # pyright: ignore[reportArgumentType]
+        apart = first.dims.stop <= result.dim() - over
+        kept = _same([_expression(result.shape[d]) for d in first.dims], first.extent)
+        agree = all((g.dim, g.prefix, g.folded) == (first.dim, first.prefix, first.folded)
+                    for g in others)  # fmt: skip
+        return first if apart and kept and agree else None
+
+    def _joined(self, node: fx.Node) -> _Grid | None:
+        """Behind `cat`: tokens that come before the grid's are a prefix."""
+        operands: list[Any] = list(node.args[0])  # pyright: ignore
+        dim = int(node.args[1]) if len(node.args) > 1 else 0  # pyright: ignore
+        dim %= value(node).dim()
+        *before, last = operands
+        grid = self._found.get(last)
+        if grid is None or dim not in grid.dims:
+            return self._common(operands)
+        sizes = [_expression(value(n).shape[dim]) for n in before]
+        if grid.folded or any(n in self._found for n in before):
+            return None
+        if not all(size.is_number for size in sizes):
+            return None
+        return replace(grid, prefix=grid.prefix + int(sum(sizes)))
+
+
+def _made(node: fx.Node) -> _Grid | None:
+    """What a convolution of a batch makes."""
+    if node.target not in CONVOLUTIONS or value(node).dim() != value(node.args[1]).dim():
+        return None
+    return _Grid(tuple(value(node).shape[2:]), 2, folded=True)
+
+
+def _reshaped(grid: _Grid, before: Sequence[Any], after: Sequence[Any]) -> _Grid | None:
+    """Where the grid's axes, or their product, stand behind as many numbers as before."""
+    old, new = ([_expression(size) for size in sizes] for sizes in (before, after))
+    ahead = sympy.prod(old[: grid.dim])
+    forms = [grid]
+    if not grid.prefix:
+        forms.append(replace(grid, folded=not grid.folded))
+    for form in forms:
+        extent = form.extent
+        for dim in range(len(new) - len(extent) + 1):
+            here = new[dim : dim + len(extent)]
+            if _same(here, extent) and _same([sympy.prod(new[:dim])], [ahead]):
+                return replace(form, dim=dim)
+    return None
+
+
+def _order(node: fx.Node) -> list[int]:
+    """The dimensions of the source in the order of the result."""
+    rank = value(node).dim()
+    if node.target is aten.permute.default:
+        return [d % rank for d in node.args[1]]  # pyright: ignore
+    order, (a, b) = list(range(rank)), (d % rank for d in node.args[1:3])  # pyright: ignore
+    order[a], order[b] = b, a
+    return order
+
+
+def _permuted(grid: _Grid, order: list[int]) -> _Grid | None:
+    there = [order.index(d) for d in grid.dims]
+    together = there == list(range(there[0], there[0] + len(there)))
+    return replace(grid, dim=there[0]) if together else None
+
+
+def _sliced(grid: _Grid, node: fx.Node) -> _Grid | None:
+    """Behind a slice of other dimensions, or one that leaves out tokens of the prefix alone."""
+    given: list[Any] = list(node.args[1:])
+    dim, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
+    if dim % value(node).dim() not in grid.dims:
+        return grid
+    start = 0 if start is None else start
+    whole = step == 1 and (end is None or end == sys.maxsize) and isinstance(start, int)
+    if grid.folded or not whole or not 0 <= start <= grid.prefix:
+        return None
+    return replace(grid, prefix=grid.prefix - start)
+
+
+def _split(grid: _Grid, node: fx.Node) -> _Grid | None:
+    """Of the pieces along another dimension, which is gone behind `unbind` and `select`."""
+    by_dim = node.target in (aten.unbind.int, aten.select.int)
+    given: Any = node.args[1 if by_dim else 2] if len(node.args) > (1 if by_dim else 2) else 0
+    dim = given % value(node.args[0]).dim()
+    if dim in grid.dims:
+        return None
+    return replace(grid, dim=grid.dim - int(by_dim and dim < grid.dim))
+
+
+def _expression(size: int | SymInt) -> Any:
+    return size.node.expr if isinstance(size, SymInt) else sympy.Integer(size)
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(
+        sympy.expand(a - b) == 0 for a, b in zip(some, others, strict=True)
+    )
+
+
+def _words(grid: _Grid) -> str:
+    return " x ".join(str(size) for size in grid.sizes)
