@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 
 from ..ir.ops import attend
 from .nodes import CASTS, COPIES, VIEWS, op_name, value
+from .shapes import fixed
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -38,12 +39,15 @@ SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 @dataclass(frozen=True)
 class _Grid:
     """From dimension `dim` on a tensor has the axes of the grid (`folded`), or that dimension has
-    `prefix` tokens and then its places. `sizes` are those of the trace, numbers or symbols."""
+    `prefix` tokens and then its places. `sizes` are those of the trace, numbers or symbols; `fixed`:
+    something with a fixed number of tokens was added to them, such as a table of positions, which
+    means the traced sizes."""
 
     sizes: tuple[int | SymInt, ...]
     dim: int
     prefix: int = 0
     folded: bool = False
+    fixed: bool = False
 
     @property
     def dims(self) -> range:
@@ -54,6 +58,11 @@ class _Grid:
         """The sizes of `dims`, as expressions."""
         sizes = [_expression(size) for size in self.sizes]
         return sizes if self.folded else [self.prefix + sympy.prod(sizes)]
+
+    def agrees(self, other: _Grid) -> bool:
+        """Whether places stand alike in two tensors, of one shape but for dimensions of size 1."""
+        mine, theirs = ((g.dim, g.prefix, g.folded) for g in (self, other))
+        return mine == theirs and _same(self.extent, other.extent)
 
 
 class Grids:
@@ -83,7 +92,8 @@ class Grids:
             reasons = (self._lost.get(n) for n in node.all_input_nodes)
             unknown = "no convolution makes its tokens, so that they have no known grid"
             return (), next(filter(None, reasons), unknown)
-        if len(set[Any]().union(*(_expression(size).free_symbols for size in grid.sizes))) > 1:
+        symbols = set[Any]().union(*(_expression(size).free_symbols for size in grid.sizes))
+        if len(symbols) > 1 and not grid.fixed:
             return (), f"{_words(grid)} places vary apart: their number does not tell their grid"
         sizes = (size.node.hint if isinstance(size, SymInt) else size for size in grid.sizes)
         return (grid.prefix, *sizes), ""
@@ -91,11 +101,9 @@ class Grids:
     def _common(self, operands: Sequence[Any]) -> _Grid | None:
         """The one grid of all operands."""
         first, *others = (self._found.get(n) for n in operands)
-        same = first is not None and all(
-            g is not None and (g.dim, g.prefix, g.folded) == (first.dim, first.prefix, first.folded)
-            and _same(g.extent, first.extent) for g in others
-        )  # fmt: skip
-        return first if same else None
+        if first is None or not all(g is not None and first.agrees(g) for g in others):
+            return None
+        return replace(first, fixed=first.fixed or any(g is not None and g.fixed for g in others))
 
     def _after(self, node: fx.Node, known: list[fx.Node]) -> _Grid | None:
         target = node.target
@@ -126,17 +134,18 @@ class Grids:
         if not isinstance(result, Tensor) or not (pointwise or target in EACH):
             return None
         first, *others = (
-            replace(g, dim=g.dim + result.dim() - value(n).dim())
-            for n, g in ((n, self._found[n]) for n in known)
+            replace(self._found[n], dim=self._found[n].dim + result.dim() - value(n).dim())
+            for n in known
         )
-        over = {aten.linear.default: 1, aten.rms_norm.default: 1}.get(target, 0)  # pyright: ignore
+        over = int(target is aten.linear.default)
         if target in (aten.layer_norm.default, aten.rms_norm.default):
             over = len(node.args[1])  # pyright: ignore[reportArgumentType]
-        apart = first.dims.stop <= result.dim() - over
         kept = _same([_expression(result.shape[d]) for d in first.dims], first.extent)
-        agree = all((g.dim, g.prefix, g.folded) == (first.dim, first.prefix, first.folded)
-                    for g in others)  # fmt: skip
-        return first if apart and kept and agree else None
+        if first.dims.stop > result.dim() - over or not kept or not all(map(first.agrees, others)):
+            return None
+        tables = [n for n in node.all_input_nodes if pointwise and n not in known]
+        known_size = any(g.fixed for g in (first, *others))
+        return replace(first, fixed=known_size or any(_fixes(first, n, node) for n in tables))
 
     def _joined(self, node: fx.Node) -> _Grid | None:
         """Behind `cat`: tokens that come before the grid's are a prefix."""
@@ -160,6 +169,15 @@ def _made(node: fx.Node) -> _Grid | None:
     if node.target not in CONVOLUTIONS or value(node).dim() != value(node.args[1]).dim():
         return None
     return _Grid(tuple(value(node).shape[2:]), 2, folded=True)
+
+
+def _fixes(grid: _Grid, table: fx.Node, result: fx.Node) -> bool:
+    """Whether an operand without a grid has a fixed number of entries where the grid lies."""
+    if not isinstance(value(table), Tensor):
+        return False
+    shape = value(table).shape
+    dims = [d - value(result).dim() + len(shape) for d in grid.dims]
+    return dims[0] >= 0 and all((fixed(shape[d]) or 0) > 1 for d in dims)
 
 
 def _reshaped(grid: _Grid, before: Sequence[Any], after: Sequence[Any]) -> _Grid | None:

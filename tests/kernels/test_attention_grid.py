@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.ir.ops import attend
-from fxopt.kernels.attention import attention_reference, attention_traceable, attention_with_lse
+from fxopt.kernels._triton import AVAILABLE
+from fxopt.kernels.attention import attention_reference, attention_traceable, attention_with_lse, op
 from fxopt.kernels.attention import grid as grids
 from fxopt.kernels.attention.blocks import block_sparse, lists_of_grid
 from fxopt.kernels.attention.op import attention, attention_backward
 from fxopt.kernels.attention.op import attention_with_lse as op_with_lse
 from fxopt.kernels.attention.spec import bind, in_order
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = [(1, 14, 14), (0, 37, 37), (5, 12, 40), (1, 41, 9), (0, 6, 10, 11), (2, 300), (70, 20, 20)]
 SIZES = st.one_of(st.tuples(st.integers(1, 400)), *([st.tuples(*[st.integers(1, m)] * n)
                   for n, m in ((2, 30), (3, 9))]))  # fmt: skip
@@ -73,9 +75,11 @@ def naive(inputs: Sequence[Tensor], grid: tuple[int, ...], near: Sequence[int]) 
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def random(grid: tuple[int, ...], heads: int = 4, kv: int = 2, dtype: Any = torch.float64) -> Any:
+def random(
+    grid: tuple[int, ...], heads: int = 4, kv: int = 2, dtype: Any = torch.float64, batch: int = 2
+) -> Any:
     count = grids.tokens(grid)
-    return tuple(torch.randn(2, n, count, 16).to(dtype) for n in (heads, kv, kv))
+    return tuple(torch.randn(batch, n, count, 16).to(dtype) for n in (heads, kv, kv))
 
 
 def call(grid: tuple[int, ...], near: Sequence[int]) -> tuple[Any, ...]:
@@ -187,6 +191,38 @@ def test_gradients_are_those_of_attention_over_the_visible_tokens(near: tuple[in
     found = torch.autograd.grad((attention(*inputs, *call(grid, near)) * weight).sum(), inputs)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def through_the_op(grid: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Output and gradients of one local and one dense head, within the reference's rounding."""
+    assert not visible(grid, 1).all()
+    inputs = [x.to(device).requires_grad_() for x in random(grid, 2, 2, dtype, batch=1)]
+    options, near = call(grid, (1, 0)), (1, 0)
+    out = attention(*inputs, *options)
+    gradient = torch.randn_like(out)
+    found = [out, *torch.autograd.grad(out, inputs, gradient)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = attention_reference(*wide, *options)
+    torch.testing.assert_close(exact.cpu(), naive([x.cpu() for x in wide], grid, near))
+    expected = [exact, *torch.autograd.grad(exact, wide, gradient.double())]
+    plain = attention_reference(*inputs, *options)
+    same = [plain, *torch.autograd.grad(plain, inputs, gradient)]
+    for mine, theirs, right in zip(found, same, expected, strict=True):
+        error, own = ((x.double() - right).abs().max() for x in (mine, theirs))
+        assert error < 8 * own + 1e-6
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+def test_the_kernels_walk_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_has_kernel", lambda q: q.dtype != torch.float64)
+    through_the_op((2, 64, 3), torch.float32, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("grid", [(1, 37, 37), (5, 64, 64), (0, 8, 24, 25)])
+def test_on_a_gpu(grid: tuple[int, ...], dtype: torch.dtype) -> None:
+    through_the_op(grid, dtype, "cuda")
 
 
 def test_the_ops_are_sound() -> None:
