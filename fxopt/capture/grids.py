@@ -6,20 +6,20 @@ says where its grid lies afterwards. Ops of which that is not known end the sear
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 
 from ..ir.ops import attend
 from .nodes import CASTS, COPIES, VIEWS, op_name, value
-from .shapes import fixed
+from .shapes import fixed, free_symbols
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -33,15 +33,15 @@ EACH = CASTS | COPIES | {
     aten.layer_norm.default, aten.rms_norm.default,
 }  # fmt: skip
 """Ops that keep places apart, beside those that PyTorch itself calls pointwise."""
+PERMUTES = {aten.permute.default, aten.transpose.int, aten.mT.default}
 SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 
 
 @dataclass(frozen=True)
 class _Grid:
     """From dimension `dim` on a tensor has the axes of the grid (`folded`), or that dimension has
-    `prefix` tokens and then its places. `sizes` are those of the trace, numbers or symbols; `fixed`:
-    something with a fixed number of tokens was added to them, such as a table of positions, which
-    means the traced sizes."""
+    `prefix` tokens and then its places. `sizes` are those of the trace, numbers or symbols.
+    `fixed`: a table of positions was added, or the like, which has the traced number of places."""
 
     sizes: tuple[int | SymInt, ...]
     dim: int
@@ -54,15 +54,15 @@ class _Grid:
         return range(self.dim, self.dim + (len(self.sizes) if self.folded else 1))
 
     @property
-    def extent(self) -> list[Any]:
-        """The sizes of `dims`, as expressions."""
-        sizes = [_expression(size) for size in self.sizes]
-        return sizes if self.folded else [self.prefix + sympy.prod(sizes)]
+    def extent(self) -> list[int]:
+        """The traced sizes of `dims`."""
+        sizes = [_traced(size) for size in self.sizes]
+        return sizes if self.folded else [self.prefix + math.prod(sizes)]
 
     def agrees(self, other: _Grid) -> bool:
         """Whether places stand alike in two tensors, of one shape but for dimensions of size 1."""
         mine, theirs = ((g.dim, g.prefix, g.folded) for g in (self, other))
-        return mine == theirs and _same(self.extent, other.extent)
+        return mine == theirs and self.extent == other.extent
 
 
 class Grids:
@@ -92,11 +92,10 @@ class Grids:
             reasons = (self._lost.get(n) for n in node.all_input_nodes)
             unknown = "no convolution makes its tokens, so that they have no known grid"
             return (), next(filter(None, reasons), unknown)
-        symbols = set[Any]().union(*(_expression(size).free_symbols for size in grid.sizes))
+        symbols = {name for size in grid.sizes for name in free_symbols(size)}
         if len(symbols) > 1 and not grid.fixed:
             return (), f"{_words(grid)} places vary apart: their number does not tell their grid"
-        sizes = (size.node.hint if isinstance(size, SymInt) else size for size in grid.sizes)
-        return (grid.prefix, *sizes), ""
+        return (grid.prefix, *map(_traced, grid.sizes)), ""
 
     def _common(self, operands: Sequence[Any]) -> _Grid | None:
         """The one grid of all operands."""
@@ -117,7 +116,7 @@ class Grids:
         grid = self._found.get(source) if isinstance(source, fx.Node) else None
         if target in RESHAPES and grid:
             return _reshaped(grid, value(source).shape, value(node).shape)
-        if target in (aten.permute.default, aten.transpose.int) and grid:
+        if target in PERMUTES and grid:
             return _permuted(grid, _order(node))
         if target is aten.slice.Tensor and grid:
             return _sliced(grid, node)
@@ -140,7 +139,7 @@ class Grids:
         over = int(target is aten.linear.default)
         if target in (aten.layer_norm.default, aten.rms_norm.default):
             over = len(node.args[1])  # pyright: ignore[reportArgumentType]
-        kept = _same([_expression(result.shape[d]) for d in first.dims], first.extent)
+        kept = [_traced(result.shape[d]) for d in first.dims] == first.extent
         if first.dims.stop > result.dim() - over or not kept or not all(map(first.agrees, others)):
             return None
         tables = [n for n in node.all_input_nodes if pointwise and n not in known]
@@ -156,12 +155,11 @@ class Grids:
         grid = self._found.get(last)
         if grid is None or dim not in grid.dims:
             return self._common(operands)
-        sizes = [_expression(value(n).shape[dim]) for n in before]
-        if grid.folded or any(n in self._found for n in before):
+        sizes = [fixed(value(n).shape[dim]) for n in before]
+        known = [size for size in sizes if size is not None]
+        if grid.folded or len(known) < len(sizes) or any(n in self._found for n in before):
             return None
-        if not all(size.is_number for size in sizes):
-            return None
-        return replace(grid, prefix=grid.prefix + int(sum(sizes)))
+        return replace(grid, prefix=grid.prefix + sum(known))
 
 
 def _made(node: fx.Node) -> _Grid | None:
@@ -182,16 +180,15 @@ def _fixes(grid: _Grid, table: fx.Node, result: fx.Node) -> bool:
 
 def _reshaped(grid: _Grid, before: Sequence[Any], after: Sequence[Any]) -> _Grid | None:
     """Where the grid's axes, or their product, stand behind as many numbers as before."""
-    old, new = ([_expression(size) for size in sizes] for sizes in (before, after))
-    ahead = sympy.prod(old[: grid.dim])
+    old, new = ([_traced(size) for size in sizes] for sizes in (before, after))
+    ahead = math.prod(old[: grid.dim])
     forms = [grid]
     if not grid.prefix:
         forms.append(replace(grid, folded=not grid.folded))
     for form in forms:
         extent = form.extent
         for dim in range(len(new) - len(extent) + 1):
-            here = new[dim : dim + len(extent)]
-            if _same(here, extent) and _same([sympy.prod(new[:dim])], [ahead]):
+            if new[dim : dim + len(extent)] == extent and math.prod(new[:dim]) == ahead:
                 return replace(form, dim=dim)
     return None
 
@@ -201,7 +198,8 @@ def _order(node: fx.Node) -> list[int]:
     rank = value(node).dim()
     if node.target is aten.permute.default:
         return [d % rank for d in node.args[1]]  # pyright: ignore
-    order, (a, b) = list(range(rank)), (d % rank for d in node.args[1:3])  # pyright: ignore
+    swapped: Any = node.args[1:] or (-2, -1)
+    order, (a, b) = list(range(rank)), (d % rank for d in swapped)
     order[a], order[b] = b, a
     return order
 
@@ -235,14 +233,8 @@ def _split(grid: _Grid, node: fx.Node) -> _Grid | None:
     return replace(grid, dim=grid.dim - int(by_dim and dim < grid.dim))
 
 
-def _expression(size: int | SymInt) -> Any:
-    return size.node.expr if isinstance(size, SymInt) else sympy.Integer(size)
-
-
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(
-        sympy.expand(a - b) == 0 for a, b in zip(some, others, strict=True)
-    )
+def _traced(size: Any) -> int:
+    return size.node.hint if isinstance(size, SymInt) else size
 
 
 def _words(grid: _Grid) -> str:
