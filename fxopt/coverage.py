@@ -16,7 +16,7 @@ from .compiler import Compiler
 from .decide.quality import first_tensor
 from .ir.ops import attend
 from .kernels.attention import attention_reference
-from .kernels.attention.grid import hides
+from .kernels.attention.grid import hides, tokens
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
 from .kernels.kv_attention.layout import parse
@@ -132,7 +132,8 @@ class _Walk(fx.Interpreter):
         tops = enumerate(per_head("top", top, heads))
         self.left |= {(name, h): hides_some(prompt, prompt, t) for h, t in tops if t}
         reaches = enumerate(per_head("near", near, heads))
-        self.left |= {(name, h): hides(tuple(grid), n) for h, n in reaches if n}
+        same = bool(grid) and tokens(tuple(grid)) == length
+        self.left |= {(name, h): same and hides(tuple(grid), n) for h, n in reaches if n}
         formats = parse(layout).formats(heads)
         if not any(formats):
             return

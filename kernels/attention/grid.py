@@ -49,7 +49,7 @@ def order(grid: Grid) -> NDArray[np.int64]:
     return np.append(prefix + np.lexsort([*places[:-1], along]), np.arange(prefix))
 
 
-def _walked(line: NDArray[np.int64], place: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def _walked(line: NDArray[np.int64], place: NDArray[np.int32], count: int) -> NDArray[np.int64]:
     """Steps of a walk along lines of `count` places, every other one backwards."""
     return line * count + np.where(line % 2, count - 1 - place, place)
 
@@ -101,9 +101,11 @@ def spans(grid: Grid, near: int, number: int) -> list[tuple[int, int]]:
 
 @functools.cache
 def places(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`order` on a device, and its inverse: the place of each token."""
-    there = torch.from_numpy(order(grid))
-    return there.to(device), there.argsort().to(device)
+    """`order` on a device, and its inverse: the place of each token. Kept, so that a captured CUDA
+    graph copies nothing, and as what a backward may save, whoever asks first."""
+    with torch.inference_mode(False):
+        there = torch.from_numpy(order(grid))
+        return there.to(device), there.argsort().to(device)
 
 
 def near_keys(length: int, grid: Grid, near: Sequence[int], device: torch.device) -> Tensor:
@@ -120,6 +122,6 @@ def near_keys(length: int, grid: Grid, near: Sequence[int], device: torch.device
     return (seen | other)[None, :, None]
 
 
-def _coordinates(sizes: Sequence[int]) -> NDArray[np.int64]:
+def _coordinates(sizes: Sequence[int]) -> NDArray[np.int32]:
     """Of each token of the grid, [axes, N]."""
-    return np.indices(sizes).reshape(len(sizes), -1).astype(np.int64)
+    return np.indices(sizes, np.int32).reshape(len(sizes), -1)

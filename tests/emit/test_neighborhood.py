@@ -109,6 +109,22 @@ def test_onnx_gives_the_same(case: Case, tmp_path: Path) -> None:
     assert path.stat().st_size < 4 * HIGH * WIDE * HIGH * WIDE  # the mask is made in the file
 
 
+def test_a_budget_gets_them() -> None:
+    """48 x 48 places, at which a quarter of the pairs is computed; measured, and no head idle."""
+    config = hf.ViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=96, patch_size=2,
+    )  # fmt: skip
+    data = [{"pixel_values": torch.randn(1, 3, 96, 96)} for _ in range(3)]
+    opt = fxopt.optimize(
+        hf.ViTForImageClassification(config).eval(), fxopt.Budget(relative_error=0.1), data[0],
+        calibration=data, rewrites=["attention.neighborhood"],
+    )  # fmt: skip
+    assert {decision.label for decision in opt.plan.rewritten} == {"15x15"}
+    assert len(opt.plan.rewritten) == 2
+    assert not any("heads with a window" in note for note in opt.report.notes)
+
+
 def test_a_resized_dino_is_exported(tmp_path: Path) -> None:
     """Its sizes are symbols in the trace, and so are the tokens of its mask."""
     pytest.importorskip("onnxruntime")

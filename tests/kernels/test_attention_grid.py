@@ -193,6 +193,16 @@ def test_gradients_are_those_of_attention_over_the_visible_tokens(near: tuple[in
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_first_call_that_only_infers_spoils_no_gradient() -> None:
+    grid = (3, 15, 17)
+    inputs = random(grid)
+    with torch.inference_mode():
+        attention(*inputs, *call(grid, (2,)))
+    leaves = [x.requires_grad_() for x in inputs]
+    attention(*leaves, *call(grid, (2,))).sum().backward()
+    assert all(x.grad is not None for x in leaves)
+
+
 def through_the_op(grid: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """Output and gradients of one local and one dense head, within the reference's rounding."""
     assert not visible(grid, 1).all()
