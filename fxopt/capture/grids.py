@@ -59,6 +59,11 @@ class _Grid:
         sizes = [_traced(size) for size in self.sizes]
         return sizes if self.folded else [self.prefix + math.prod(sizes)]
 
+    @property
+    def attended(self) -> bool:
+        """Whether it is that of the tokens of queries or keys, [B, H, N, D]."""
+        return self.dim == 2 and not self.folded
+
     def agrees(self, other: _Grid) -> bool:
         """Whether places stand alike in two tensors, of one shape but for dimensions of size 1."""
         mine, theirs = ((g.dim, g.prefix, g.folded) for g in (self, other))
@@ -92,6 +97,8 @@ class Grids:
             reasons = (self._lost.get(n) for n in node.all_input_nodes)
             unknown = "no convolution makes its tokens, so that they have no known grid"
             return (), next(filter(None, reasons), unknown)
+        if not grid.attended:
+            return (), f"it attends in another dimension than that of the {_words(grid)} places"
         symbols = {name for size in grid.sizes for name in free_symbols(size)}
         if len(symbols) > 1 and not grid.fixed:
             return (), f"{_words(grid)} places vary apart: their number does not tell their grid"
@@ -110,8 +117,7 @@ class Grids:
             return self._joined(node)
         if target is attend:
             grid = self._common(list(node.args[:3]))
-            # [B, H, N, D] becomes [B, N, H, D].
-            return replace(grid, dim=1) if grid and (grid.dim, grid.folded) == (2, False) else None
+            return replace(grid, dim=1) if grid and grid.attended else None  # [B, N, H, D]
         source = node.args[0]
         grid = self._found.get(source) if isinstance(source, fx.Node) else None
         if target in RESHAPES and grid:

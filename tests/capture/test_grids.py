@@ -27,8 +27,14 @@ WIDE: dict[str, Any] = {**SIZES, "image_size": [20, 28]}
 class Plain(nn.Module):
     """A model of one's own: a stem, and q, k and v from one product."""
 
-    def __init__(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    def __init__(
+        self,
+        change: Callable[[Tensor], Tensor] = lambda x: x,
+        across: bool = False,
+        one_size: bool = False,
+    ) -> None:
         super().__init__()
+        self.across, self.one_size = across, one_size
         self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16)
         self.patch = nn.Conv2d(16, 32, 2, 2)
         self.token, self.place = nn.Parameter(torch.randn(3, 32)), nn.Parameter(torch.randn(38, 32))
@@ -36,14 +42,16 @@ class Plain(nn.Module):
         self.change = change
 
     def forward(self, x: Tensor) -> Tensor:
+        assert not self.one_size or x.shape[2:] == (20, 28)
         x = self.patch(F.gelu(self.norm(self.stem(x)))).permute(0, 2, 3, 1)
         x = x.reshape(x.shape[0], -1, 32)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
         for _ in range(2):
             x = self.change(x)
-            qkv = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(*qkv.unbind(0))
-            x = x + self.out(y.transpose(1, 2).flatten(2))
+            qkv = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 16)
+            heads, tokens = (1, 3) if self.across else (3, 1)
+            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, heads, tokens, 4).unbind(0))
+            x = x + self.out((y if self.across else y.transpose(1, 2)).flatten(2))
         return x.mean(1)
 
 
@@ -126,6 +134,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = 
         lambda: hf.YolosModel(hf.YolosConfig(**WIDE)), pixels(3, 20, 28),
         "behind cat in embeddings it is not known where the .* places stand",
     ),
+    "attention over the heads of a place": (
+        lambda: Plain(across=True, one_size=True), pixels(3, 20, 28),
+        "it attends in another dimension than that of the .* places",
+    ),
     "shuffled tokens": (
         lambda: Plain(lambda x: x.flip(1)), pixels(3, 20, 28), "behind flip in the root",
     ),
@@ -138,9 +150,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_known_is_said(name: str) -> None:
     build, draw, reason = REFUSED[name]
-    for info in infos(captured_with(build(), draw())):
+    found = infos(captured_with(build(), draw()))
+    assert found
+    for info in found:
         assert info.grid == ()
         assert re.search(reason, info.no_grid), info.no_grid
+
+
+@torch.no_grad()
+def test_attention_over_heads_that_vary_is_no_site() -> None:
+    x, model = torch.randn(2, 3, 20, 28), Plain(across=True)
+    captured = captured_with(model, x)
+    assert infos(captured) == []
+    torch.testing.assert_close(captured.graph(x)[0], model(x))
 
 
 def test_text_has_none() -> None:
