@@ -1,6 +1,6 @@
 """Attention kernels against the library's fastest dense kernel: windows and block-sparse masks.
 
-    python benchmarks/attention.py [--only check dense window sparse topk backward] [--out FILE]
+    python benchmarks/attention.py [--only STEP ...] [--out FILE]
     python benchmarks/attention.py --sweep forward [--dims 64 128 256]
     python benchmarks/attention.py --sweep backward [--dims 64 128 256]
     python benchmarks/attention.py --sweep estimate [--dims 64 128 256]
@@ -14,6 +14,9 @@ checked against float64 first. One JSON line a measurement.
 "topk" is attention over the tiles of the most estimated mass, as the op computes it, estimate and
 lists included; "estimate_ms" is what these two take, "of_dense" their part of the baseline (target:
 0.05 at 131,072 tokens). How many tiles are kept does not depend on the data.
+
+"grid" is attention within windows of images and videos, as the op computes it, without causality
+and with 16 heads; "kernel_ms" is without the copies into the order of tiles and back.
 
 "backward" is the gradient of q, k and v by the kernels of kernels/attention_backward/, from what
 the forward kept: 5 products where the forward makes 2. "efficiency" is its rate over the
@@ -43,14 +46,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxopt.kernels.attention import attention_with_lse
+from fxopt.kernels.attention import grid as grids
 from fxopt.kernels.attention.blocks import (
     TileLists,
     block_sparse,
     block_sparse_reference,
     lists_from_map,
+    lists_of_grid,
 )
 from fxopt.kernels.attention.op import attention
-from fxopt.kernels.attention.spec import Attention, bind
+from fxopt.kernels.attention.spec import Attention, bind, in_order
 from fxopt.kernels.attention.triton import attention_forward
 from fxopt.kernels.attention_backward.triton import attention_gradients, sizes_for
 from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
@@ -58,6 +63,11 @@ from fxopt.kernels.block_topk.triton import kept_lists
 from fxopt.kernels.turned_lists.triton import turned
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
+# Of tokens (a class token, height, width; or frames first), batch, head size.
+GRIDS = [
+    ((1, 37, 37), 32, 64), ((1, 64, 64), 8, 64), ((1, 128, 128), 1, 64),
+    ((0, 16, 48, 48), 1, 128), ((0, 32, 64, 64), 1, 128),
+]  # fmt: skip
 SINK, WINDOW = 64, 4096
 DENSE_LENGTHS = (4096, 16384, 65536)
 WINDOW_TARGETS = {16384: 1.6, 65536: 5.5, 131072: 11.0}
@@ -281,6 +291,34 @@ def topk(report: Report) -> None:
             )  # fmt: skip
 
 
+def windows_of_grids(report: Report) -> None:
+    """The op under windows along each axis, and its kernel alone."""
+    for grid, batch, dim in GRIDS:
+        q, k, v = qkv(grids.tokens(grid), dim, batch, 16, 16)
+        dense = min(seconds(partial(_dense, name, q, k, v)) for name in BACKENDS)
+        for near in (4, 8, 16, 32):
+            part = grids.density(grid, near)
+            if part > 0.6:
+                continue
+            options = (
+                None, None, None, dim**-0.5, False, [0], 0.0, [0], [0], list(grid), [near],
+            )  # fmt: skip
+            ours = seconds(partial(attention, q, k, v, *options))
+            call = in_order(bind(q, k, v, *options))
+            lists = lists_of_grid(grid, call.near, q.device)
+            report(
+                case="grid", grid=grid, batch=batch, dim=dim, near=near, density=round(part, 4),
+                dense_ms=ms(dense), ms=ms(ours),
+                kernel_ms=ms(seconds(partial(attention_forward, call, lists))),
+                speedup=round(dense / ours, 2), overhead=round(ours / part / dense, 2),
+            )  # fmt: skip
+
+
+def _dense(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(BACKENDS[backend]):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 def backward(report: Report) -> None:
     """Gradients under a window with sink tokens, under lists, and under causality alone."""
     window = {"window": [WINDOW], "sink_tokens": [SINK]}
@@ -475,7 +513,7 @@ def tflops(length: int, value: float) -> int:
 
 STEPS: dict[str, Callable[[Report], None]] = {
     "check": check, "dense": dense, "window": windowed, "sparse": sparse, "topk": topk,
-    "backward": backward,
+    "grid": windows_of_grids, "backward": backward,
 }  # fmt: skip
 SWEEPS: dict[str, Callable[[list[int], Report], None]] = {
     "forward": sweep, "backward": sweep_backward, "estimate": sweep_estimate,

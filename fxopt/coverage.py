@@ -16,6 +16,7 @@ from .compiler import Compiler
 from .decide.quality import first_tensor
 from .ir.ops import attend
 from .kernels.attention import attention_reference
+from .kernels.attention.grid import hides, tokens
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
 from .kernels.kv_attention.layout import parse
@@ -120,6 +121,8 @@ class _Walk(fx.Interpreter):
         sink_tokens: Sequence[int] = (0,),
         top: Sequence[int] = (0,),
         layout: str = "",
+        grid: Sequence[int] = (),
+        near: Sequence[int] = (0,),
     ) -> None:
         heads, length = k.shape[1], k.shape[2]
         windows = per_head("window", window, heads)
@@ -128,6 +131,9 @@ class _Walk(fx.Interpreter):
         prompt = self.prompt or q.shape[2]
         tops = enumerate(per_head("top", top, heads))
         self.left |= {(name, h): hides_some(prompt, prompt, t) for h, t in tops if t}
+        reaches = enumerate(per_head("near", near, heads))
+        same = bool(grid) and tokens(tuple(grid)) == length
+        self.left |= {(name, h): same and hides(tuple(grid), n) for h, n in reaches if n}
         formats = parse(layout).formats(heads)
         if not any(formats):
             return

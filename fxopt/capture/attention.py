@@ -113,6 +113,8 @@ def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _fits(found: Found) -> bool:
     shapes = [value(n).shape for n in (found.q, found.k, found.v)]
+    if any(len(shape) == 4 and fixed(shape[1]) is None for shape in shapes):
+        return False  # attention over something else than tokens, as its heads vary with an input
     return {len(shape) for shape in shapes} <= {3} or {len(shape) for shape in shapes} <= {4}
 
 

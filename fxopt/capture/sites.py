@@ -13,6 +13,7 @@ from torch import SymInt, Tensor, fx, nn
 from ..ir.site import AttentionInfo, LinearInfo, Site
 from .captured import Captured
 from .experts import behind, experts_site, is_experts
+from .grids import Grids
 from .groups import group_sites
 from .linears import TRANSPOSES, patch_of, stored
 from .names import attribute, site_keys
@@ -43,8 +44,10 @@ def find_sites(captured: Captured) -> tuple[Site, ...]:
 def _attention_sites(captured: Captured) -> list[Site]:
     sites: list[Site] = []
     keys = site_keys(list(captured.attentions))
+    grids = Grids(captured.graph.graph)
     for node in captured.attentions:
-        info = attention_info(node)
+        grid, no_grid = grids.at(node)
+        info = replace(attention_info(node), grid=grid, no_grid=no_grid)
         for head in range(info.num_kv_heads):
             key = f"{keys[node]}/kv={head}"
             site = Site("attention", key, node.name, info, op=keys[node], head=head)

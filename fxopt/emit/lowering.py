@@ -155,7 +155,7 @@ class Lowered(nn.Module):
         call.pop("start")
         if not state:
             return attention_onnx(**call)
-        q, k, v = (call.pop(name) for name in "qkv")
+        q, k, v, *_ = (call.pop(name) for name in (*"qkv", "grid", "near"))
         source: Any = node.kwargs["state"]
         out, present[source.args[1]] = cached_attention_functional(
             q, k, v, state, **call, layout=layout, attention=attention_onnx
@@ -249,13 +249,15 @@ def _attend_arguments(
     q: Tensor, k: Tensor, v: Tensor, mask: Any = None, bias: Any = None, sinks: Any = None,
     state: Any = None, start: Any = None, *, scale: float, causal: bool = False,
     window: Sequence[int] = (0,), softcap: float = 0.0, sink_tokens: Sequence[int] = (0,),
-    top: Sequence[int] = (0,), layout: str = "",
+    top: Sequence[int] = (0,), layout: str = "", grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> dict[str, Any]:  # fmt: skip
     """The arguments of `attend` by name, defaults filled in."""
     return {
         "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks, "state": state,
         "start": start, "scale": scale, "causal": causal, "window": list(window),
         "softcap": softcap, "sink_tokens": list(sink_tokens), "top": list(top), "layout": layout,
+        "grid": list(grid), "near": list(near),
     }  # fmt: skip
 
 

@@ -40,6 +40,8 @@ def attend(
     sink_tokens: Sequence[int] = (0,),
     top: Sequence[int] = (0,),
     layout: str = "",
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention with grouped-query heads.
 
@@ -51,7 +53,10 @@ def attend(
     c * tanh(score / c); `top` t > 0 (one number, or one a KV head): each tile of 128 queries
     visits, of the tiles of 128 keys before it, the t per mille of the most estimated attention
     (at least 8), its own, the one before and the first among them; the last two tiles of queries,
-    and so all queries of a call that decodes, see all keys. A query that sees no key returns 0.
+    and so all queries of a call that decodes, see all keys. `near` n > 0 (one number, or one a KV
+    head) needs a `grid` (p, n1, n2, ...): the tokens are p of no place, which see all and are seen
+    by all, and n1 x n2 x ... that see what is nearer than n along each axis, and whole tiles of 64
+    of these; calls with another number of tokens, all. A query that sees no key returns 0.
 
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
@@ -65,8 +70,9 @@ def attend(
         )
     if state is None:
         return torch.ops.fxopt.attention.default(
-            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top
-        )
+            q, k, v, mask, bias, sinks,
+            scale, causal, window, softcap, sink_tokens, top, grid, near,
+        )  # fmt: skip
     length = None
     if start is not None and not isinstance(start, Tensor):
         length = None if is_recorded(start.start) else start.value

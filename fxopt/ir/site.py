@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -65,6 +66,8 @@ class AttentionInfo:
 
     `window` 0 means unlimited; `softcap` 0.0 means none. `cross`: keys come from another
     sequence. `cached`: the op can read its keys and values through a cache while generating.
+    `grid` (prefix, size, ...): its tokens are `prefix` others, a class token say, and then the
+    places of an image or a video, row by row; or () and in `no_grid`, why that cannot be told.
     """
 
     num_heads: int
@@ -80,6 +83,8 @@ class AttentionInfo:
     has_sinks: bool
     cross: bool
     cached: bool
+    grid: tuple[int, ...] = ()
+    no_grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,10 +217,14 @@ class Site:
     def at(self, scenario: Scenario) -> Scenario | None:
         """A call of the workload as this site sees it; None where it does not run in it.
 
+        A grid of tokens is as large as the trace found it, and no cache grows it.
         With an encoder, the encoder's side runs once over the source, and the keys of
         cross-attention are the source: stored by the first call, past ones for the others.
         """
         source = scenario.source
+        if isinstance(self.info, AttentionInfo) and self.info.grid and not scenario.past:
+            prefix, *sizes = self.info.grid
+            return replace(scenario, queries=prefix + math.prod(sizes))
         if self.last and scenario.keep:
             kept = min(scenario.keep, scenario.queries)
             return replace(scenario, queries=kept, past=scenario.length - kept)

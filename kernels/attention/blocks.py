@@ -7,6 +7,7 @@ Results over disjoint lists merge into the whole by their log-sum-exp.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._triton import AVAILABLE
+from . import grid as grids
 from .spec import Attention, bind
 from .tiles import Tile, explicit, sum_dtype
 from .traceable import visible_from
@@ -98,6 +100,18 @@ def _window_tiles(
         full = range(-(-all_begin // key_tile), all_end // key_tile)
         sinks = range(-(-min(sink, last + 1 if causal else keys) // key_tile) if window else 0)
         yield sorted({*near, *sinks}.difference(full)), list(full)
+
+
+@functools.cache
+def lists_of_grid(
+    grid: tuple[int, ...], near: tuple[int, ...], device: torch.device
+) -> TileLists:  # fmt: skip
+    """What each KV head sees of a call whose tokens are `in_order`, 0 for all; made once."""
+    seen = torch.from_numpy(grids.seen_by_heads(grid, near)[None])
+    count, most = grids.tokens(grid), int(seen.sum(-1).max())
+    return lists_from_map(
+        seen.to(device), count, count, False, grids.TILE, grids.TILE, most=most
+    )  # fmt: skip
 
 
 def block_sparse(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .grid import near_keys
 from .spec import per_head
 from .traceable import attention_traceable, kept_keys, visible
 
@@ -28,6 +29,8 @@ def attention_onnx(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
@@ -37,14 +40,18 @@ def attention_onnx(
     exporting = torch.compiler.is_exporting()
     if not exporting or sinks is not None or softcap > 0 or q.dtype not in DTYPES:
         return attention_traceable(
-            q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top
-        )
+            q, k, v, mask, bias, sinks,
+            scale, causal, window, softcap, sink_tokens, top, grid, near,
+        )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
     seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
     if any(top):
         kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
         seen = kept if seen is None else seen & kept
+    if any(near):
+        close = near_keys(queries, tuple(grid), per_head("near", near, kv), q.device)
+        seen = close if seen is None else seen & close
     added, some = _added(seen, bias, q)
     shape = (*q.shape[:3], v.shape[3])
     operands = (q, k, v) if added is None else (q, k, v, added)

@@ -12,13 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._register import register
 from .._triton import AVAILABLE
+from . import grid as grids
 from . import reference
-from .blocks import TileLists
-from .spec import Attention, bind, pick, put, query_heads
+from .blocks import TileLists, lists_of_grid
+from .spec import Attention, bind, in_order, pick, put, query_heads
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
-    "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0]) -> Tensor"
+    "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
+    "int[] grid=[], int[] near=[0]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""
@@ -46,11 +48,16 @@ def attention_cuda(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_reference` by the fastest kernel that CUDA has for the call."""
     return _forward(
-        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
-    )[0]
+        bind(
+            q, k, v, mask, bias, sinks,
+            scale, causal, window, softcap, sink_tokens, top, grid, near,
+        )
+    )[0]  # fmt: skip
 
 
 def _fake(
@@ -66,6 +73,8 @@ def _fake(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
@@ -102,7 +111,7 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-Way = Literal["library", "kernel", "kept tiles", "reference"]
+Way = Literal["library", "kernel", "kept tiles", "neighborhood", "reference"]
 
 
 def _shares(call: Attention) -> list[tuple[list[int], Way]]:
@@ -114,10 +123,11 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     if not _has_kernel(call.q) or not call.k.shape[2] or not call.q.numel():
         return [(heads, "reference")]
     kept = [h for h in heads if call.top[h]]
+    local = [h for h in heads if call.near[h]]
     bounded = [h for h in heads if call.window[h]]
-    dense = [h for h in heads if not call.top[h] and not call.window[h]]
+    dense = sorted({*heads}.difference(kept, local, bounded))
     long = bool(kept) or call.q.shape[2] >= LEAST_QUERIES
-    shares: list[tuple[list[int], Way]] = []
+    shares: list[tuple[list[int], Way]] = [(local, "neighborhood")] if local else []
     if dense and long and call.heads(dense).plain:
         shares.append((dense, "library"))
     else:
@@ -145,10 +155,16 @@ def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
         return reference.compute(call), None
     from .triton import attention_forward
 
-    return attention_forward(call, _lists(call, way))
+    if way != "neighborhood":
+        return attention_forward(call, _lists(call, way))
+    _, places = grids.places(call.grid, call.q.device)
+    out, lse = attention_forward(in_order(call), _lists(call, way))
+    return out.index_select(1, places), lse.index_select(2, places)
 
 
 def _lists(call: Attention, way: Way) -> TileLists | None:
+    if way == "neighborhood":
+        return lists_of_grid(call.grid, call.near, call.q.device)
     if way != "kept tiles":
         return None
     from fxopt.kernels.block_topk.triton import kept_lists
@@ -197,7 +213,14 @@ def _backward_of(
             return _recomputed(gradient, call)
     from fxopt.kernels.attention_backward.triton import attention_gradients
 
-    return attention_gradients(gradient, out, lse, call, _lists(call, way))
+    if way != "neighborhood":
+        return attention_gradients(gradient, out, lse, call, _lists(call, way))
+    tokens, places = grids.places(call.grid, call.q.device)
+    rows = (gradient.index_select(1, tokens), out.index_select(1, tokens))
+    found = attention_gradients(
+        *rows, lse.index_select(2, tokens), in_order(call), _lists(call, way)
+    )
+    return {n: t if n == "sinks" else t.index_select(2, places) for n, t in found.items()}
 
 
 def _recomputed(gradient: Tensor, call: Attention) -> dict[str, Tensor]:

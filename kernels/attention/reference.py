@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import Attention, bind, pick, put
+from .spec import Attention, bind
 from .tiles import (
     Tile,
     attend,
@@ -40,6 +40,8 @@ def attention_reference(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -48,8 +50,11 @@ def attention_reference(
     Differentiable. Raises ValueError for head counts and lists that do not fit.
     """
     return compute(
-        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
-    )
+        bind(
+            q, k, v, mask, bias, sinks,
+            scale, causal, window, softcap, sink_tokens, top, grid, near,
+        )
+    )  # fmt: skip
 
 
 def attention_with_lse(
@@ -65,6 +70,8 @@ def attention_with_lse(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> tuple[Tensor, Tensor]:
     """Attention and, for each row, the logarithm of the sum of its exponentials.
 
@@ -72,14 +79,17 @@ def attention_with_lse(
     the sink logit; it is -inf where a query sees no key. For a subset S of the keys,
     o - o_S = (1 - exp(lse_S - lse)) * (mean of v under the dropped weights - o_S).
     """
-    call = bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    call = bind(
+        q, k, v, mask, bias, sinks,
+        scale, causal, window, softcap, sink_tokens, top, grid, near,
+    )  # fmt: skip
     out = _empty(call)
     lse = torch.empty(q.shape[:3], dtype=sum_dtype(q), device=q.device)
     for part in parts(without_idle_mask(call)):
         for start, stop in tiles(part):
             values, sums = explicit(tile(part, start, stop))
-            put(out[:, start:stop], 2, part.heads, values.transpose(1, 2))
-            put(lse[:, :, start:stop], 1, part.heads, sums)
+            part.put(out, start, stop, values.transpose(1, 2))
+            part.put(lse.transpose(1, 2), start, stop, sums.transpose(1, 2))
     return out, lse
 
 
@@ -92,7 +102,7 @@ def compute(call: Attention) -> Tensor:
     for part in parts(call):
         for start, stop in tiles(part):
             values = attend(tile(part, start, stop))
-            put(out[:, start:stop], 2, part.heads, values.transpose(1, 2))
+            part.put(out, start, stop, values.transpose(1, 2))
     return out
 
 
@@ -131,7 +141,7 @@ def _tiled_backward(call: Attention, gradient: Tensor) -> None:
         for start, stop in tiles(part):
             out = attend(tile(part, start, stop))
             if out.requires_grad:
-                rows = pick(gradient[:, start:stop], 2, part.heads).transpose(1, 2)
+                rows = part.pick(gradient, start, stop).transpose(1, 2)
                 # All tiles of a part share its selection of heads.
                 out.backward(rows, retain_graph=True)
 

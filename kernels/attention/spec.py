@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
 
+from . import grid as grids
+
 
 @dataclass(frozen=True)
 class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
-    `window`, `sink_tokens` and `top` have one entry a KV head here, 0 where a head sees all keys.
+    `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
+    keys.
     """
 
     q: Tensor
@@ -30,6 +33,8 @@ class Attention:
     softcap: float
     sink_tokens: tuple[int, ...]
     top: tuple[int, ...]
+    grid: tuple[int, ...]
+    near: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -58,15 +63,16 @@ class Attention:
         return (
             aligned
             and self.dense
-            and not any(self.top)
+            and not any(self.top + self.near)
             and not self.softcap
             and all(t is None for t in extras)
         )
 
     def head_groups(self) -> list[list[int]]:
-        """KV heads by equal window, sink and kept tiles."""
+        """KV heads by equal window, sink, kept tiles and neighbourhood."""
         groups: dict[tuple[int, ...], list[int]] = {}
-        for head, choice in enumerate(zip(self.window, self.sink_tokens, self.top, strict=True)):
+        choices = zip(self.window, self.sink_tokens, self.top, self.near, strict=True)
+        for head, choice in enumerate(choices):
             groups.setdefault(choice, []).append(head)
         return list(groups.values())
 
@@ -88,6 +94,7 @@ class Attention:
             window=tuple(self.window[h] for h in chosen),
             sink_tokens=tuple(self.sink_tokens[h] for h in chosen),
             top=tuple(self.top[h] for h in chosen),
+            near=tuple(self.near[h] for h in chosen),
         )
 
 
@@ -104,28 +111,36 @@ def bind(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Attention:
-    """Check the arguments of `fxopt::attention` and give each KV head its window or kept tiles.
+    """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
+    neighbourhood.
 
-    Raises ValueError for head counts and list lengths that do not fit, and for `top` beside what
-    the choice of tiles does not know.
+    Raises ValueError for head counts and list lengths that do not fit, and for `top` and `near`
+    beside what the choice of tiles does not know.
     """
     heads, kv = q.shape[1], k.shape[1]
     if heads % kv:
         raise ValueError(f"attention: {heads} query heads do not share {kv} KV heads evenly")
     reach = max(q.shape[2], k.shape[2])
     # A window that reaches past both ends hides nothing.
-    windows = [w if 0 < w < reach else 0 for w in per_head("window", window, kv)]
+    asked = per_head("window", window, kv)
+    windows = [w if 0 < w < reach else 0 for w in asked]
     tokens = per_head("sink_tokens", sink_tokens, kv)
     kept = per_head("top", top, kv)
     if any(kept):
-        _check_top(kept, q, k, bias, causal, per_head("window", window, kv))
+        _check_top(kept, q, k, bias, causal, asked)
     hides = topk.hides(q.shape[2], k.shape[2])
     kept = [t if hides and t < 1000 else 0 for t in kept]
+    grid, reaches = tuple(grid), per_head("near", near, kv)
+    if any(reaches):
+        _check_near(reaches, grid, mask, bias, causal, asked)
+    whole = any(reaches) and q.shape[2] == k.shape[2] == grids.tokens(grid)
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
-        tuple(kept),
+        tuple(kept), grid, tuple(n if whole and grids.hides(grid, n) else 0 for n in reaches),
     )  # fmt: skip
 
 
@@ -144,6 +159,30 @@ def _check_top(
     for reason, holds in wrong.items():
         if holds:
             raise ValueError(f"attention: top {reason}; got top {list(top)}")
+
+
+def _check_near(
+    near: Sequence[int], grid: tuple[int, ...], mask: Tensor | None, bias: Tensor | None,
+    causal: bool, window: Sequence[int],
+) -> None:  # fmt: skip
+    wrong = {
+        "is a number of tokens, 0 for all": min(near) < 0,
+        "needs a grid (prefix, size, ...)": len(grid) < 2 or grid[0] < 0 or min(grid[1:]) < 1,
+        "takes no causal attention, mask or bias": causal or mask is not None or bias is not None,
+        "and window exclude each other in one head": any(
+            n and w for n, w in zip(near, window, strict=True)
+        ),
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: near {reason}; got near {list(near)}, grid {list(grid)}")
+
+
+def in_order(call: Attention) -> Attention:
+    """A call with a neighbourhood whose tokens stand tile after tile; see `grid`."""
+    tokens, _ = grids.places(call.grid, call.q.device)
+    q, k, v = (x.index_select(2, tokens) for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v)
 
 
 def per_head(name: str, values: Sequence[int], num_kv_heads: int) -> list[int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
 
-from .spec import Attention, query_heads
+from . import grid as grids
+from .spec import Attention, in_order, pick, put, query_heads
 
 Spans = Sequence[tuple[int, int]]
 
@@ -21,17 +22,32 @@ TILE_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class Part:
-    """A call whose heads have one window or share of tiles, and the query heads of the whole that
-    it stands for.
+    """A call whose heads have one window, share of tiles or neighbourhood, and the query heads of
+    the whole that it stands for.
 
-    `rank` [B or 1, T] counts unmasked keys from 1 (T + 1 for masked ones); `sink_end` is the
-    column behind the last sink token. Both only where there are sink tokens.
+    Under a neighbourhood its tokens stand `in_order`, and `tokens` [N] says which they are. `rank`
+    [B or 1, T] counts unmasked keys from 1 (T + 1 for masked ones); `sink_end` is the column behind
+    the last sink token. Both only where there are sink tokens.
     """
 
     call: Attention
     heads: list[int]
     rank: Tensor | None
     sink_end: int
+    tokens: Tensor | None
+
+    def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
+        """Write rows [B, n, heads of the part, ...] to those of the whole [B, N, H, ...]."""
+        if self.tokens is None:
+            put(out[:, start:stop], 2, self.heads, values)
+        else:
+            out[:, self.tokens[start:stop, None], self.heads] = values
+
+    def pick(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """The rows of the whole that `put` would write."""
+        if self.tokens is None:
+            return pick(x[:, start:stop], 2, self.heads)
+        return x[:, self.tokens[start:stop, None], self.heads]
 
 
 @dataclass(frozen=True)
@@ -57,11 +73,14 @@ def without_idle_mask(call: Attention) -> Attention:
 
 
 def parts(call: Attention) -> Iterator[Part]:
-    """The call split into heads of equal window, sink and kept tiles."""
+    """The call split into heads of equal window, sink, kept tiles and neighbourhood."""
     for heads in call.head_groups():
-        part = call.heads(heads)
+        part, tokens = call.heads(heads), None
+        if part.near[0]:
+            part, (tokens, _) = in_order(part), grids.places(part.grid, part.q.device)
         rank = _rank(part) if part.sink_tokens[0] else None
-        yield Part(part, query_heads(heads, call.group_size), rank, _sink_end(part, rank))
+        rows = query_heads(heads, call.group_size)
+        yield Part(part, rows, rank, _sink_end(part, rank), tokens)
 
 
 def tiles(part: Part) -> Iterator[tuple[int, int]]:
@@ -69,8 +88,9 @@ def tiles(part: Part) -> Iterator[tuple[int, int]]:
     call = part.call
     batch, heads, queries, _ = call.q.shape
     keys, size = call.k.shape[2], 512
-    if call.top[0]:
-        return ((start, min(start + topk.TILE, queries)) for start in range(0, queries, topk.TILE))
+    if call.top[0] or call.near[0]:
+        size = topk.TILE if call.top[0] else grids.TILE
+        return ((start, min(start + size, queries)) for start in range(0, queries, size))
     if call.window[0]:
         size = max(64, min(size, call.window[0] // 2))
         keys = min(keys, 2 * call.window[0] + size + part.sink_end)
@@ -216,8 +236,10 @@ def sum_dtype(q: Tensor) -> torch.dtype:
 
 
 def _spans(part: Part, first: int, last: int) -> Spans:
-    """Columns that a query at positions `first` to `last` can reach, as at most two ranges."""
+    """Columns that a query at positions `first` to `last` can reach, as a few ranges."""
     call = part.call
+    if call.near[0]:
+        return grids.spans(call.grid, call.near[0], first // grids.TILE)
     window, total = call.window[0], call.k.shape[2]
     end = last + 1 if call.causal else last + window if window else total
     end = max(0, min(total, end))

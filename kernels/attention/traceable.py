@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
 
+from .grid import near_keys
 from .spec import per_head
 from .tiles import softmax, sum_dtype
 
@@ -26,6 +27,8 @@ def attention_traceable(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    grid: Sequence[int] = (),
+    near: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -48,6 +51,9 @@ def attention_traceable(
     if any(top):
         kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
         seen = kept if seen is None else seen & kept
+    if any(near):
+        close = near_keys(queries, tuple(grid), per_head("near", near, kv), q.device)
+        seen = close if seen is None else seen & close
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)

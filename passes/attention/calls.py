@@ -14,6 +14,7 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.grid import density
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.block_topk import reference as topk
 
@@ -93,6 +94,27 @@ def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall
     )
 
 
+def neighborhood_call(info: AttentionInfo, scenario: Scenario, near: int) -> OpCall:
+    """One KV head whose query heads see the tiles that are near on the site's grid; see `attend`.
+
+    Queries, keys and values are copied to their places, and the result back from them.
+    """
+    dense = attention_call(info, scenario)
+    moved = dense.bytes_read + dense.bytes_written
+    kept = f"near{near}g{'x'.join(map(str, info.grid))}"
+    return replace(
+        dense,
+        key=_key(info, scenario, kept),
+        flops=dense.flops * density(info.grid, near),
+        bytes_read=dense.bytes_read + moved,
+        bytes_written=dense.bytes_written + moved,
+        temporary_bytes=int(moved),
+        launches=5,
+        family=_family(info, kept),
+        run=_runner(info, scenario, 0, 0, near=near),
+    )
+
+
 def kept_pairs(queries: int, length: int, top: int) -> int:
     """(query, key) pairs of one head that causal attention over kept tiles computes."""
     pairs = visible_pairs(queries, length, True, 0, 0)
@@ -139,7 +161,12 @@ def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tok
 
 
 def _runner(
-    info: AttentionInfo, scenario: Scenario, window: int, sink_tokens: int, top: int = 0
+    info: AttentionInfo,
+    scenario: Scenario,
+    window: int,
+    sink_tokens: int,
+    top: int = 0,
+    near: int = 0,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
@@ -157,6 +184,7 @@ def _runner(
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top],
+            info.grid, [near],
         )  # fmt: skip
 
     return run

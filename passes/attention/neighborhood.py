@@ -1,0 +1,122 @@
+"""Attention of image and video models -> the window around each place of their grid of tokens.
+
+    attend(q, k, v)
+    attend(q, k, v, grid=(1, 64, 64), near=(8, 0))    # KV head 0 only, 15 x 15 places or more
+
+Pays at high resolutions, in heads that look around (NATTEN; Faster Neighborhood Attention;
+generalized neighborhood attention, whose stride is the tile here). A window along the sequence, as
+`attention.window` has, is a few whole rows of the image instead. Tokens before the grid's, such as
+a class token, see all and are seen by all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.site import Family, Site
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.grid import density
+from fxopt.kernels.attention.spec import per_head
+from fxopt.passes.attention import calls, emulation
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """A place of the grid sees those nearer than one of `reaches` along each axis, and the tiles in
+    which these lie; a reach is offered where at most `most` of the pairs are computed under it, and
+    fewer than under the next larger one."""
+
+    reaches: tuple[int, ...] = (4, 8, 16, 32)
+    most: float = 0.6
+
+    name: ClassVar[str] = "attention.neighborhood"
+    family: ClassVar[Family] = "attention"
+    workloads: ClassVar[frozenset[str]] = frozenset({"forward"})
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.04690"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+
+    def match(self, site: Site) -> Match | Refusal:
+        if reason := calls.refusal(site):
+            return reason
+        info = calls.attention_info(Match(site))
+        if info.causal:
+            return Refusal("attention is causal: tokens of images see those behind them too")
+        if not info.grid:
+            return Refusal(f"no grid of tokens: {info.no_grid}")
+        if info.has_bias or info.has_mask:
+            given = "bias is added to the scores" if info.has_bias else "mask hides keys"
+            return Refusal(f"a {given}: the kernel of whole tiles does not read it")
+        if info.window:
+            return Refusal(f"the model itself attends only within {info.window} tokens")
+        return Match(site)
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        grid = calls.attention_info(match).grid
+        return [
+            Candidate(self.name, _window(grid, near), {"near": near})
+            for near in self._fitting(grid)
+        ]
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        """Why there is no candidate for these scenarios, in numbers; None if there are some."""
+        grid = calls.attention_info(match).grid
+        if self._fitting(grid):
+            return None
+        least = min(self.reaches)
+        return (
+            f"the grid has {' x '.join(map(str, grid[1:]))} tokens: with the tiles around windows "
+            f"of {_window(grid, least)}, {density(grid, least):.0%} of the attention would still "
+            f"be computed, and it pays below {self.most:.0%}"
+        )
+
+    def _fitting(self, grid: tuple[int, ...]) -> list[int]:
+        # Reaches that see the same tiles are one candidate.
+        by_density = {density(grid, near): near for near in sorted(self.reaches)}
+        return sorted(near for part, near in by_density.items() if part <= self.most)
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        """The pairs of whole tiles, and the tokens put in their order and back."""
+        return [calls.neighborhood_call(calls.attention_info(match), scenario, _near(candidate))]
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """Every head of the op under this window."""
+        grid = calls.attention_info(match).grid
+        return emulation.attended(inputs, grid=grid, near=[_near(candidate)])
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None:
+        site, info = match.site, calls.attention_info(match)
+        given: Any = editor.node(site).kwargs.get("near", (0,))
+        values = per_head("near", given, info.num_kv_heads)
+        for head in range(info.num_kv_heads) if site.head is None else (site.head,):
+            values[head] = _near(candidate)
+        editor.update(site, grid=info.grid, near=tuple(values))
+
+
+def _near(candidate: Candidate) -> int:
+    return int(candidate.parameters["near"])
+
+
+def _window(grid: tuple[int, ...], near: int) -> str:
+    """Places of the window in the middle of the grid: "15x15"."""
+    return "x".join(str(min(size, 2 * near - 1)) for size in grid[1:])

@@ -1,0 +1,262 @@
+"""Attention within windows of a grid of tokens, against loops over places in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxopt.ir.ops import attend
+from fxopt.kernels._triton import AVAILABLE
+from fxopt.kernels.attention import attention_reference, attention_traceable, attention_with_lse, op
+from fxopt.kernels.attention import grid as grids
+from fxopt.kernels.attention.blocks import block_sparse, lists_of_grid
+from fxopt.kernels.attention.op import attention, attention_backward
+from fxopt.kernels.attention.op import attention_with_lse as op_with_lse
+from fxopt.kernels.attention.spec import bind, in_order
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRIDS = [(1, 14, 14), (0, 37, 37), (5, 12, 40), (1, 41, 9), (0, 6, 10, 11), (2, 300), (70, 20, 20)]
+SIZES = st.one_of(st.tuples(st.integers(1, 400)), *([st.tuples(*[st.integers(1, m)] * n)
+                  for n, m in ((2, 30), (3, 9))]))  # fmt: skip
+
+
+def windows(grid: Sequence[int], near: int) -> Tensor:
+    """Which tokens see each other by their windows alone, [N, N]."""
+    prefix, *sizes = grid
+    places = list(itertools.product(*map(range, sizes)))
+    seen = torch.ones(prefix + len(places), prefix + len(places), dtype=torch.bool)
+    for i, a in enumerate(places):
+        for j, b in enumerate(places):
+            inside = all(abs(x - y) < near for x, y in zip(a, b, strict=True))
+            seen[prefix + i, prefix + j] = inside
+    return seen
+
+
+def visible(grid: tuple[int, ...], near: int) -> Tensor:
+    """Which tokens see each other by the boxes around their tiles, [N, N]."""
+    prefix, *sizes = grid
+    places = [None] * prefix + list(itertools.product(*map(range, sizes)))
+    order = list(grids.order(grid))
+    tiles = [order[i : i + grids.TILE] for i in range(0, len(order), grids.TILE)]
+
+    def close(some: list[int], others: list[int]) -> bool:
+        boxes = [[places[t] for t in tile] for tile in (some, others)]
+        if None in boxes[0] + boxes[1]:
+            return True
+        sides = [[(min(c), max(c)) for c in zip(*box, strict=True)] for box in boxes]
+        return all(c - b < near and a - d < near for (a, b), (c, d) in zip(*sides, strict=True))
+
+    seen = torch.zeros(len(order), len(order), dtype=torch.bool)
+    for some, others in itertools.product(tiles, tiles):
+        if close(some, others):
+            seen[torch.tensor(some)[:, None], torch.tensor(others)] = True
+    return seen
+
+
+def naive(inputs: Sequence[Tensor], grid: tuple[int, ...], near: Sequence[int]) -> Tensor:
+    """In float64; [B, N, H, Dv]."""
+    q, k, v = (x.double() for x in inputs)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    for head, reach in enumerate(near):
+        if reach:
+            mine = slice(head * group, (head + 1) * group)
+            scores[:, mine] = scores[:, mine].masked_fill(~visible(grid, reach), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def random(
+    grid: tuple[int, ...], heads: int = 4, kv: int = 2, dtype: Any = torch.float64, batch: int = 2
+) -> Any:
+    count = grids.tokens(grid)
+    return tuple(torch.randn(batch, n, count, 16).to(dtype) for n in (heads, kv, kv))
+
+
+def call(grid: tuple[int, ...], near: Sequence[int]) -> tuple[Any, ...]:
+    """What follows q, k, v in a call of the op."""
+    return (None, None, None, 0.25, False, [0], 0.0, [0], [0], list(grid), list(near))
+
+
+@given(sizes=SIZES, prefix=st.integers(0, 130))
+def test_every_token_has_one_place_and_the_prefix_comes_last(
+    sizes: tuple[int, ...], prefix: int
+) -> None:
+    order = grids.order((prefix, *sizes))
+    assert sorted(order) == list(range(prefix + math.prod(sizes)))
+    assert list(order[math.prod(sizes) :]) == list(range(prefix))
+
+
+@given(sizes=SIZES, prefix=st.integers(0, 70), near=st.integers(1, 12))
+def test_tiles_see_each_other_alike_and_more_in_wider_windows(
+    sizes: tuple[int, ...], prefix: int, near: int
+) -> None:
+    grid = (prefix, *sizes)
+    seen = grids.seen_tiles(grid, near)
+    assert (seen == seen.T).all()
+    assert seen.diagonal().all()
+    assert not (seen & ~grids.seen_tiles(grid, near + 1)).any()
+    assert grids.density(grid, near) == seen.sum() / len(seen) ** 2
+    tile = np.argsort(grids.order(grid)) // grids.TILE
+    assert torch.equal(torch.from_numpy(seen[tile][:, tile]), visible(grid, near))
+    for number, line in enumerate(seen):
+        columns = [c for begin, end in grids.spans(grid, near, number) for c in range(begin, end)]
+        listed = np.flatnonzero(line.repeat(grids.TILE)[: grids.tokens(grid)])
+        assert columns == list(listed)
+
+
+@pytest.mark.parametrize("grid", [(1, 14, 14), (3, 11, 17), (0, 4, 6, 7), (0, 23)])
+@pytest.mark.parametrize("near", [1, 3, 6])
+def test_tokens_see_at_least_their_windows(grid: tuple[int, ...], near: int) -> None:
+    seen = visible(grid, near)
+    assert not (windows(grid, near) & ~seen).any()
+    assert seen[: grid[0]].all()
+    assert seen[:, : grid[0]].all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"), [((64, 64), 0.15), ((37, 37), 0.39), ((96, 40), 0.16), ((8, 32, 32), 0.14)]
+)
+def test_tiles_are_compact_whatever_the_sizes_are(sizes: tuple[int, ...], most: float) -> None:
+    """Little more is seen than the three tiles along each axis that an even cut would show."""
+    assert 0.05 < grids.density((1, *sizes), 4) < most
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_reference_is_attention_over_the_visible_tokens(grid: tuple[int, ...]) -> None:
+    inputs, near = random(grid), (4, 1)
+    expected = naive(inputs, grid, near)
+    assert not visible(grid, 1).all()
+    torch.testing.assert_close(attention_reference(*inputs, *call(grid, near)), expected)
+    torch.testing.assert_close(attention_traceable(*inputs, *call(grid, near)), expected)
+    out, lse = attention_with_lse(*inputs, *call(grid, near))
+    torch.testing.assert_close(out, expected)
+    ordered = in_order(bind(*inputs, *call(grid, near)))
+    lists = lists_of_grid(grid, ordered.near, torch.device("cpu"))
+    sparse, sums = block_sparse(ordered.q, ordered.k, ordered.v, lists, scale=0.25, causal=False)
+    tokens, places = grids.places(grid, torch.device("cpu"))
+    torch.testing.assert_close(sparse[:, places], expected)
+    torch.testing.assert_close(sums, lse[:, :, tokens])
+
+
+def test_heads_choose_apart_beside_windows_softcap_and_sinks() -> None:
+    grid = (1, 20, 21)
+    q, k, v = random(grid, heads=6, kv=3)
+    sinks = torch.randn(6, dtype=torch.float64)
+    options: dict[str, Any] = {"scale": 0.25, "softcap": 5.0, "sinks": sinks}
+    out = attend(q, k, v, **options, grid=grid, near=(0, 3, 0), window=(0, 0, 40))
+    for head, alone in enumerate(({}, {"grid": grid, "near": (3,)}, {"window": (40,)})):
+        mine = slice(2 * head, 2 * head + 2)
+        options["sinks"] = sinks[mine]
+        one = attend(q[:, mine], k[:, head, None], v[:, head, None], **options, **alone)
+        torch.testing.assert_close(out[:, :, mine], one)
+    dense = attend(q, k, v, **options | {"sinks": sinks})
+    assert (out - dense)[:, :, 2:4].abs().max() > 1e-3
+    torch.testing.assert_close(out[:, :1, :4], dense[:, :1, :4])  # the class token sees all
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes_round_as_dense_attention_does(dtype: torch.dtype) -> None:
+    grid = (1, 17, 19)
+    inputs = random(grid, dtype=dtype)
+    out = attention_reference(*inputs, *call(grid, (2, 0)))
+    assert out.dtype == dtype
+    error = (out.double() - naive(inputs, grid, (2, 0))).abs().amax(dim=(0, 1, 3))
+    assert error[:2].max() < 4 * error[2:].max()
+
+
+def test_other_lengths_see_all_keys() -> None:
+    inputs = random((0, 15, 15))
+    dense = attend(*inputs, scale=0.25)
+    torch.testing.assert_close(attend(*inputs, scale=0.25, grid=(1, 15, 15), near=(2,)), dense)
+    options = call((1, 15, 15), (2,))
+    torch.testing.assert_close(attention_traceable(*inputs, *options), dense)
+
+
+@pytest.mark.parametrize("near", [(4, 2), (3, 0)])
+def test_gradients_are_those_of_attention_over_the_visible_tokens(near: tuple[int, ...]) -> None:
+    grid = (1, 14, 15)
+    inputs = [x.requires_grad_() for x in random(grid)]
+    weight = torch.randn(2, grids.tokens(grid), 4, 16, dtype=torch.float64)
+    expected = torch.autograd.grad((naive(inputs, grid, near) * weight).sum(), inputs)
+    found = torch.autograd.grad((attention(*inputs, *call(grid, near)) * weight).sum(), inputs)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_first_call_that_only_infers_spoils_no_gradient() -> None:
+    grid = (3, 15, 17)
+    inputs = random(grid)
+    with torch.inference_mode():
+        attention(*inputs, *call(grid, (2,)))
+    leaves = [x.requires_grad_() for x in inputs]
+    attention(*leaves, *call(grid, (2,))).sum().backward()
+    assert all(x.grad is not None for x in leaves)
+
+
+def through_the_op(grid: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Output and gradients of one local and one dense head, within the reference's rounding."""
+    assert not visible(grid, 1).all()
+    inputs = [x.to(device).requires_grad_() for x in random(grid, 2, 2, dtype, batch=1)]
+    options, near = call(grid, (1, 0)), (1, 0)
+    out = attention(*inputs, *options)
+    gradient = torch.randn_like(out)
+    found = [out, *torch.autograd.grad(out, inputs, gradient)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = attention_reference(*wide, *options)
+    torch.testing.assert_close(exact.cpu(), naive([x.cpu() for x in wide], grid, near))
+    expected = [exact, *torch.autograd.grad(exact, wide, gradient.double())]
+    plain = attention_reference(*inputs, *options)
+    same = [plain, *torch.autograd.grad(plain, inputs, gradient)]
+    for mine, theirs, right in zip(found, same, expected, strict=True):
+        error, own = ((x.double() - right).abs().max() for x in (mine, theirs))
+        assert error < 8 * own + 1e-6
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+def test_the_kernels_walk_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_has_kernel", lambda q: q.dtype != torch.float64)
+    through_the_op((2, 64, 3), torch.float32, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("grid", [(1, 37, 37), (5, 64, 64), (0, 8, 24, 25)])
+def test_on_a_gpu(grid: tuple[int, ...], dtype: torch.dtype) -> None:
+    through_the_op(grid, dtype, "cuda")
+
+
+def test_the_ops_are_sound() -> None:
+    inputs = random((1, 12, 12), dtype=torch.float32)
+    options = call((1, 12, 12), (2, 0))
+    torch.library.opcheck(attention, (*inputs, *options))
+    out, lse = op_with_lse(*inputs, *options)
+    torch.library.opcheck(attention_backward, (torch.randn_like(out), out, lse, *inputs, *options))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"near": (-1,)}, "near is a number of tokens"),
+        ({"grid": ()}, "near needs a grid"),
+        ({"grid": (1, 0, 12)}, "near needs a grid"),
+        ({"causal": True}, "near takes no causal attention, mask or bias"),
+        ({"mask": torch.ones(2, 145)}, "near takes no causal attention, mask or bias"),
+        ({"bias": torch.zeros(1, 1, 145, 145)}, "near takes no causal attention, mask or bias"),
+        ({"window": (9, 0)}, "near and window exclude each other"),
+        ({"near": (1, 2, 3)}, "near has 3 entries"),
+    ],
+)
+def test_wrong_calls_are_refused(change: dict[str, Any], reason: str) -> None:
+    options: dict[str, Any] = {"scale": 0.25, "grid": (1, 12, 12), "near": (2,)}
+    with pytest.raises(ValueError, match=reason):
+        attend(*random((1, 12, 12), dtype=torch.float32), **options | change)

@@ -1,0 +1,213 @@
+"""`attention.neighborhood`: refusals, prices, edits, and the heads that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fxopt
+from fxopt.ir import ops
+from fxopt.ir.rewrite import Match, Refusal
+from fxopt.ir.site import AttentionInfo, LinearInfo, Site
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.grid import density
+from fxopt.passes.attention.calls import attention_call, neighborhood_call
+from fxopt.passes.attention.neighborhood import Neighborhood
+from fxopt.passes.attention.window import Window
+
+INFO = AttentionInfo(
+    num_heads=6, num_kv_heads=3, head_dim=16, value_dim=16, dtype=torch.float32, causal=False,
+    window=0, softcap=0.0, has_mask=False, has_bias=False, has_sinks=False, cross=False,
+    cached=False, grid=(1, 37, 38),
+)  # fmt: skip
+TOKENS = 1 + 37 * 38
+REWRITE = Neighborhood()
+
+
+def site(head: int | None = 0, **changes: Any) -> Site:
+    name = f"layer.attn/kv={head}"
+    return Site("attention", name, "attend", replace(INFO, **changes), "layer.attn", head)
+
+
+def matched(**changes: Any) -> Match:
+    match = REWRITE.match(site(**changes))
+    assert isinstance(match, Match)
+    return match
+
+
+class GraphEditor:
+    """One attention node, edited in place."""
+
+    def __init__(self, **options: Any) -> None:
+        self.graph = fx.Graph()
+        inputs = [self.graph.placeholder(name) for name in "qkv"]
+        self.attend = self.graph.call_function(ops.attend, tuple(inputs), options)
+        self.graph.output(self.attend)
+
+    def node(self, site: Site) -> fx.Node:
+        return self.attend
+
+    def update(self, site: Site, **kwargs: Any) -> None:
+        for name, value in kwargs.items():
+            self.attend.update_kwarg(name, value)
+
+    def run(self, *tensors: Tensor) -> Tensor:
+        return fx.GraphModule(nn.Module(), self.graph)(*tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"cross": True}, "cross attention: queries and keys do not share positions"),
+        ({"causal": True}, "attention is causal"),
+        ({"grid": (), "no_grid": "it was flipped"}, "no grid of tokens: it was flipped"),
+        ({"has_bias": True}, "a bias is added to the scores"),
+        ({"has_mask": True}, "a mask hides keys"),
+        ({"window": 8}, "the model itself attends only within 8 tokens"),
+    ],
+)
+def test_refusals_say_why(changes: dict[str, Any], reason: str) -> None:
+    refusal = REWRITE.match(site(**changes))
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason.startswith(reason)
+
+
+def test_other_families_are_refused() -> None:
+    info = LinearInfo("w", None, 64, 64, torch.float32)
+    refusal = REWRITE.match(Site("linear", "fc", "linear", info, "fc"))
+    assert isinstance(refusal, Refusal)
+    assert "linear site" in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("grid", "labels"),
+    [
+        ((1, 37, 37), ["7x7", "15x15"]),
+        ((0, 64, 64), ["15x15", "31x31"]),
+        ((1, 128, 128), ["15x15", "31x31", "63x63"]),
+        ((5, 8, 48, 48), ["7x7x7", "8x15x15", "8x31x31"]),
+    ],
+)
+def test_windows_fit_the_grid(grid: tuple[int, ...], labels: list[str]) -> None:
+    assert [c.label for c in REWRITE.candidates(matched(grid=grid), [])] == labels
+    assert REWRITE.refusal(matched(grid=grid), []) is None
+
+
+def test_small_grids_are_refused_in_numbers() -> None:
+    match = matched(grid=(1, 14, 14))
+    assert REWRITE.candidates(match, []) == []
+    said = REWRITE.refusal(match, [])
+    assert said is not None
+    assert said.startswith("the grid has 14 x 14 tokens: with the tiles around windows of 7x7, ")
+    assert said.endswith("100% of the attention would still be computed, and it pays below 60%")
+
+
+def test_a_grid_says_how_many_tokens_a_call_has() -> None:
+    """What the workload calls a length may be the channels of an image."""
+    seen = site().at(Scenario("forward", 2, 3, 0))
+    assert seen == Scenario("forward", 2, TOKENS, 0)
+
+
+def test_prices_follow_the_tiles() -> None:
+    scenario = Scenario("forward", 2, TOKENS, 0)
+    dense = attention_call(INFO, scenario)
+    some, more = (neighborhood_call(INFO, scenario, near) for near in (4, 8))
+    assert some.flops == dense.flops * density(INFO.grid, 4)
+    assert some.flops < more.flops < 0.6 * dense.flops
+    assert len({dense.key, some.key, more.key}) == 3
+    # Queries, keys and values are written once more in their order, and the result read.
+    extra = 2 * TOKENS * (2 * 2 + 2) * 16 * 4
+    moved, before = (call.bytes_read + call.bytes_written for call in (some, dense))
+    assert moved == before + 2 * extra
+    assert some.temporary_bytes == extra
+
+
+@pytest.mark.parametrize("changes", [{}, {"softcap": 5.0, "has_sinks": True}])
+def test_prices_can_be_measured(changes: dict[str, Any]) -> None:
+    match = matched(**changes)
+    for candidate in REWRITE.candidates(match, []):
+        (call,) = REWRITE.lower(match, candidate, Scenario("forward", 1, TOKENS, 0))
+        assert call.run is not None
+        out = call.run("cpu")()
+        assert out.shape == (1, TOKENS, 6, 16)
+        assert out.isfinite().all()
+
+
+def test_apply_changes_one_head_beside_windows() -> None:
+    editor = GraphEditor(scale=0.25)
+    q, k, v = (torch.randn(1, heads, TOKENS, 16) for heads in (6, 3, 3))
+    dense = editor.run(q, k, v)
+    inputs = {"q": q, "k": k, "v": v, "scale": 0.25}
+    scenarios = [Scenario("forward", 1, TOKENS, 0)]
+    for rewrite, head in ((REWRITE, 1), (Window(windows=(64,)), 2)):
+        match = Match(site(head))
+        candidate = rewrite.candidates(match, scenarios)[0]
+        rewrite.apply(match, candidate, {}, editor)  # pyright: ignore[reportArgumentType]
+        emulated = rewrite.emulate(match, candidate, {}, inputs)
+        mine = slice(2 * head, 2 * head + 2)
+        torch.testing.assert_close(editor.run(q, k, v)[:, :, mine], emulated[:, :, mine])
+        assert (emulated - dense)[:, :, mine].abs().max() > 1e-3
+    assert editor.attend.kwargs["grid"] == INFO.grid
+    assert editor.attend.kwargs["near"] == (0, 4, 0)
+    assert editor.attend.kwargs["window"] == (0, 0, 64)
+    torch.testing.assert_close(editor.run(q, k, v)[:, :, :2], dense[:, :, :2])
+
+
+EDGE, SPREAD = 64, 2.0
+
+
+class Planted(nn.Module):
+    """Two heads of 16 channels over a grid and a class token: the first looks at places nearby in
+    both directions, the second everywhere alike, at values that differ from place to place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(32, 32, 1)
+        self.patch.weight.data = torch.eye(32).view(32, 32, 1, 1)
+        self.patch.bias.data.zero_()
+        self.token = nn.Parameter(torch.zeros(1, 1, 32))
+        line = torch.arange(EDGE) - EDGE / 2
+        places = torch.stack([line.repeat_interleave(EDGE), line.repeat(EDGE)], 1)
+        # Scores fall with the square of the distance, and are the same at all queries but for that.
+        wanted = torch.cat([places, torch.ones_like(places)], 1)
+        given = torch.cat([2 * places, -(places**2)], 1) / (2 * SPREAD**2)
+        self.q, self.k = (nn.Parameter(F.pad(x, (0, 12, 1, 0))) for x in (wanted, given))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).mT
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        v = x.view(*x.shape[:2], 2, 16).transpose(1, 2)
+        one = torch.tensor([1.0, 0.0]).view(2, 1, 1)
+        q, k = (0 * v + one * place for place in (self.q, self.k))
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return y.transpose(1, 2).flatten(2)
+
+
+def image() -> Tensor:
+    """The mean of all places is small, that of a region is not."""
+    regions = torch.randn(1, 32, EDGE // 8, EDGE // 8)
+    return F.interpolate(regions, scale_factor=8) + 0.1 * torch.randn(1, 32, EDGE, EDGE)
+
+
+@pytest.mark.slow
+def test_the_local_head_gets_it_and_the_global_one_is_kept() -> None:
+    data = [image() for _ in range(3)]
+    plan = fxopt.plan(
+        Planted().eval(), fxopt.Budget(relative_error=0.02), data[0], calibration=data,
+        rewrites=["attention"],
+    )  # fmt: skip
+    first, second = plan.decisions
+    assert first.key.endswith("kv=0")
+    assert first.label in ("15x15", "31x31")
+    assert first.error < 0.02**2
+    assert second.rewrite not in ("attention.neighborhood", "attention.window")
+    offered = {other.label: other.error for other in second.alternatives}
+    assert offered["31x31"] > 0.02
+    # A window along the sequence is a few whole rows: of equal cost, it loses columns above.
+    windows = {other.label: other.error for other in first.alternatives}
+    assert windows["w256"] > 0.02**2
