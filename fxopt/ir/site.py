@@ -65,6 +65,7 @@ class AttentionInfo:
 
     `window` 0 means unlimited; `softcap` 0.0 means none. `cross`: keys come from another
     sequence. `cached`: the op can read its keys and values through a cache while generating.
+    `top_keys` as in `fxopt.kernels.kv_attention.layout.HeadClass`, where a rewrite has chosen it.
     """
 
     num_heads: int
@@ -80,6 +81,7 @@ class AttentionInfo:
     has_sinks: bool
     cross: bool
     cached: bool
+    top_keys: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Decoding that reads some tiles of the cache: those whose keys can score highest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.decode_topk.reference import (
+    TILE,
+    as_bias,
+    kept_tiles,
+    ranges,
+    shown_tiles,
+    tiles_read,
+)
+
+from .heads import Arguments, Attend
+from .layout import Blocks
+from .packing import unpack_side, wide
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What of a head class is stored in whole tiles of `size` tokens, from position `first` on.
+
+    Tile i begins at position `starts[i]` of [tiles + 1] and holds tokens up to the next one's;
+    the channels of its keys lie between `low` and `high` [B, h, tiles, D].
+    """
+
+    size: int
+    first: int
+    starts: Tensor
+    low: Tensor
+    high: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.low.shape[2]
+
+
+def check(arguments: Arguments) -> None:
+    """ValueError where some tiles are to be read beside what the choice does not know."""
+    if not any(arguments.top_keys):
+        return
+    wrong = {
+        "needs causal attention": not arguments.causal,
+        "does not look at a bias": arguments.bias is not None,
+        "and window exclude each other in one head": any(arguments.window),
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"cached attention: a layout that reads some tiles {reason}")
+
+
+def leaves_some(arguments: Arguments, tiles: int, size: int) -> bool:
+    """Whether a call leaves out some of `tiles` whole tiles: one of a single token does."""
+    top_keys = arguments.top_keys[0]
+    single = arguments.q.shape[2] == 1
+    return top_keys > 0 and single and tiles > tiles_read(top_keys, size)
+
+
+def note_ranges(part: dict[str, Tensor], begin: int, end: int) -> None:
+    """Write the ranges of the tiles of an exact class that tokens from `begin` to `end` filled."""
+    first, last = begin // TILE, end // TILE
+    if "key_low" in part and last > first:
+        found = ranges(part["key"][:, :, first * TILE : last * TILE])
+        for name, x in zip(("key_low", "key_high"), found, strict=True):
+            part[name][:, :, first:last] = x
+
+
+def exact_tiles(part: dict[str, Tensor], begin: int) -> Tiles:
+    """The tiles of an exact class of `begin` tokens."""
+    whole, key = begin // TILE, part["key"]
+    starts = torch.arange(whole + 1, device=key.device) * TILE
+    return Tiles(TILE, 0, starts, part["key_low"][:, :, :whole], part["key_high"][:, :, :whole])
+
+
+def packed_tiles(part: dict[str, Tensor], fmt: Blocks, used: int) -> Tiles:
+    """The first `used` blocks of a packed class."""
+    low, high = packed_ranges(part, fmt)
+    starts = fmt.sink + part["block_start"][: used + 1]
+    return Tiles(fmt.group, fmt.sink, starts, low[:, :, :used], high[:, :, :used])
+
+
+def packed_ranges(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
+    """Between which numbers the channels of packed keys lie, [B, h, blocks, D]: an integer times a
+    scale above a zero."""
+    zero, scale = (wide(part[f"key_{name}"].squeeze(3)) for name in ("zero", "scale"))
+    return zero, zero + (2**fmt.key_bits - 1) * scale
+
+
+def attend_kept(
+    attention: Attend,
+    chosen: Arguments,
+    tiles: Tiles,
+    stored: tuple[dict[str, Tensor], Blocks | None],
+    rest: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+) -> Tensor:
+    """One new token over the kept tiles of what `stored` holds, which alone are gathered, and over
+    the `rest` [B, h, tokens, D] of the keys and values, which lies in no tile."""
+    part, fmt = stored
+    top_keys = chosen.top_keys[0]
+    shown = shown_tiles(mask, tiles.starts)
+    whole = tiles.starts.new_full((1,), tiles.count)
+    ends = tiles.low, tiles.high
+    kept = kept_tiles(chosen.q, *ends, shown, whole, top_keys, tiles.size, chosen.scale)
+    # Tiles without a visible key fill up what a short row leaves: their keys are hidden below.
+    places = (~kept[:, :, 0]).to(torch.uint8).argsort(dim=-1, stable=True)
+    places = places[..., : tiles_read(top_keys, tiles.size)]
+    keys, values = (
+        torch.cat([_gathered(part, side, fmt, tiles, places, chosen.q.dtype), own], 2)
+        for side, own in zip(("key", "value"), rest, strict=True)
+    )
+    seen = _seen(tiles, places, mask)
+    if seen is not None:
+        outside = seen.new_ones(*seen.shape[:2], rest[0].shape[2])
+        if mask is not None:
+            others = torch.cat([mask[:, : tiles.first], mask[:, tiles.starts[-1] :]], 1) != 0
+            outside = others[:, None].expand(outside.shape)
+        seen = as_bias(torch.cat([seen, outside], 2)[:, :, None], chosen.q)
+    return replace(chosen, bias=seen, causal=False).attend(attention, keys, values, None)
+
+
+def _gathered(
+    part: dict[str, Tensor], side: str, fmt: Blocks | None, tiles: Tiles, places: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The keys or values of the tiles at `places` [B, h, count], as [B, h, count * size, D]."""
+    batch, heads = (torch.arange(n, device=places.device) for n in places.shape[:2])
+    index = (batch[:, None, None], heads[:, None], places)
+    if fmt is None:
+        whole = part[side][:, :, : tiles.count * tiles.size].unflatten(2, (-1, tiles.size))
+        return whole[index].flatten(2, 3)
+    bits = fmt.key_bits if side == "key" else fmt.value_bits
+    names = (side, f"{side}_scale", f"{side}_zero")
+    some = {name: part[name][index] for name in names if name in part}
+    return unpack_side(some, side, bits, dtype).flatten(2, 3)
+
+
+def _seen(tiles: Tiles, places: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which tokens of the tiles at `places` are there and visible, [B, h, count * size]; None
+    where all are."""
+    lengths = tiles.starts.diff()
+    if mask is None and bool((lengths == tiles.size).all()):
+        return None
+    slot = torch.arange(tiles.size, device=places.device)
+    there = slot < lengths[places][..., None]
+    if mask is not None:
+        positions = (tiles.starts[places][..., None] + slot).clamp(max=mask.shape[1] - 1)
+        rows = (mask != 0)[:, None].expand(-1, places.shape[1], -1)
+        there = there & rows.gather(2, positions.flatten(2)).view_as(there)
+    return there.flatten(2)
