@@ -18,7 +18,7 @@ from .ir.ops import attend
 from .kernels.attention import attention_reference
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
-from .kernels.kv_attention.layout import parse
+from .kernels.kv_attention.layout import left_out, parse
 
 ROWS = 8
 """Queries a sequence whose attention is looked at."""
@@ -83,7 +83,7 @@ def _walk(compiler: Compiler, graph: fx.GraphModule, batch: dict[str, Any]) -> _
 
 class _Walk(fx.Interpreter):
     """Runs a graph and looks at its attention calls: by (node, KV head), the share on packed
-    tokens, and whether a query lost a key to a window or a share of tiles."""
+    tokens, and whether a query lost a key to a window or to tiles that are left out."""
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
         super().__init__(graph, garbage_collect_values=True)
@@ -128,7 +128,12 @@ class _Walk(fx.Interpreter):
         prompt = self.prompt or q.shape[2]
         tops = enumerate(per_head("top", top, heads))
         self.left |= {(name, h): hides_some(prompt, prompt, t) for h, t in tops if t}
-        formats = parse(layout).formats(heads)
+        parsed = parse(layout)
+        formats = parsed.formats(heads)
+        read = zip(formats, parsed.top_keys(heads), strict=True)
+        self.left |= {
+            (name, h): left_out(f, length - 1, t) > 0 for h, (f, t) in enumerate(read) if t
+        }
         if not any(formats):
             return
         shares: list[Tensor] = []

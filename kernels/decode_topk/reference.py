@@ -70,7 +70,8 @@ def kept_tiles(
     bound = bound.masked_fill(~seen.unsqueeze(2), torch.finfo(bound.dtype).min)
     behind = (bound.amax(-1, keepdim=True) - bound).amin(2)
     behind = behind.masked_fill(first | (number >= whole[:, None] - nearest(size)), -1.0)
-    return (ranks(-behind.masked_fill(~seen, torch.inf), low.shape[2]) < tiles_read(top_keys, size)) & seen
+    order = ranks(-behind.masked_fill(~seen, torch.inf), low.shape[2])
+    return (order < tiles_read(top_keys, size)) & seen
 
 
 def shown_tiles(mask: Tensor | None, starts: Tensor) -> Tensor | None:

@@ -49,11 +49,10 @@ def decoded_attention(
 
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
-    the exact ones above, of both the tiles that it keeps where the layout says how many; a query of the
-    prompt sees every key exactly, or those of the tiles that
-    `top` keeps of the prompt. Beside the result it takes one copy of the keys and values of a head
-    class. Keys of another sequence (not `causal`) were all stored before: every query sees the
-    image of what `fill` packs of them.
+    the exact ones above, in heads that read some tiles of both alone those; a query of the prompt
+    sees every key exactly, or those of the tiles that `top` keeps of the prompt. Beside the result
+    it takes one copy of the keys and values of a head class. Keys of another sequence (not
+    `causal`) were all stored before: every query sees the image of what `fill` packs of them.
     """
     if attention is None:
         from fxopt.kernels.attention.reference import attention_reference

@@ -95,7 +95,11 @@ def cached_attention_functional(
 
 
 def _of_kept_tiles(
-    chosen: Arguments, part: dict[str, Tensor], keys: Tensor, mask: Tensor | None, fmt: Blocks | None
+    chosen: Arguments,
+    part: dict[str, Tensor],
+    keys: Tensor,
+    mask: Tensor | None,
+    fmt: Blocks | None,
 ) -> Arguments:
     """`chosen` with a bias that hides all but the kept tiles from the token of a call of one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +97,7 @@ def attend_kept(
     chosen: Arguments,
     tiles: Tiles,
     stored: tuple[dict[str, Tensor], Blocks | None],
-    rest: tuple[Tensor, Tensor],
+    rest: Sequence[Tensor],
     mask: Tensor | None,
 ) -> Tensor:
     """One new token over the kept tiles of what `stored` holds, which alone are gathered, and over

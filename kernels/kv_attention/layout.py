@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fxopt.kernels.decode_topk.reference import TILE
+from fxopt.kernels.decode_topk.reference import TILE, tiles_read
 
 BITS = (16, 8, 4, 2)
 GROUPS = (32, 64, 128)
@@ -129,6 +129,18 @@ class Layout:
         return tuple(found[head] for head in range(num_kv_heads))
 
 
+def tile_size(fmt: Blocks | None) -> int:
+    """Tokens of a whole tile of what is stored in `fmt`."""
+    return fmt.group if fmt else TILE
+
+
+def left_out(fmt: Blocks | None, past: int, top_keys: int) -> int:
+    """Whole tiles of `past` tokens that a decoded one does not read."""
+    size = tile_size(fmt)
+    whole = (fmt.packed(past) if fmt else past) // size
+    return max(0, whole - tiles_read(top_keys, size)) if top_keys else 0
+
+
 def parse_format(text: str) -> Blocks | None:
     """One format; "exact" (and 16 bits on both sides) is None."""
     if text == "exact":
@@ -158,9 +170,7 @@ def parse(text: str) -> Layout:
     return Layout(tuple(classes))
 
 
-def from_formats(
-    formats: Sequence[Blocks | None], top_keys: Sequence[int] | None = None
-) -> Layout:
+def from_formats(formats: Sequence[Blocks | None], top_keys: Sequence[int] | None = None) -> Layout:
     """The layout that stores KV head h in `formats[h]` and reads `top_keys[h]` tokens of it, equal
     heads together."""
     found: dict[tuple[Blocks | None, int], list[int]] = {}

@@ -97,9 +97,8 @@ def attend_exact(
     """Attention over the stored and the new tokens of an exact head class, which are stored."""
     keys, values = append_exact(part, new, begin)
     if leaves_some(chosen, begin // TILE, TILE):
-        rest = (keys[:, :, begin // TILE * TILE :], values[:, :, begin // TILE * TILE :])
-        tiles = exact_tiles(part, begin)
-        return attend_kept(attention, chosen, tiles, (part, None), rest, mask)
+        rest = [x[:, :, begin // TILE * TILE :] for x in (keys, values)]
+        return attend_kept(attention, chosen, exact_tiles(part, begin), (part, None), rest, mask)
     return chosen.attend(attention, keys, values, mask)
 
 
@@ -117,8 +116,8 @@ def attend_image(
         return chosen.attend(attention, new["key"], new["value"], mask)
     used = blocks_used(part)
     if leaves_some(chosen, used, fmt.group):
-        apart = [[*_exact_pieces(part, side, fmt, begin), new[side]] for side in SIDES]
-        tiles, rest = packed_tiles(part, fmt, used), (torch.cat(apart[0], 2), torch.cat(apart[1], 2))
+        apart = ([*_exact_pieces(part, side, fmt, begin), new[side]] for side in SIDES)
+        tiles, rest = packed_tiles(part, fmt, used), [torch.cat(pieces, 2) for pieces in apart]
         return attend_kept(attention, chosen, tiles, (part, fmt), rest, mask)
     keys, values = (
         torch.cat([*_pieces(part, side, fmt, begin, chosen.q.dtype), new[side]], 2)
