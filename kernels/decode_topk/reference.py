@@ -1,10 +1,15 @@
-"""Which tiles of a cache a decoded token reads: those whose keys can score highest.
+"""Which tiles of a cache a decoded token reads: those of the most estimated attention.
 
-Of each tile the cache knows the range of every channel of its keys. A query's product with any of
-them is at most the sum over channels of its larger product with the two ends of the range (Quest,
-arXiv 2406.10774). The query heads of a KV head read the same tiles: a tile counts as much as it
-does for the head whose best tile it falls least behind of. A KV head thus reads a number of keys
-that is known before its data are.
+Of each tile the cache knows mean and standard deviation of every channel of its keys. Were these
+independent and Gaussian, the exponentials of a query's products with the keys would have the mean
+
+    exp(q . mean + (q * q) . (spread * spread) / 2)
+
+whose logarithm is the estimate. Quest (arXiv 2406.10774) asks instead what a key can score at most,
+by the range of each channel, which tells tiles apart less well: see docs/attention.md. The query
+heads of a KV head read the same tiles: a tile counts as much as it does for the head whose best
+tile it falls least behind of. A KV head thus reads a number of keys that is known before its data
+are.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ from torch import Tensor
 from fxopt.kernels.block_topk.reference import ranks
 
 TILE = 32
-"""Keys of a tile of what is stored exactly; a packed block is a tile of its own. Bounds over more
-keys are too loose: see docs/attention.md."""
+"""Keys of a tile of what is stored exactly; a packed block is a tile of its own. Fewer keys are
+told apart better, and more has to be read for it: two numbers a channel and tile."""
 NEAREST = 64
 """Newest keys whose whole tiles are read in any case; so are the first tile with a visible key, and
 what lies in no whole tile."""
@@ -32,27 +37,31 @@ def nearest(size: int) -> int:
     return max(1, NEAREST // size)
 
 
-def ranges(k: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of each channel, [B, h, tiles, D], of the whole tiles of k
-    [B, h, T, D]."""
+def moments(k: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, [B, h, tiles, D] in the dtype of k, of the
+    whole tiles of k [B, h, T, D]."""
     whole = k.shape[2] // TILE
     tiles = k[:, :, : whole * TILE].unflatten(2, (whole, TILE))
-    return tiles.amin(3), tiles.amax(3)
+    tiles = tiles.to(torch.promote_types(k.dtype, torch.float32))
+    mean = tiles.mean(3, keepdim=True)
+    spread = (tiles - mean).square().mean(3).sqrt()
+    return mean.squeeze(3).to(k.dtype), spread.to(k.dtype)
 
 
-def bounds(q: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
-    """What a key of a tile can score at most, [B, KV, H / KV, N, tiles], in float32 at least.
+def estimate(q: Tensor, mean: Tensor, spread: Tensor, scale: float) -> Tensor:
+    """The logarithm of the mean of a tile's exponentials, [B, KV, H / KV, N, tiles], in float32 at
+    least.
 
-    q [B, H, N, D]; low and high [B, KV, tiles, D].
+    q [B, H, N, D]; mean and spread [B, KV, tiles, D].
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(dtype).unflatten(1, (low.shape[1], -1)) * scale
-    low, high = (x.to(dtype).unsqueeze(2).mT for x in (low, high))
-    return q.clamp(min=0) @ high + q.clamp(max=0) @ low
+    q = q.to(dtype).unflatten(1, (mean.shape[1], -1)) * scale
+    mean, spread = (x.to(dtype).unsqueeze(2).mT for x in (mean, spread))
+    return q @ mean + q.square() @ spread.square() / 2
 
 
 def kept_tiles(
-    q: Tensor, low: Tensor, high: Tensor, shown: Tensor | None, whole: Tensor, top_keys: int,
+    q: Tensor, mean: Tensor, spread: Tensor, shown: Tensor | None, whole: Tensor, top_keys: int,
     size: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Which tiles each query reads, bool [B, KV, N, tiles].
@@ -61,16 +70,16 @@ def kept_tiles(
     a visible key. Of those that are both `tiles_read(top_keys, size)` are read, or all if there are
     fewer; of equal ones the first.
     """
-    number = torch.arange(low.shape[2], device=q.device)
+    number = torch.arange(mean.shape[2], device=q.device)
     seen, first = (number < whole[:, None])[None, None], (number == 0)[None, None, None]
     if shown is not None:
         seen = seen & shown[:, None, None]
         first = (shown.to(torch.int64).cumsum(1) == 1)[:, None, None]
-    bound = bounds(q, low, high, scale)
-    bound = bound.masked_fill(~seen.unsqueeze(2), torch.finfo(bound.dtype).min)
-    behind = (bound.amax(-1, keepdim=True) - bound).amin(2)
+    mass = estimate(q, mean, spread, scale)
+    mass = mass.masked_fill(~seen.unsqueeze(2), torch.finfo(mass.dtype).min)
+    behind = (mass.amax(-1, keepdim=True) - mass).amin(2)
     behind = behind.masked_fill(first | (number >= whole[:, None] - nearest(size)), -1.0)
-    order = ranks(-behind.masked_fill(~seen, torch.inf), low.shape[2])
+    order = ranks(-behind.masked_fill(~seen, torch.inf), mean.shape[2])
     return (order < tiles_read(top_keys, size)) & seen
 
 

@@ -1,7 +1,8 @@
-"""Decoding that reads some tiles of the cache: those whose keys can score highest."""
+"""Decoding that reads some tiles of the cache: those of the most estimated attention."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,13 +13,13 @@ from fxopt.kernels.decode_topk.reference import (
     TILE,
     as_bias,
     kept_tiles,
-    ranges,
+    moments,
     shown_tiles,
     tiles_read,
 )
 
 from .heads import Arguments, Attend
-from .layout import Blocks
+from .layout import MOMENTS, Blocks
 from .packing import unpack_side, wide
 
 
@@ -27,18 +28,18 @@ class Tiles:
     """What of a head class is stored in whole tiles of `size` tokens, from position `first` on.
 
     Tile i begins at position `starts[i]` of [tiles + 1] and holds tokens up to the next one's;
-    the channels of its keys lie between `low` and `high` [B, h, tiles, D].
+    the channels of its keys have `mean` and `spread` [B, h, tiles, D].
     """
 
     size: int
     first: int
     starts: Tensor
-    low: Tensor
-    high: Tensor
+    mean: Tensor
+    spread: Tensor
 
     @property
     def count(self) -> int:
-        return self.low.shape[2]
+        return self.mean.shape[2]
 
 
 def check(arguments: Arguments) -> None:
@@ -62,34 +63,35 @@ def leaves_some(arguments: Arguments, tiles: int, size: int) -> bool:
     return top_keys > 0 and single and tiles > tiles_read(top_keys, size)
 
 
-def note_ranges(part: dict[str, Tensor], begin: int, end: int) -> None:
-    """Write the ranges of the tiles of an exact class that tokens from `begin` to `end` filled."""
+def note_moments(part: dict[str, Tensor], begin: int, end: int) -> None:
+    """Write mean and spread of the tiles of an exact class that tokens from `begin` to `end`
+    filled."""
     first, last = begin // TILE, end // TILE
-    if "key_low" in part and last > first:
-        found = ranges(part["key"][:, :, first * TILE : last * TILE])
-        for name, x in zip(("key_low", "key_high"), found, strict=True):
+    if MOMENTS[0] in part and last > first:
+        found = moments(part["key"][:, :, first * TILE : last * TILE])
+        for name, x in zip(MOMENTS, found, strict=True):
             part[name][:, :, first:last] = x
 
 
 def exact_tiles(part: dict[str, Tensor], begin: int) -> Tiles:
     """The tiles of an exact class of `begin` tokens."""
-    whole, key = begin // TILE, part["key"]
-    starts = torch.arange(whole + 1, device=key.device) * TILE
-    return Tiles(TILE, 0, starts, part["key_low"][:, :, :whole], part["key_high"][:, :, :whole])
+    whole = begin // TILE
+    starts = torch.arange(whole + 1, device=part["key"].device) * TILE
+    return Tiles(TILE, 0, starts, *(part[name][:, :, :whole] for name in MOMENTS))
 
 
 def packed_tiles(part: dict[str, Tensor], fmt: Blocks, used: int) -> Tiles:
     """The first `used` blocks of a packed class."""
-    low, high = packed_ranges(part, fmt)
     starts = fmt.sink + part["block_start"][: used + 1]
-    return Tiles(fmt.group, fmt.sink, starts, low[:, :, :used], high[:, :, :used])
+    return Tiles(fmt.group, fmt.sink, starts, *(x[:, :, :used] for x in packed_moments(part, fmt)))
 
 
-def packed_ranges(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
-    """Between which numbers the channels of packed keys lie, [B, h, blocks, D]: an integer times a
-    scale above a zero."""
+def packed_moments(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the channels of packed keys [B, h, blocks, D] as their scale and zero tell
+    them: of numbers that are anywhere between the least and the largest alike."""
     zero, scale = (wide(part[f"key_{name}"].squeeze(3)) for name in ("zero", "scale"))
-    return zero, zero + (2**fmt.key_bits - 1) * scale
+    width = (2**fmt.key_bits - 1) * scale
+    return zero + width / 2, width / math.sqrt(12)
 
 
 def attend_kept(
@@ -106,8 +108,8 @@ def attend_kept(
     top_keys = chosen.top_keys[0]
     shown = shown_tiles(mask, tiles.starts)
     whole = tiles.starts.new_full((1,), tiles.count)
-    ends = tiles.low, tiles.high
-    kept = kept_tiles(chosen.q, *ends, shown, whole, top_keys, tiles.size, chosen.scale)
+    told = tiles.mean, tiles.spread
+    kept = kept_tiles(chosen.q, *told, shown, whole, top_keys, tiles.size, chosen.scale)
     # Tiles without a visible key fill up what a short row leaves: their keys are hidden below.
     places = (~kept[:, :, 0]).to(torch.uint8).argsort(dim=-1, stable=True)
     places = places[..., : tiles_read(top_keys, tiles.size)]

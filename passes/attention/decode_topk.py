@@ -1,13 +1,12 @@
-"""Attention -> decoded tokens read the tiles of the cache whose keys can score highest.
+"""Attention -> decoded tokens read the tiles of the cache of the most estimated attention.
 
     out = attend(q, k, v, mask, state=state, start=start, ...)
     out = attend(q, k, v, mask, state=state, start=start, ..., layout="exact+t4096")
 
 Pays where a long past bounds a decoding step by what it reads, in heads that fetch from afar but
-from few places: a window of equal cost loses those. The tiles are chosen anew for each token and KV
-head, by bounds from the range of each channel of a tile's keys (Quest). HiP's descent through a
-hierarchy of tiles would save a part of what reading these ranges costs; see docs/attention.md for
-why it is not worth its looser bounds. Prompts attend as they did.
+from few places: a window of equal cost loses those. The tiles are chosen anew for each token and
+KV head, as Quest does, by two numbers that the cache holds of each channel of a tile's keys.
+Prompts attend as they did.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class DecodeTopk:
         if not info.causal:
             return Refusal("attention is not causal, so the past changes with each new token")
         if info.has_bias:
-            return Refusal("a bias is added to the scores: bounds of products do not know it")
+            return Refusal("a bias is added to the scores: the estimate does not know it")
         if info.window:
             return Refusal(f"the model itself attends only within {info.window} tokens")
         return Match(site)

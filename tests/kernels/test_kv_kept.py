@@ -51,7 +51,7 @@ def by_definition(
         found: dict[int, list[float]] = {}
         for tile in range(whole):
             span = slice(first + tile * size, first + (tile + 1) * size)
-            low, high = keys[span].amin(0), keys[span].amax(0)
+            mean, variance = keys[span].mean(0), keys[span].var(0, correction=0)
             if fmt is not None:
                 valid = mask[row, span].bool()[None, None, None, :, None]
                 for x, side, bits in (
@@ -60,15 +60,17 @@ def by_definition(
                     stored = pack_side(x[span][None, None, None], valid, side, bits)
                     x[span] = unpack_side(stored, side, bits, x.dtype)[0, 0, 0]
                     if side == "key":
-                        low = stored["key_zero"].double().flatten()
-                        high = low + (2**bits - 1) * stored["key_scale"].double().flatten()
+                        zero, scale = (
+                            stored[f"key_{name}"].double().flatten() for name in ("zero", "scale")
+                        )
+                        mean = zero + (2**bits - 1) * scale / 2
+                        variance = ((2**bits - 1) * scale) ** 2 / 12
             if mask[row, span].any():
-                found[tile] = [
-                    float(torch.maximum(x * low, x * high).sum()) for x in q[row, :, 0]
-                ]  # fmt: skip
+                scaled = q[row, :, 0] * SCALE
+                found[tile] = (scaled @ mean + scaled**2 @ variance / 2).tolist()
                 best = [max(b, f) for b, f in zip(best, found[tile], strict=True)]
-        for tile, bounds in found.items():
-            behind = min(b - f for b, f in zip(best, bounds, strict=True))
+        for tile, masses in found.items():
+            behind = min(b - f for b, f in zip(best, masses, strict=True))
             forced = tile == min(found) or tile >= whole - max(1, 64 // size)
             ranked.append((-1.0 if forced else behind, tile))
         kept = {tile for _, tile in sorted(ranked)[: max(1 + max(1, 64 // size), top_keys // size)]}
