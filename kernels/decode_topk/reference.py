@@ -1,15 +1,17 @@
 """Which tiles of a cache a decoded token reads: those of the most estimated attention.
 
-Of each tile the cache knows mean and standard deviation of every channel of its keys. Were these
-independent and Gaussian, the exponentials of a query's products with the keys would have the mean
+Of each tile the cache knows the range of every channel of its keys. Were these independent and
+anywhere in their ranges alike, the exponentials of a query's products with the keys would have
+about the mean
 
-    exp(q . mean + (q * q) . (spread * spread) / 2)
+    exp(q . (low + high) / 2 + (q * q) . (high - low)^2 / 24)
 
 whose logarithm is the estimate. Quest (arXiv 2406.10774) asks instead what a key can score at most,
-by the range of each channel, which tells tiles apart less well: see docs/attention.md. The query
-heads of a KV head read the same tiles: a tile counts as much as it does for the head whose best
-tile it falls least behind of. A KV head thus reads a number of keys that is known before its data
-are.
+which tells tiles apart less well; means and deviations in place of ranges tell more of what is
+spread over a tile, and miss a single key that is unlike the others: see docs/attention.md. The
+query heads of a KV head read the same tiles: a tile counts as much as it does for the head whose
+best tile it falls least behind of. A KV head thus reads a number of keys that is known before its
+data are.
 """
 
 from __future__ import annotations
@@ -37,31 +39,28 @@ def nearest(size: int) -> int:
     return max(1, NEAREST // size)
 
 
-def moments(k: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, [B, h, tiles, D] in the dtype of k, of the
-    whole tiles of k [B, h, T, D]."""
+def ranges(k: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each channel, [B, h, tiles, D], of the whole tiles of k
+    [B, h, T, D]."""
     whole = k.shape[2] // TILE
     tiles = k[:, :, : whole * TILE].unflatten(2, (whole, TILE))
-    tiles = tiles.to(torch.promote_types(k.dtype, torch.float32))
-    mean = tiles.mean(3, keepdim=True)
-    spread = (tiles - mean).square().mean(3).sqrt()
-    return mean.squeeze(3).to(k.dtype), spread.to(k.dtype)
+    return tiles.amin(3), tiles.amax(3)
 
 
-def estimate(q: Tensor, mean: Tensor, spread: Tensor, scale: float) -> Tensor:
+def estimate(q: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
     """The logarithm of the mean of a tile's exponentials, [B, KV, H / KV, N, tiles], in float32 at
     least.
 
-    q [B, H, N, D]; mean and spread [B, KV, tiles, D].
+    q [B, H, N, D]; low and high [B, KV, tiles, D].
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(dtype).unflatten(1, (mean.shape[1], -1)) * scale
-    mean, spread = (x.to(dtype).unsqueeze(2).mT for x in (mean, spread))
-    return q @ mean + q.square() @ spread.square() / 2
+    q = q.to(dtype).unflatten(1, (low.shape[1], -1)) * scale
+    low, high = (x.to(dtype).unsqueeze(2).mT for x in (low, high))
+    return q @ ((low + high) / 2) + q.square() @ ((high - low).square() / 24)
 
 
 def kept_tiles(
-    q: Tensor, mean: Tensor, spread: Tensor, shown: Tensor | None, whole: Tensor, top_keys: int,
+    q: Tensor, low: Tensor, high: Tensor, shown: Tensor | None, whole: Tensor, top_keys: int,
     size: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Which tiles each query reads, bool [B, KV, N, tiles].
@@ -70,16 +69,16 @@ def kept_tiles(
     a visible key. Of those that are both `tiles_read(top_keys, size)` are read, or all if there are
     fewer; of equal ones the first.
     """
-    number = torch.arange(mean.shape[2], device=q.device)
+    number = torch.arange(low.shape[2], device=q.device)
     seen, first = (number < whole[:, None])[None, None], (number == 0)[None, None, None]
     if shown is not None:
         seen = seen & shown[:, None, None]
         first = (shown.to(torch.int64).cumsum(1) == 1)[:, None, None]
-    mass = estimate(q, mean, spread, scale)
+    mass = estimate(q, low, high, scale)
     mass = mass.masked_fill(~seen.unsqueeze(2), torch.finfo(mass.dtype).min)
     behind = (mass.amax(-1, keepdim=True) - mass).amin(2)
     behind = behind.masked_fill(first | (number >= whole[:, None] - nearest(size)), -1.0)
-    order = ranks(-behind.masked_fill(~seen, torch.inf), mean.shape[2])
+    order = ranks(-behind.masked_fill(~seen, torch.inf), low.shape[2])
     return (order < tiles_read(top_keys, size)) & seen
 
 

@@ -1,8 +1,8 @@
 """The tiles that a decoded token reads, on a GPU: no wait for the device.
 
-`_estimate_kernel` reads mean and spread of each tile and writes an estimate for each query head;
+`_estimate_kernel` reads the ranges of each tile and writes an estimate for each query head;
 `_choose_kernel` finds the least one that is kept by bisecting its bits and writes the list of tiles
-that the decoding kernels walk. `_note_kernel` writes mean and spread of what has become whole.
+that the decoding kernels walk. `_note_kernel` writes the ranges of what has become whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.block_topk.triton import select_warps
 from fxopt.kernels.kv_attention.heads import Arguments
-from fxopt.kernels.kv_attention.layout import MOMENTS, Blocks
+from fxopt.kernels.kv_attention.layout import RANGES, Blocks
 from fxopt.kernels.kv_attention.triton import blocks_used
 
 from . import reference as topk
@@ -36,11 +36,11 @@ def _whole_tiles(start_ptr, block_start, BLOCKS, GROUP: tl.constexpr):
 
 @triton.jit
 def _estimate_kernel(
-    q, mean, spread, start_ptr, block_start, out, TILES, scale, width,
+    q, low, high, start_ptr, block_start, out, TILES, scale, width,
     G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Estimates [B * KV, G, TILES] of q [B * KV, G, D]. Of packed keys `mean` and `spread` are zero
+    """Estimates [B * KV, G, TILES] of q [B * KV, G, D]. Of packed keys `low` and `high` are zero
     and scale, and `width` scales lie between the least and the largest key."""
     i_bh = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -49,16 +49,17 @@ def _estimate_kernel(
         o_d = tl.arange(0, BLOCK_D)
         m_t, m_d = tile < whole, o_d < D
         at = (i_bh * TILES + tile)[:, None] * D + o_d[None, :]
-        b_mean = tl.load(mean + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        b_spread = tl.load(spread + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_low = tl.load(low + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_high = tl.load(high + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_width = b_high - b_low
         if GROUP > 0:
-            b_mean += 0.5 * width * b_spread
-            b_spread *= width * 0.2886751345948129  # 1 / sqrt(12)
-        b_spread *= b_spread
+            b_width = b_high * width
+        b_middle = b_low + b_width / 2
+        b_width *= b_width / 24
         for i_g in tl.static_range(G):
             b_q = tl.load(q + (i_bh * G + i_g) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_q = (b_q * scale)[None, :]
-            b_mass = tl.sum(b_q * b_mean + 0.5 * b_q * b_q * b_spread, 1)
+            b_mass = tl.sum(b_q * b_middle + b_q * b_q * b_width, 1)
             tl.store(out + (i_bh * G + i_g) * TILES + tile, b_mass, mask=m_t)
 
 
@@ -101,10 +102,10 @@ def _choose_kernel(
 
 @triton.jit
 def _note_kernel(
-    key, mean, spread, start_ptr, N, TOKENS, TILES,
+    key, low, high, start_ptr, N, TOKENS, TILES,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Mean and spread of one tile that the N new tokens behind `start` may have filled."""
+    """The ranges of one tile that the N new tokens behind `start` may have filled."""
     i_bh = tl.program_id(0).to(tl.int64)
     start = tl.load(start_ptr)
     tile = start // TILE + tl.program_id(1)
@@ -112,13 +113,10 @@ def _note_kernel(
         o_t, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
         m_d = o_d < D
         at = (i_bh * TOKENS + tile * TILE + o_t)[:, None] * D + o_d[None, :]
-        b_k = tl.load(key + at, mask=m_d[None, :], other=0.0).to(tl.float32)
-        b_mean = tl.sum(b_k, 0) / TILE
-        b_x = b_k - b_mean[None, :]
-        b_spread = tl.sqrt(tl.sum(b_x * b_x, 0) / TILE)
+        b_k = tl.load(key + at, mask=m_d[None, :], other=0.0)
         row = (i_bh * TILES + tile) * D + o_d
-        tl.store(mean + row, b_mean.to(mean.dtype.element_ty), mask=m_d)
-        tl.store(spread + row, b_spread.to(spread.dtype.element_ty), mask=m_d)
+        tl.store(low + row, tl.min(b_k, 0).to(low.dtype.element_ty), mask=m_d)
+        tl.store(high + row, tl.max(b_k, 0).to(high.dtype.element_ty), mask=m_d)
 
 
 def kept_list(
@@ -128,7 +126,7 @@ def kept_list(
     """The tiles of one head class that a single new token reads, int32 [B * KV, most + 1], and how
     many of these count [B * KV]; None where it reads them all."""
     top_keys = arguments.top_keys[0]
-    names = MOMENTS if fmt is None else ("key_zero", "key_scale")
+    names = RANGES if fmt is None else ("key_zero", "key_scale")
     q = arguments.q.contiguous()
     if not top_keys or q.shape[2] != 1 or not part[names[0]].shape[2]:
         return None
@@ -157,13 +155,13 @@ def kept_list(
     return listed, count
 
 
-def note_moments(part: dict[str, Tensor], start: Tensor, queries: int) -> None:
-    """Write mean and spread of the tiles of an exact class that new tokens filled."""
-    if MOMENTS[0] not in part:
+def note_ranges(part: dict[str, Tensor], start: Tensor, queries: int) -> None:
+    """Write the ranges of the tiles of an exact class that new tokens filled."""
+    if RANGES[0] not in part:
         return
-    mean, spread = (part[name] for name in MOMENTS)
-    batch, heads, tiles, dim = mean.shape
+    low, high = (part[name] for name in RANGES)
+    batch, heads, tiles, dim = low.shape
     _note_kernel[(batch * heads, queries // topk.TILE + 1)](
-        part["key"], mean, spread, start, queries, part["key"].shape[2], tiles,
+        part["key"], low, high, start, queries, part["key"].shape[2], tiles,
         D=dim, BLOCK_D=triton.next_power_of_2(dim),
     )  # fmt: skip

@@ -13,14 +13,14 @@ from fxopt.kernels.decode_topk.reference import (
     as_bias,
     kept_keys,
     kept_tiles,
-    moments,
+    ranges,
     shown_tiles,
     tiles_read,
 )
 
 from .filled import fill, filled_attention
 from .heads import Arguments, Attend, block_mask, merge, take
-from .kept import check, packed_moments
+from .kept import check, packed_ranges
 from .layout import Blocks, parse
 from .packing import pack_side, unpack_side
 
@@ -100,7 +100,7 @@ def _decode(
     total = k.shape[2]
     mixed_k, mixed_v = (k, v) if fmt is None else (k.clone(), v.clone())
     packed = 0
-    told = moments(k) if fmt is None else (k[:, :, :0], k[:, :, :0])
+    ends = ranges(k) if fmt is None else (k[:, :, :0], k[:, :, :0])
     outputs: list[Tensor] = []
     for low, high, boundary in query_runs(total, prompt, fmt):
         if fmt is not None and boundary > packed:
@@ -110,8 +110,8 @@ def _decode(
             mixed_k[:, :, span], stored = _image(k[:, :, span], valid, "key", fmt)
             mixed_v[:, :, span], _ = _image(v[:, :, span], valid, "value", fmt)
             if any(arguments.top_keys):
-                fresh = packed_moments(stored, fmt)
-                told = (torch.cat([told[0], fresh[0]], 2), torch.cat([told[1], fresh[1]], 2))
+                fresh = packed_ranges(stored, fmt)
+                ends = (torch.cat([ends[0], fresh[0]], 2), torch.cat([ends[1], fresh[1]], 2))
             packed = boundary
         bias = arguments.bias
         if bias is not None:
@@ -123,7 +123,7 @@ def _decode(
         seen = None if mask is None else mask[:, :high]
         keys, values = mixed_k[:, :, :high], mixed_v[:, :, :high]
         if low >= prompt and any(arguments.top_keys):
-            outputs += _of_kept_tiles(run, keys, values, seen, low, told, fmt, attention)
+            outputs += _of_kept_tiles(run, keys, values, seen, low, ends, fmt, attention)
         else:
             outputs.append(run.attend(attention, keys, values, seen))
     return torch.cat(outputs, 1)
@@ -135,14 +135,14 @@ def _of_kept_tiles(
     v: Tensor,
     mask: Tensor | None,
     begin: int,
-    told: tuple[Tensor, Tensor],
+    ends: tuple[Tensor, Tensor],
     fmt: Blocks | None,
     attention: Attend,
 ) -> Iterator[Tensor]:
     """Queries from position `begin` on, each over the tiles that it keeps of those that are whole
     when it comes; some at a time, as what each of them sees is a mask of its own."""
     size, first = (TILE, 0) if fmt is None else (fmt.group, fmt.sink)
-    tiles, top_keys = told[0].shape[2], run.top_keys[0]
+    tiles, top_keys = ends[0].shape[2], run.top_keys[0]
     shown = shown_tiles(mask, first + torch.arange(tiles + 1, device=k.device) * size)
     end = begin + run.q.shape[2]
     for low in range(begin, end, QUERIES):
@@ -152,7 +152,7 @@ def _of_kept_tiles(
         whole = torch.as_tensor(whole, device=k.device).expand(high - low)
         bias = None
         if tiles > tiles_read(top_keys, size):
-            kept = kept_tiles(q, *told, shown, whole, top_keys, size, run.scale)
+            kept = kept_tiles(q, *ends, shown, whole, top_keys, size, run.scale)
             bias = as_bias(kept_keys(kept, whole, high, first, size), q)
         known = None if mask is None else mask[:, :high]
         part = replace(run, q=q, bias=bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxopt.kernels.decode_topk.triton import kept_list, note_moments
+from fxopt.kernels.decode_topk.triton import kept_list, note_ranges
 from fxopt.kernels.kv_append.triton import append
 from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
@@ -53,7 +53,7 @@ def attend_and_append(
         begin = tokens_before(queries, start, mask, length)
         out = attend_image(attention, arguments, new, part, mask, fmt, begin)
     append(new, part, start, rank, fmt, counts)
-    note_moments(part, start, queries)
+    note_ranges(part, start, queries)
     return out
 
 

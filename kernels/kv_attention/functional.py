@@ -21,12 +21,12 @@ from fxopt.kernels.decode_topk.reference import (
     as_bias,
     kept_keys,
     kept_tiles,
-    moments,
+    ranges,
     shown_tiles,
 )
 
 from .heads import Arguments, Attend, block_mask, merge, take
-from .kept import check, packed_moments
+from .kept import check, packed_ranges
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
 
@@ -103,22 +103,22 @@ def _of_kept_tiles(
 ) -> Arguments:
     """`chosen` with a bias that hides all but the kept tiles from the token of a call of one.
 
-    Means of exact keys are found again in each call: hidden keys are read as well here.
+    Ranges of exact keys are found again in each call: hidden keys are read as well here.
     """
     total, queries = keys.shape[2], chosen.q.shape[2]
     if fmt is None:
         # One tile more than there are, since no size of a trace may be 0 or 1.
         size, first, room = TILE, 0, (total + TILE - 1) // TILE + 1
-        mean, spread = moments(F.pad(keys, (0, 0, 0, room * TILE - total)))
+        low, high = ranges(F.pad(keys, (0, 0, 0, room * TILE - total)))
         whole: Any = (total - queries) // TILE
     else:
         size, first, whole = fmt.group, fmt.sink, part["key"].shape[2]
         room = whole + 1
-        mean, spread = (F.pad(x, (0, 0, 0, 1)) for x in packed_moments(part, fmt))
+        low, high = (F.pad(x, (0, 0, 0, 1)) for x in packed_ranges(part, fmt))
     one = torch.arange(1, device=keys.device)
     shown = shown_tiles(mask, first + torch.arange(room + 1, device=keys.device) * size)
     top_keys, last = chosen.top_keys[0], chosen.q.narrow(2, queries - 1, 1)
-    kept = kept_tiles(last, mean, spread, shown, one + whole, top_keys, size, chosen.scale)
+    kept = kept_tiles(last, low, high, shown, one + whole, top_keys, size, chosen.scale)
     seen = kept_keys(kept, one + whole, total, first, size) | (one + queries > 1)
     return replace(chosen, bias=as_bias(seen, chosen.q))
 

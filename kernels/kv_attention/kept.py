@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +12,13 @@ from fxopt.kernels.decode_topk.reference import (
     TILE,
     as_bias,
     kept_tiles,
-    moments,
+    ranges,
     shown_tiles,
     tiles_read,
 )
 
 from .heads import Arguments, Attend
-from .layout import MOMENTS, Blocks
+from .layout import RANGES, Blocks
 from .packing import unpack_side, wide
 
 
@@ -28,18 +27,18 @@ class Tiles:
     """What of a head class is stored in whole tiles of `size` tokens, from position `first` on.
 
     Tile i begins at position `starts[i]` of [tiles + 1] and holds tokens up to the next one's;
-    the channels of its keys have `mean` and `spread` [B, h, tiles, D].
+    the channels of its keys lie between `low` and `high` [B, h, tiles, D].
     """
 
     size: int
     first: int
     starts: Tensor
-    mean: Tensor
-    spread: Tensor
+    low: Tensor
+    high: Tensor
 
     @property
     def count(self) -> int:
-        return self.mean.shape[2]
+        return self.low.shape[2]
 
 
 def check(arguments: Arguments) -> None:
@@ -63,13 +62,12 @@ def leaves_some(arguments: Arguments, tiles: int, size: int) -> bool:
     return top_keys > 0 and single and tiles > tiles_read(top_keys, size)
 
 
-def note_moments(part: dict[str, Tensor], begin: int, end: int) -> None:
-    """Write mean and spread of the tiles of an exact class that tokens from `begin` to `end`
-    filled."""
+def note_ranges(part: dict[str, Tensor], begin: int, end: int) -> None:
+    """Write the ranges of the tiles of an exact class that tokens from `begin` to `end` filled."""
     first, last = begin // TILE, end // TILE
-    if MOMENTS[0] in part and last > first:
-        found = moments(part["key"][:, :, first * TILE : last * TILE])
-        for name, x in zip(MOMENTS, found, strict=True):
+    if RANGES[0] in part and last > first:
+        found = ranges(part["key"][:, :, first * TILE : last * TILE])
+        for name, x in zip(RANGES, found, strict=True):
             part[name][:, :, first:last] = x
 
 
@@ -77,21 +75,20 @@ def exact_tiles(part: dict[str, Tensor], begin: int) -> Tiles:
     """The tiles of an exact class of `begin` tokens."""
     whole = begin // TILE
     starts = torch.arange(whole + 1, device=part["key"].device) * TILE
-    return Tiles(TILE, 0, starts, *(part[name][:, :, :whole] for name in MOMENTS))
+    return Tiles(TILE, 0, starts, *(part[name][:, :, :whole] for name in RANGES))
 
 
 def packed_tiles(part: dict[str, Tensor], fmt: Blocks, used: int) -> Tiles:
     """The first `used` blocks of a packed class."""
     starts = fmt.sink + part["block_start"][: used + 1]
-    return Tiles(fmt.group, fmt.sink, starts, *(x[:, :, :used] for x in packed_moments(part, fmt)))
+    return Tiles(fmt.group, fmt.sink, starts, *(x[:, :, :used] for x in packed_ranges(part, fmt)))
 
 
-def packed_moments(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the channels of packed keys [B, h, blocks, D] as their scale and zero tell
-    them: of numbers that are anywhere between the least and the largest alike."""
+def packed_ranges(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
+    """Between which numbers the channels of packed keys lie, [B, h, blocks, D]: an integer times a
+    scale above a zero."""
     zero, scale = (wide(part[f"key_{name}"].squeeze(3)) for name in ("zero", "scale"))
-    width = (2**fmt.key_bits - 1) * scale
-    return zero + width / 2, width / math.sqrt(12)
+    return zero, zero + (2**fmt.key_bits - 1) * scale
 
 
 def attend_kept(
@@ -108,8 +105,8 @@ def attend_kept(
     top_keys = chosen.top_keys[0]
     shown = shown_tiles(mask, tiles.starts)
     whole = tiles.starts.new_full((1,), tiles.count)
-    told = tiles.mean, tiles.spread
-    kept = kept_tiles(chosen.q, *told, shown, whole, top_keys, tiles.size, chosen.scale)
+    ends = tiles.low, tiles.high
+    kept = kept_tiles(chosen.q, *ends, shown, whole, top_keys, tiles.size, chosen.scale)
     # Tiles without a visible key fill up what a short row leaves: their keys are hidden below.
     places = (~kept[:, :, 0]).to(torch.uint8).argsort(dim=-1, stable=True)
     places = places[..., : tiles_read(top_keys, tiles.size)]

@@ -28,9 +28,9 @@ from fxopt.kernels.decode_topk.reference import TILE, tiles_read
 BITS = (16, 8, 4, 2)
 GROUPS = (32, 64, 128)
 _FORMAT = re.compile(r"k(\d+)v(\d+)g(\d+)r(\d+)s(\d+)")
-MOMENTS = ("key_mean", "key_spread")
-"""Of the keys of each whole tile that is stored exactly: mean and deviation of a channel."""
-FIXED = ("block_start", *MOMENTS)
+RANGES = ("key_low", "key_high")
+"""Of the keys of each whole tile that is stored exactly: the least and the largest of a channel."""
+FIXED = ("block_start", *RANGES)
 """Tensors that a state has only where its size is reserved."""
 FLOAT = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -205,13 +205,13 @@ def state_shapes(
     value_dim: int,
     capacity: int,
     dtype: torch.dtype,
-    told: bool = False,
+    ranged: bool = False,
 ) -> Shapes:
     """Name -> (shape, dtype) of the tensors that store one head class.
 
     Exactly: key [B, h, capacity, D], value [B, h, capacity, Dv]; where decoding reads some tiles of
-    it (`told`), also key_mean and key_spread [B, h, tiles, D] of the keys of each whole tile, which
-    the scales of packed keys tell already. Packed: block_start
+    it (`ranged`), also key_low and key_high [B, h, tiles, D], the range of each channel of the keys
+    of each whole tile, which the scales of packed keys tell already. Packed: block_start
     [blocks + 1] int64, the first position of each block counted from the sink's end, unused
     entries equal to the last; sink_key [B, h, sink, D]; key [B, h, blocks, group, D*bits/8]
     uint8; key_scale and key_zero [B, h, blocks, 1, D] bfloat16; recent_key [B, h, recent, D], a
@@ -221,7 +221,7 @@ def state_shapes(
     and zero. A sink of 0 tokens is left out.
     """
     if fmt is None:
-        names = MOMENTS if told else ()
+        names = RANGES if ranged else ()
         return {
             "key": ((batch, heads, capacity, head_dim), dtype),
             "value": ((batch, heads, capacity, value_dim), dtype),
@@ -312,7 +312,7 @@ def state_bytes(
 
 def functional_names(layout: Layout, num_kv_heads: int) -> list[list[str]]:
     """Names of the tensors of each class in the growing form, in which nothing is cropped and
-    means of keys are found again."""
+    ranges of keys are found again."""
     shapes = layout_shapes(layout, 1, num_kv_heads, 64, 64, 0, torch.float32)
     return [[name for name in entry if name not in FIXED] for entry in shapes]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.kernels.decode_topk.reference import TILE
 
 from .heads import Arguments, Attend, merge, take
-from .kept import attend_kept, check, exact_tiles, leaves_some, note_moments, packed_tiles
+from .kept import attend_kept, check, exact_tiles, leaves_some, note_ranges, packed_tiles
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
 
@@ -134,7 +134,7 @@ def append_exact(part: Part, new: Part, begin: int) -> tuple[Tensor, Tensor]:
         raise ValueError(_full(end, capacity))
     for side in SIDES:
         part[side].narrow(2, begin, end - begin).copy_(new[side])
-    note_moments(part, begin, end)
+    note_ranges(part, begin, end)
     return part["key"].narrow(2, 0, end), part["value"].narrow(2, 0, end)
 
 

@@ -5,7 +5,7 @@
 
 Pays where a long past bounds a decoding step by what it reads, in heads that fetch from afar but
 from few places: a window of equal cost loses those. The tiles are chosen anew for each token and
-KV head, as Quest does, by two numbers that the cache holds of each channel of a tile's keys.
+KV head, as Quest does, by the range of each channel of a tile's keys.
 Prompts attend as they did.
 """
 

@@ -51,7 +51,7 @@ def cached_call(
     With a past: attention over it and the new tokens, reading only `window` tokens if that is
     set, or a single token the tiles of `info.top_keys` of them and what tells these apart (of
     cross-attention: over all `scenario.length` tokens, none of them new). Without one: only what
-    filling the cache reads and writes. `state_bytes` are those at the length that the call told
+    filling the cache reads and writes. `state_bytes` are those at the length that the call ends
     with.
     """
     size = info.dtype.itemsize
@@ -75,16 +75,16 @@ def cached_call(
     seen = min(scenario.length, window + scenario.queries - 1) if window else scenario.length
     hidden = hidden_keys(info, fmt, scenario)
     seen -= hidden
-    # Mean and spread of each channel in each tile, of which an estimate for each row is made.
+    # The ends of each channel's range in each tile, of which an estimate for each row is made.
     tiles = scenario.past // tile_size(fmt) if hidden else 0
-    told = 2 * scenario.batch * info.head_dim * tiles
+    ends = 2 * scenario.batch * info.head_dim * tiles
     stored = _bytes(replace(info, top_keys=0), fmt, scenario.batch, scenario.length, size)
-    read = stored * seen // max(1, scenario.length) + told * (2 if fmt else size)
+    read = stored * seen // max(1, scenario.length) + ends * (2 if fmt else size)
     rows = scenario.batch * group * scenario.queries
     return OpCall(
         op=op,
         key=f"kv_attention/{_signature(info, fmt, scenario, window)}",
-        flops=2.0 * rows * seen * (info.head_dim + info.value_dim) + 2.0 * group * told,
+        flops=2.0 * rows * seen * (info.head_dim + info.value_dim) + 2.0 * group * ends,
         bytes_read=read + new + rows * info.head_dim * size,
         bytes_written=new + rows * info.value_dim * size,
         state_bytes=held,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +104,69 @@ def test_short_pasts_are_read_whole() -> None:
             start += count
         outputs.append(out)
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fxopt.kernels.decode_topk import triton as topk
+from fxopt.kernels.kv_attention import triton as decode
+from fxopt.kernels.kv_exact import triton as exact
+
+def build(kernel, pointers, **constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}
+    source = ASTSource(kernel, signature, values, aligned)
+    return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+p, long, wide, ints = "*bf16", "*i64", "*fp32", "*i32"
+starts = dict(start_ptr=long, block_start=long)
+state = dict(
+    starts, q=p, k=p, v=p, key=p, value=p, rank=ints, windows=long, bias=p, out=wide, out_m=wide,
+    out_l=wide, scale="fp32", softcap="fp32", listed=ints,
+)
+plain = dict(
+    H=8, G=4, D=128, DV=128, CAUSAL=True, HAS_RANK=False, HAS_BIAS=False, HAS_WINDOW=False,
+    HAS_SOFTCAP=False, UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128,
+)
+text = build(
+    exact._decode_exact_kernel, dict(state, counts=ints), SIZE=32, BLOCK_T=128, BLOCK_N=16,
+    STAGES=3, **plain,
+)
+assert "cp.async.cg.shared.global" in text
+build(
+    decode._decode_kernel,
+    dict(
+        state, key="*u8", key_scale=p, key_zero=p, value="*u8", value_scale=p, value_zero=p,
+        recent_k=p, recent_v=p, sink_k=p, sink_v=p, counts=long, listed_count=ints,
+    ),
+    HAS_LIST=True, K_BITS=4, V_BITS=4, GROUP=64, SINK=4, BLOCK_T=64, **plain,
+)
+for group in (0, 64):
+    build(
+        topk._estimate_kernel,
+        dict(starts, q=p, low=p, high=p, out=wide, scale="fp32", width="fp32"),
+        G=4, D=128, GROUP=group, BLOCK_D=128, BLOCK_T=32,
+    )
+    build(
+        topk._choose_kernel,
+        dict(starts, mass=wide, shown="*u8", tiles_ptr=ints, count_ptr=ints),
+        H=8, G=4, GROUP=group, HAS_SHOWN=True, BLOCK=4096,
+    )
+build(
+    topk._note_kernel, dict(key=p, low=p, high=p, start_ptr=long), D=128, BLOCK_D=128,
+)
+"""
+
+
+@pytest.mark.slow
+def test_compiles_ahead_of_time_for_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

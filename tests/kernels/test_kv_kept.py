@@ -51,7 +51,7 @@ def by_definition(
         found: dict[int, list[float]] = {}
         for tile in range(whole):
             span = slice(first + tile * size, first + (tile + 1) * size)
-            mean, variance = keys[span].mean(0), keys[span].var(0, correction=0)
+            low, high = keys[span].amin(0), keys[span].amax(0)
             if fmt is not None:
                 valid = mask[row, span].bool()[None, None, None, :, None]
                 for x, side, bits in (
@@ -63,11 +63,11 @@ def by_definition(
                         zero, scale = (
                             stored[f"key_{name}"].double().flatten() for name in ("zero", "scale")
                         )
-                        mean = zero + (2**bits - 1) * scale / 2
-                        variance = ((2**bits - 1) * scale) ** 2 / 12
+                        low, high = zero, zero + (2**bits - 1) * scale
             if mask[row, span].any():
                 scaled = q[row, :, 0] * SCALE
-                found[tile] = (scaled @ mean + scaled**2 @ variance / 2).tolist()
+                middle, width = (low + high) / 2, high - low
+                found[tile] = (scaled @ middle + scaled**2 @ width**2 / 24).tolist()
                 best = [max(b, f) for b, f in zip(best, found[tile], strict=True)]
         for tile, masses in found.items():
             behind = min(b - f for b, f in zip(best, masses, strict=True))
