@@ -35,9 +35,10 @@ def draw(*shape: int) -> Tensor:
     [
         ("exact+t96", (24, 17), True),
         ("exact+t128", (16, 16), False),
-        ("k4v4g32r40s4+t64", (24, 16), True),  # of planes that no int8 instruction takes
-        ("0:k8v4g64r8s4+t128|1:exact+t96", (64, 64), True),
-        ("k4v4g64r8s0+t128", (64, 64), False),
+        # of planes that no int8 instruction takes
+        pytest.param("k4v4g32r40s4+t64", (24, 16), True, marks=pytest.mark.slow),
+        pytest.param("0:k8v4g64r8s4+t128|1:exact+t96", (64, 64), True, marks=pytest.mark.slow),
+        pytest.param("k4v4g64r8s0+t128", (64, 64), False, marks=pytest.mark.slow),
     ],
 )
 def test_steps_are_those_of_the_reference(layout: str, dims: tuple[int, int], masked: bool) -> None:
