@@ -59,15 +59,15 @@ def estimate(q: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
     return q @ ((low + high) / 2) + q.square() @ ((high - low).square() / 24)
 
 
-def kept_tiles(
-    q: Tensor, low: Tensor, high: Tensor, shown: Tensor | None, whole: Tensor, top_keys: int,
-    size: int, scale: float,
+def behind_best(
+    q: Tensor, low: Tensor, high: Tensor, shown: Tensor | None, whole: Tensor, size: int,
+    scale: float,
 ) -> Tensor:  # fmt: skip
-    """Which tiles each query reads, bool [B, KV, N, tiles].
+    """How far each query's tiles are behind its best one, [B, KV, N, tiles]; -1 for those that are
+    read in any case, infinite for those that cannot be read.
 
-    `whole` [N] is how many tiles are whole when a query comes, `shown` [B, tiles] where a tile has
-    a visible key. Of those that are both `tiles_read(top_keys, size)` are read, or all if there are
-    fewer; of equal ones the first.
+    `whole` [N] is how many tiles of `size` keys are whole when a query comes, `shown` [B, tiles]
+    where a tile has a visible key.
     """
     number = torch.arange(low.shape[2], device=q.device)
     seen, first = (number < whole[:, None])[None, None], (number == 0)[None, None, None]
@@ -78,8 +78,19 @@ def kept_tiles(
     mass = mass.masked_fill(~seen.unsqueeze(2), torch.finfo(mass.dtype).min)
     behind = (mass.amax(-1, keepdim=True) - mass).amin(2)
     behind = behind.masked_fill(first | (number >= whole[:, None] - nearest(size)), -1.0)
-    order = ranks(-behind.masked_fill(~seen, torch.inf), low.shape[2])
-    return (order < tiles_read(top_keys, size)) & seen
+    return behind.masked_fill(~seen, torch.inf)
+
+
+def kept_tiles(
+    q: Tensor, low: Tensor, high: Tensor, shown: Tensor | None, whole: Tensor, top_keys: int,
+    size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Which tiles each query reads, bool [B, KV, N, tiles]: `tiles_read(top_keys, size)` of those
+    that can be read, or all if there are fewer; of equal ones the first. Arguments as of
+    `behind_best`."""
+    behind = behind_best(q, low, high, shown, whole, size, scale)
+    kept = ranks(-behind, low.shape[2]) < tiles_read(top_keys, size)
+    return kept & (behind < torch.inf)
 
 
 def shown_tiles(mask: Tensor | None, starts: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.kernels.decode_topk.reference import (
     TILE,
     as_bias,
-    kept_tiles,
+    behind_best,
     ranges,
     shown_tiles,
     tiles_read,
@@ -102,14 +102,13 @@ def attend_kept(
     """One new token over the kept tiles of what `stored` holds, which alone are gathered, and over
     the `rest` [B, h, tokens, D] of the keys and values, which lies in no tile."""
     part, fmt = stored
-    top_keys = chosen.top_keys[0]
     shown = shown_tiles(mask, tiles.starts)
     whole = tiles.starts.new_full((1,), tiles.count)
     ends = tiles.low, tiles.high
-    kept = kept_tiles(chosen.q, *ends, shown, whole, top_keys, tiles.size, chosen.scale)
+    behind = behind_best(chosen.q, *ends, shown, whole, tiles.size, chosen.scale)
     # Tiles without a visible key fill up what a short row leaves: their keys are hidden below.
-    places = (~kept[:, :, 0]).to(torch.uint8).argsort(dim=-1, stable=True)
-    places = places[..., : tiles_read(top_keys, tiles.size)]
+    places = behind[:, :, 0].argsort(dim=-1, stable=True)
+    places = places[..., : tiles_read(chosen.top_keys[0], tiles.size)]
     keys, values = (
         torch.cat([_gathered(part, side, fmt, tiles, places, chosen.q.dtype), own], 2)
         for side, own in zip(("key", "value"), rest, strict=True)
@@ -129,14 +128,21 @@ def _gathered(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The keys or values of the tiles at `places` [B, h, count], as [B, h, count * size, D]."""
-    batch, heads = (torch.arange(n, device=places.device) for n in places.shape[:2])
-    index = (batch[:, None, None], heads[:, None], places)
+    batch, heads = places.shape[:2]
+    row = torch.arange(batch * heads, device=places.device).view(batch, heads, 1)
+
+    def picked(x: Tensor, places: Tensor) -> Tensor:
+        """Rows of dimension 2; whole rows are copied."""
+        index = (row * x.shape[2] + places.flatten(2)).flatten()
+        rows = x.flatten(0, 2).index_select(0, index)
+        return rows.view(batch, heads, -1, *x.shape[3:])
+
     if fmt is None:
-        whole = part[side][:, :, : tiles.count * tiles.size].unflatten(2, (-1, tiles.size))
-        return whole[index].flatten(2, 3)
+        slot = torch.arange(tiles.size, device=places.device)
+        return picked(part[side], places[..., None] * tiles.size + slot)
     bits = fmt.key_bits if side == "key" else fmt.value_bits
     names = (side, f"{side}_scale", f"{side}_zero")
-    some = {name: part[name][index] for name in names if name in part}
+    some = {name: picked(part[name], places) for name in names if name in part}
     return unpack_side(some, side, bits, dtype).flatten(2, 3)
 
 
