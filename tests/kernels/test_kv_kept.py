@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -131,3 +134,51 @@ def test_one_pass_gives_what_decoding_gives(layout: str) -> None:
     torch.testing.assert_close(decoded_attention(*x, *options), decoded, rtol=1e-9, atol=1e-11)
     dense = decoded_attention(*x, *options[:-2], "", prompt)
     assert (dense - decoded)[:, prompt:].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_tiles_are_the_whole_cache(layout: str) -> None:
+    """A number as large as the past, and several tokens at once."""
+    x, mask = draw(400), padding(400)
+    whole = re.sub(r"\+t\d+", "", layout)
+    every = re.sub(r"\+t\d+", "+t400", layout)
+    outputs = [decode(text, [390, *[1] * 10], x, mask) for text in (whole, every)]
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
+    outputs = [decode(text, [390, 10], x, mask) for text in (whole, layout)]
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", ["exact+t96", "k4v4g32r8s0+t96"])
+def test_a_short_row_reads_all_that_it_sees(layout: str) -> None:
+    """A row with fewer visible tiles than the others read is dense, whatever its padding holds."""
+    x, mask = draw(300), torch.ones(2, 300, dtype=torch.int64)
+    mask[1, :258] = 0
+    x[1][1, :, :258] = 1e4
+    out = decode(layout, [299, 1], x, mask)[-1]
+    seen = [t[1:, :, 258:] for t in x]
+    expected = decode(layout.split("+t")[0], [41, 1], tuple(seen), None)[-1]
+    close = 1e-9 if layout.startswith("exact") else 0.2  # blocks begin elsewhere
+    torch.testing.assert_close(out[1:], expected, rtol=close, atol=close)
+
+
+def test_what_the_choice_does_not_know_is_an_error() -> None:
+    x = draw(8)
+    bias = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    for given, window, reason in ((bias, 0, "does not look at a bias"), (None, 4, "and window")):
+        state = allocate(parse("exact+t64"), 2, KV, D, DV, 8, torch.float64)
+        options = (None, given, None, SCALE, True, [window], 0.0, [0], "exact+t64")
+        with pytest.raises(ValueError, match=f"reads some tiles {reason}"):
+            cached_attention(*x, state, torch.tensor(0), *options)
+
+
+@pytest.mark.parametrize("layout", ["exact+t64", "0:k4v4g32r8s4+t64|1:exact+t64"])
+def test_op(layout: str) -> None:
+    x = draw(170)
+    state = allocate(parse(layout), 2, KV, D, DV, 171, torch.float64)
+    start = torch.tensor(0)
+    options = (None, None, None, SCALE, True, [0], 0.0, [0], layout)
+    cached_attention(*x, state, start, *options)
+    new = [t[:, :, :1] for t in x]
+    op: Any = torch.ops.fxopt.cached_attention.default
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (*new, state, start + 170, *options), test_utils=utils)
