@@ -1,17 +1,17 @@
 """Which tiles of a cache a decoded token reads: those of the most estimated attention.
 
 Of each tile the cache knows the range of every channel of its keys. Were these independent and
-anywhere in their ranges alike, the exponentials of a query's products with the keys would have
-about the mean
+Gaussian about the middle of their ranges, the exponentials of a query's products with the keys
+would have the mean
 
-    exp(q . (low + high) / 2 + (q * q) . (high - low)^2 / 24)
+    exp(q . (low + high) / 2 + (q * q) . (high - low)^2 / 12)
 
-whose logarithm is the estimate. Quest (arXiv 2406.10774) asks instead what a key can score at most,
-which tells tiles apart less well; means and deviations in place of ranges tell more of what is
-spread over a tile, and miss a single key that is unlike the others: see docs/attention.md. The
-query heads of a KV head read the same tiles: a tile counts as much as it does for the head whose
-best tile it falls least behind of. A KV head thus reads a number of keys that is known before its
-data are.
+whose logarithm is the estimate, at twice the variance of numbers that are anywhere in their ranges
+alike: found to tell tiles apart better than that, and than what a key can score at most (Quest,
+arXiv 2406.10774). Means and deviations in place of ranges miss a single key that is unlike the
+others (docs/attention.md). The query heads of a KV head read the same tiles: a tile counts as much
+as it does for the head whose best tile it falls least behind of. A KV head thus reads a number of
+keys that is known before its data are.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def estimate(q: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = q.to(dtype).unflatten(1, (low.shape[1], -1)) * scale
     low, high = (x.to(dtype).unsqueeze(2).mT for x in (low, high))
-    return q @ ((low + high) / 2) + q.square() @ ((high - low).square() / 24)
+    return q @ ((low + high) / 2) + q.square() @ ((high - low).square() / 12)
 
 
 def behind_best(

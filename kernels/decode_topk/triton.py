@@ -55,7 +55,7 @@ def _estimate_kernel(
         if GROUP > 0:
             b_width = b_high * width
         b_middle = b_low + b_width / 2
-        b_width *= b_width / 24
+        b_width *= b_width / 12
         for i_g in tl.static_range(G):
             b_q = tl.load(q + (i_bh * G + i_g) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_q = (b_q * scale)[None, :]

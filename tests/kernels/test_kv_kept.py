@@ -70,7 +70,7 @@ def by_definition(
             if mask[row, span].any():
                 scaled = q[row, :, 0] * SCALE
                 middle, width = (low + high) / 2, high - low
-                found[tile] = (scaled @ middle + scaled**2 @ width**2 / 24).tolist()
+                found[tile] = (scaled @ middle + scaled**2 @ width**2 / 12).tolist()
                 best = [max(b, f) for b, f in zip(best, found[tile], strict=True)]
         for tile, masses in found.items():
             behind = min(b - f for b, f in zip(best, masses, strict=True))
