@@ -73,10 +73,10 @@ def cached_call(
         )
     group = info.num_heads // info.num_kv_heads
     seen = min(scenario.length, window + scenario.queries - 1) if window else scenario.length
-    hidden = hidden_keys(info, fmt, scenario)
-    seen -= hidden
+    seen -= hidden_keys(info, fmt, scenario)
+    chooses = info.top_keys > 0 and scenario.queries == 1
     # The ends of each channel's range in each tile, of which an estimate for each row is made.
-    tiles = scenario.past // tile_size(fmt) if hidden else 0
+    tiles = scenario.past // tile_size(fmt) if chooses else 0
     ends = 2 * scenario.batch * info.head_dim * tiles
     stored = _bytes(replace(info, top_keys=0), fmt, scenario.batch, scenario.length, size)
     read = stored * seen // max(1, scenario.length) + ends * (2 if fmt else size)
@@ -89,7 +89,7 @@ def cached_call(
         bytes_written=new + rows * info.value_dim * size,
         state_bytes=held,
         temporary_bytes=_image_bytes(info, fmt, scenario),
-        launches=3 if hidden else 1,
+        launches=3 if chooses else 1,
         share=info.num_kv_heads,
         family=f"kv_attention/{_family(info, fmt, window)}",
         run=_filled(info, fmt, scenario) if info.cross else _runner(info, fmt, scenario, window),
