@@ -19,7 +19,7 @@ from .kernels.attention import attention_reference
 from .kernels.attention.grid import hides, tokens
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
-from .kernels.kv_attention.layout import parse
+from .kernels.kv_attention.layout import left_out, parse
 
 ROWS = 8
 """Queries a sequence whose attention is looked at."""
@@ -84,7 +84,7 @@ def _walk(compiler: Compiler, graph: fx.GraphModule, batch: dict[str, Any]) -> _
 
 class _Walk(fx.Interpreter):
     """Runs a graph and looks at its attention calls: by (node, KV head), the share on packed
-    tokens, and whether a query lost a key to a window or a share of tiles."""
+    tokens, and whether a query lost a key to a window or to tiles that are left out."""
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
         super().__init__(graph, garbage_collect_values=True)
@@ -134,7 +134,12 @@ class _Walk(fx.Interpreter):
         reaches = enumerate(per_head("near", near, heads))
         same = bool(grid) and tokens(tuple(grid)) == length
         self.left |= {(name, h): same and hides(tuple(grid), n) for h, n in reaches if n}
-        formats = parse(layout).formats(heads)
+        parsed = parse(layout)
+        formats = parsed.formats(heads)
+        read = zip(formats, parsed.top_keys(heads), strict=True)
+        self.left |= {
+            (name, h): left_out(f, length - 1, t) > 0 for h, (f, t) in enumerate(read) if t
+        }
         if not any(formats):
             return
         shares: list[Tensor] = []

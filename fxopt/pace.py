@@ -170,8 +170,8 @@ class Pace:
             seen = site.at(asked)
             if site.family != "kv_cache" or seen is None:
                 continue
-            proposal = chosen.get((site.family, site.key))
-            mine = {} if proposal is None else {site.family: proposal}
+            families = [f for f in ("attention", "kv_cache") if (f, site.key) in chosen]
+            mine = {family: chosen[family, site.key] for family in families}
             found += sum(c.state_bytes for c in calls_of((site,), mine, asked, baseline_calls))
         return found
 

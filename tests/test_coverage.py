@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 import fxopt
+from fxopt.coverage import _Walk
+from fxopt.ir.ops import attend
 
 hf = pytest.importorskip("transformers")
 
@@ -77,6 +80,18 @@ def test_short_calibration_is_no_proof_of_kept_tiles() -> None:
     assert heads
     said = f"calibration: {heads} of {heads} heads with a window or a share of tiles were measured"
     assert any(note.startswith(said) for note in opt.report.notes)
+
+
+@pytest.mark.parametrize("layout", ["exact+t96", "k4v4g32r8s4+t64"])
+def test_calibration_that_leaves_no_tile_out_is_noticed(layout: str) -> None:
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in "qkv"]
+    graph.output(graph.call_function(attend, tuple(inputs), {"scale": 0.3, "layout": layout}))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    for length, left in ((100, False), (300, True)):
+        walk = _Walk(module, length - 20)
+        walk.run_flat([torch.randn(1, heads, length, 8) for heads in (4, 2, 2)])
+        assert list(walk.left.values()) == [left, left]
 
 
 def test_p99_is_reported() -> None:

@@ -216,6 +216,57 @@ def test_prompts_of_kept_tiles_find_what_a_window_of_equal_cost_loses(model: Any
     assert found["block_topk"][1] < found["window"][1]
 
 
+@pytest.mark.exhaustive
+def test_decoding_of_kept_tiles_finds_what_a_window_of_equal_cost_loses(model: Any) -> None:
+    """The table of docs/attention.md: answers by free decoding, behind a prompt of 3,992 bytes."""
+    sys.path.insert(0, str(EXAMPLES))
+    from tiny_lm_data import heldout_windows, retrieval_documents
+
+    text = heldout_windows(4096)[:3]
+    documents, answer = retrieval_documents(16, length=4000)
+
+    @torch.no_grad()
+    def answered(module: Any) -> float:
+        arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        out = module.generate(documents[:, : answer.start], **arguments)
+        return (out[:, answer] == documents[:, answer]).float().mean().item()
+
+    found: dict[str, tuple[float, float]] = {}
+    for labels in (["top1024"], ["top1024", "k4v4g64r64s4"], ["w1024+s16"]):
+        opt = _everywhere(model, {"input_ids": text[:1]}, labels)
+        found["+".join(labels)] = answered(opt), _kl_decoded(model, opt, text, 4000)
+    kept, packed, window = found.values()
+    assert min(kept[0], packed[0]) > 0.85 > 0.5 > window[0]
+    assert max(kept[1], packed[1]) < window[1]
+
+
+def _everywhere(model: Any, example: dict[str, Tensor], labels: list[str]) -> Any:
+    """`model` with the candidates of these labels at all of its heads."""
+    budget, work = fxopt.Budget(weights="99%"), fxopt.Generate(1, prompt=4000, new_tokens=96)
+    request = resolve(
+        model, budget, example, workload=work, calibration=[example] * 3, keep=(), at=None,
+        rewrites=["attention", "kv_cache"], seed=0, time_limit=None,
+    )  # fmt: skip
+    compiler = Compiler(request)
+    offered = [p for found in compiler.proposals.by_site.values() for p in found]
+    chosen = [p for p in offered if p.candidate.label in labels]
+    assert len(chosen) == 12 * len(labels)
+    return compiler.emit(compiler.realise(chosen))
+
+
+@torch.no_grad()
+def _kl_decoded(model: Any, opt: Any, ids: Tensor, prompt: int) -> float:
+    expected = model(ids).logits[:, prompt:].log_softmax(-1)
+    step = opt(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
+    logits: list[Tensor] = []
+    for place in range(prompt, ids.shape[1]):
+        cache = step.past_key_values
+        step = opt(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+        logits.append(step.logits[:, -1])
+    found = torch.stack(logits, 1).log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
 @torch.no_grad()
 def _kl_at_once(model: Any, opt: Any, ids: Tensor) -> float:
     """The mean over the positions that a window of 1,024 leaves behind."""

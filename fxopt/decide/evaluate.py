@@ -11,8 +11,9 @@ from ..ir.ops import attend, attend_as_decoded
 
 
 class _AsDecoded(fx.Interpreter):
-    """Attention ops with a cache layout see the packed image of what lies behind `prompt`; those
-    that keep the most attended tiles leave none out from there on."""
+    """Attention ops with a cache layout see, from `prompt` on, what decoding reads of it: the image
+    of packed keys, the tiles that are kept. Those that keep tiles of prompts leave none out there.
+    """
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
         super().__init__(graph, garbage_collect_values=True)

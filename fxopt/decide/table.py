@@ -339,9 +339,9 @@ def calls_of(
             continue  # the cache's own call reads and attends
         proposal = by_family.get(site.family)
         if proposal is None:
-            made += baseline(_with_window(site, by_family), seen)
+            made += baseline(_as_read(site, by_family), seen)
         else:
-            match = Match(_with_window(site, by_family), proposal.match.extra)
+            match = Match(_as_read(site, by_family), proposal.match.extra)
             made += proposal.rewrite.lower(match, proposal.candidate, seen)
     return made
 
@@ -354,14 +354,16 @@ def _is_cached(site: Site) -> bool:
     return isinstance(site.info, AttentionInfo) and site.info.cached
 
 
-def _with_window(site: Site, by_family: Mapping[str, Proposal]) -> Site:
-    """A cache under a window is read within the window alone: the site as it then is."""
+def _as_read(site: Site, by_family: Mapping[str, Proposal]) -> Site:
+    """A cache under a window is read within the window alone, and one whose tokens are chosen
+    among in the chosen ones: the site as it then is."""
     attention = by_family.get("attention")
     if site.family != "kv_cache" or attention is None or not isinstance(site.info, AttentionInfo):
         return site
     windows = (int(attention.candidate.parameters.get("window", 0)), site.info.window)
     window = min((w for w in windows if w > 0), default=0)
-    return replace(site, info=replace(site.info, window=window))
+    top_keys = int(attention.candidate.parameters.get("top_keys", 0))
+    return replace(site, info=replace(site.info, window=window, top_keys=top_keys))
 
 
 def _members(site: Site) -> tuple[Site, ...]:

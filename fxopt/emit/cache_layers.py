@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from fxopt.ir.errors import FxoptError
+from fxopt.kernels.decode_topk.reference import TILE
 from fxopt.kernels.kv_attention.filled import fill
-from fxopt.kernels.kv_attention.layout import allocate, parse, split_state, state_shapes
+from fxopt.kernels.kv_attention.layout import RANGES, allocate, parse, split_state, state_shapes
 
 Spec = tuple[int, int, int, str]
 """(num_kv_heads, head_dim, value_dim, layout) of one layer."""
@@ -79,7 +80,7 @@ class CacheLayer(CacheLayerMixin):
             for name, tensor in part.items():
                 used = tensor.shape[2] if tensor.dim() > 2 else tensor.shape[0]
                 if fmt is None:
-                    used = self.length.value
+                    used = self.length.value // (TILE if name in RANGES else 1)
                 elif tensor.dim() == 5:
                     used = blocks
                 found.append((name, fmt is not None, tensor, used))
@@ -126,7 +127,7 @@ class CacheLayer(CacheLayerMixin):
         for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
             shapes = state_shapes(
                 fmt, self.batch_size, len(heads), self.head_dim, self.value_dim,
-                capacity, self.dtype,
+                capacity, self.dtype, RANGES[0] in part,
             )  # fmt: skip
             extra = 0
             if fmt is not None:

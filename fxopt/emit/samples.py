@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from .facts import tensor_facts
 from .lowering import Lowered, empty_states
+from .program import State
 
 PADDING = 3
 
@@ -73,6 +74,7 @@ class Samples:
             if fmt is not None
         ]
         lengths = [f.sink + f.residual + 2 * f.group for f in formats]
+        lengths += [_leaving(state) for state in self.lowered.program.states]
         if any(any(node.kwargs.get("top", ())) for node in self.lowered.graph.nodes):
             lengths.append((LEAST + SPARED + 1) * TILE)
         return max(lengths, default=2) + 3
@@ -148,6 +150,16 @@ class Samples:
     def _integers(self, name: str, shape: tuple[int, ...]) -> Tensor:
         bound = _rows(self.placeholders[name])
         return torch.randint(0, bound, shape, generator=self.generator)
+
+
+def _leaving(state: State) -> int:
+    """A past of which a decoded token leaves out a tile in each head that does."""
+    from ..kernels.kv_attention.layout import left_out, parse
+
+    layout, heads = parse(state.layout), state.num_kv_heads
+    read = [(f, t) for f, t in zip(layout.formats(heads), layout.top_keys(heads), strict=True) if t]
+    lengths = itertools.count(0, 32)
+    return next(past for past in lengths if all(left_out(f, past, t) for f, t in read))
 
 
 def _pad(mask: Tensor) -> Tensor:

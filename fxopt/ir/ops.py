@@ -61,8 +61,9 @@ def attend(
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
     With a `Length` no eager call waits for the device to learn that number. `layout` says how
-    the cache stores keys and values; empty means exactly. Without k and v the state was filled
-    once, before (with keys of another sequence): all of it is read and nothing written.
+    the cache stores keys and values, and how many of them a single new token reads; empty means
+    exactly and all. Without k and v the state was filled once, before (with keys of another
+    sequence): all of it is read and nothing written.
     """
     if k is None:
         return torch.ops.fxopt.filled_attention.default(

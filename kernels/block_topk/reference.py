@@ -117,10 +117,10 @@ def chosen_tiles(
     kept = torch.where(last, tiles(keys), kept)[:, :, None, :, None]
     seen, forced = seen[:, None, None], (near | sinks)[:, None, None]
     value = mass.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
-    return (_ranks(value, _room(keys)) < kept) & seen
+    return (ranks(value, _room(keys)) < kept) & seen
 
 
-def _ranks(value: Tensor, tiles: int) -> Tensor:
+def ranks(value: Tensor, tiles: int) -> Tensor:
     """The place of each entry of the last dimension, the largest first, equal ones in order."""
     if torch.compiler.is_exporting():
         # ONNX sorts by TopK alone, which keeps the order of equal ones.

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fxopt.kernels.decode_topk.reference import (
+    TILE,
+    as_bias,
+    kept_keys,
+    kept_tiles,
+    ranges,
+    shown_tiles,
+    tiles_read,
+)
+
 from .filled import fill, filled_attention
 from .heads import Arguments, Attend, block_mask, merge, take
+from .kept import check, packed_ranges
 from .layout import Blocks, parse
 from .packing import pack_side, unpack_side
+
+QUERIES = 64
+"""Decoded tokens whose masks exist at a time, where each reads tiles of its own."""
 
 
 def decoded_attention(
@@ -34,10 +49,10 @@ def decoded_attention(
 
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
-    the exact ones above; a query of the prompt sees every key exactly, or those of the tiles that
-    `top` keeps of the prompt. Beside the result it takes one copy of the keys and values of a head
-    class. Keys of another sequence (not `causal`) were all stored before: every query sees the
-    image of what `fill` packs of them.
+    the exact ones above, in heads that read some tiles of both alone those; a query of the prompt
+    sees every key exactly, or those of the tiles that `top` keeps of the prompt. Beside the result
+    it takes one copy of the keys and values of a head class. Keys of another sequence (not
+    `causal`) were all stored before: every query sees the image of what `fill` packs of them.
     """
     if attention is None:
         from fxopt.kernels.attention.reference import attention_reference
@@ -53,13 +68,19 @@ def decoded_attention(
             "decoded_attention needs whole sequences of causal self-attention; got "
             f"{total} queries and {k.shape[2]} keys"
         )
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
-    classes = parse(layout).resolve(num_kv_heads)
+    parsed = parse(layout)
+    top_keys = parsed.top_keys(num_kv_heads)
+    arguments = Arguments(
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, top_keys
+    )  # fmt: skip
+    classes = parsed.resolve(num_kv_heads)
     outputs: list[Tensor] = []
     for heads, fmt in classes:
         chosen = arguments.select(heads, num_kv_heads)
+        check(chosen)
         keys, values = take(k, heads, 1), take(v, heads, 1)
-        if (fmt is None or fmt.packed(total - 1) == 0) and not any(chosen.top):
+        whole = fmt is None or fmt.packed(total - 1) == 0
+        if whole and not any(chosen.top) and not any(chosen.top_keys):
             outputs.append(chosen.attend(attention, keys, values, mask))
         else:
             outputs.append(_decode(chosen, keys, values, mask, fmt, min(prompt, total), attention))
@@ -79,26 +100,63 @@ def _decode(
     total = k.shape[2]
     mixed_k, mixed_v = (k, v) if fmt is None else (k.clone(), v.clone())
     packed = 0
+    ends = ranges(k) if fmt is None else (k[:, :, :0], k[:, :, :0])
     outputs: list[Tensor] = []
     for low, high, boundary in query_runs(total, prompt, fmt):
         if fmt is not None and boundary > packed:
             span = slice(fmt.sink + packed, fmt.sink + boundary)
             blocks = (boundary - packed) // fmt.group
             valid = block_mask(mask, fmt.sink + packed, blocks, fmt.group)
-            mixed_k[:, :, span] = _image(k[:, :, span], valid, "key", fmt)
-            mixed_v[:, :, span] = _image(v[:, :, span], valid, "value", fmt)
+            mixed_k[:, :, span], stored = _image(k[:, :, span], valid, "key", fmt)
+            mixed_v[:, :, span], _ = _image(v[:, :, span], valid, "value", fmt)
+            if any(arguments.top_keys):
+                fresh = packed_ranges(stored, fmt)
+                ends = (torch.cat([ends[0], fresh[0]], 2), torch.cat([ends[1], fresh[1]], 2))
             packed = boundary
         bias = arguments.bias
         if bias is not None:
             bias = (bias if bias.shape[2] == 1 else bias[:, :, low:high])[..., :high]
-        run = Arguments(
-            arguments.q[:, :, low:high], bias, arguments.sinks, arguments.scale, True,
-            arguments.window, arguments.softcap, arguments.sink_tokens,
-            arguments.top if high <= prompt else (0,),
+        run = replace(
+            arguments, q=arguments.q[:, :, low:high], bias=bias,
+            top=arguments.top if high <= prompt else (0,),
         )  # fmt: skip
         seen = None if mask is None else mask[:, :high]
-        outputs.append(run.attend(attention, mixed_k[:, :, :high], mixed_v[:, :, :high], seen))
+        keys, values = mixed_k[:, :, :high], mixed_v[:, :, :high]
+        if low >= prompt and any(arguments.top_keys):
+            outputs += _of_kept_tiles(run, keys, values, seen, low, ends, fmt, attention)
+        else:
+            outputs.append(run.attend(attention, keys, values, seen))
     return torch.cat(outputs, 1)
+
+
+def _of_kept_tiles(
+    run: Arguments,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    begin: int,
+    ends: tuple[Tensor, Tensor],
+    fmt: Blocks | None,
+    attention: Attend,
+) -> Iterator[Tensor]:
+    """Queries from position `begin` on, each over the tiles that it keeps of those that are whole
+    when it comes; some at a time, as what each of them sees is a mask of its own."""
+    size, first = (TILE, 0) if fmt is None else (fmt.group, fmt.sink)
+    tiles, top_keys = ends[0].shape[2], run.top_keys[0]
+    shown = shown_tiles(mask, first + torch.arange(tiles + 1, device=k.device) * size)
+    end = begin + run.q.shape[2]
+    for low in range(begin, end, QUERIES):
+        high = min(end, low + QUERIES)
+        q = run.q[:, :, low - begin : high - begin]
+        whole = torch.arange(low, high, device=k.device) // TILE if fmt is None else tiles
+        whole = torch.as_tensor(whole, device=k.device).expand(high - low)
+        bias = None
+        if tiles > tiles_read(top_keys, size):
+            kept = kept_tiles(q, *ends, shown, whole, top_keys, size, run.scale)
+            bias = as_bias(kept_keys(kept, whole, high, first, size), q)
+        known = None if mask is None else mask[:, :high]
+        part = replace(run, q=q, bias=bias)
+        yield part.attend(attention, k[:, :, :high], v[:, :, :high], known)
 
 
 def query_runs(total: int, prompt: int, fmt: Blocks | None) -> list[tuple[int, int, int]]:
@@ -115,8 +173,10 @@ def query_runs(total: int, prompt: int, fmt: Blocks | None) -> list[tuple[int, i
     return runs
 
 
-def _image(x: Tensor, valid: Tensor | None, side: str, fmt: Blocks) -> Tensor:
-    """`x` [B, h, blocks * group, D] as it comes back from packed storage."""
+def _image(
+    x: Tensor, valid: Tensor | None, side: str, fmt: Blocks
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`x` [B, h, blocks * group, D] as it comes back from packed storage, and what is stored."""
     bits = fmt.key_bits if side == "key" else fmt.value_bits
     stored = pack_side(x.unflatten(2, (-1, fmt.group)), valid, side, bits)
-    return unpack_side(stored, side, bits, x.dtype).flatten(2, 3)
+    return unpack_side(stored, side, bits, x.dtype).flatten(2, 3), stored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.kernels.decode_topk.triton import kept_list, note_ranges
 from fxopt.kernels.kv_append.triton import append
 from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
@@ -40,17 +41,19 @@ def attend_and_append(
     rank = None if mask is None else _seen(mask, arguments)
     counts = start.new_empty(3) if decoding and fmt is not None else None
     if decoding:
+        kept = kept_list(arguments, part, start, mask, fmt)
         if fmt is None:
-            out = decode_exact(arguments, new, part, start, rank)
+            out = decode_exact(arguments, new, part, start, rank, kept=kept)
         elif serves(arguments, new, part, fmt):
-            out = decode_packed(arguments, new, part, start, rank, fmt, counts=counts)
+            out = decode_packed(arguments, new, part, start, rank, fmt, counts=counts, kept=kept)
         else:
-            out = decode(arguments, new, part, start, rank, fmt, counts=counts)
+            out = decode(arguments, new, part, start, rank, fmt, counts=counts, kept=kept)
     else:
         assert fmt is not None
         begin = tokens_before(queries, start, mask, length)
         out = attend_image(attention, arguments, new, part, mask, fmt, begin)
     append(new, part, start, rank, fmt, counts)
+    note_ranges(part, start, queries)
     return out
 
 
@@ -62,6 +65,8 @@ def _reads_lengths(arguments: Arguments, mask: Tensor | None, length: int | None
     the stateless kernel skips the keys outside of a window; it does not split a row's keys.
     """
     if length is None:
+        return True
+    if any(arguments.top_keys) and arguments.q.shape[2] == 1:
         return True
     extras = (mask, arguments.bias, arguments.sinks)
     plain = all(tensor is None for tensor in extras) and not arguments.softcap

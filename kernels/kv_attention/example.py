@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .layout import Layout, layout_shapes
+from .layout import FIXED, Layout, layout_shapes
 
 
 def example_lengths(layouts: Iterable[Layout]) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def example_past(
                 size = _sink(fmt.sink)
             elif fmt is not None and name.startswith("recent_"):
                 size = past - _sink(fmt.sink) - fmt.packed(past)
-            if name != "block_start":
+            if name not in FIXED:
                 shape = (*shape[:2], size, *shape[3:])
                 found.append(torch.zeros(shape, dtype=kind, device=device))
     return found

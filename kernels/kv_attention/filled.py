@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .functional import SIDES, append, stored_pieces
 from .heads import Arguments, Attend, merge, take
-from .layout import FLOAT, Blocks, Layout, empty_past, layout_shapes, parse, split_state
+from .layout import FIXED, FLOAT, Blocks, Layout, empty_past, layout_shapes, parse, split_state
 
 
 def fill(k: Tensor, v: Tensor, mask: Tensor | None, layout: str) -> list[Tensor]:
@@ -88,6 +88,6 @@ def filled_bytes(
                 shape = (*shape[:2], rest, *shape[3:])
             elif fmt is not None and name.startswith("sink_"):
                 shape = (*shape[:2], min(length, fmt.sink), *shape[3:])
-            if name != "block_start":
+            if name not in FIXED:
                 total += math.prod(shape) * kind.itemsize
     return total

@@ -9,12 +9,24 @@ and nothing depends on data.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.kernels.decode_topk.reference import (
+    TILE,
+    as_bias,
+    kept_keys,
+    kept_tiles,
+    ranges,
+    shown_tiles,
+)
+
 from .heads import Arguments, Attend, block_mask, merge, take
+from .kept import check, packed_ranges
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
 
@@ -50,27 +62,65 @@ def cached_attention_functional(
         attention = attention_traceable
     num_kv_heads = k.shape[1]
     _same_length([q, k, v])
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    parsed = parse(layout)
+    top_keys = parsed.top_keys(num_kv_heads)
+    arguments = Arguments(
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, top_keys
+    )  # fmt: skip
     outputs: list[Tensor] = []
     present: list[Tensor] = []
-    classes = split_state(parse(layout), num_kv_heads, past, growing=True)
+    classes = split_state(parsed, num_kv_heads, past, growing=True)
     for heads, fmt, part in classes:
         new = {"key": take(k, heads, 1), "value": take(v, heads, 1)}
         chosen = arguments.select(heads, num_kv_heads)
+        check(chosen)
         for side in ("sink_", "", "recent_"):
             if f"{side}key" in part:
                 _same_length([part[f"{side}key"], part[f"{side}value"]])
         if fmt is None:
             full = {side: torch.cat([part[side], new[side]], 2) for side in SIDES}
+            if any(chosen.top_keys):
+                chosen = _of_kept_tiles(chosen, part, full["key"], mask, None)
             outputs.append(chosen.attend(attention, full["key"], full["value"], mask))
             present.extend(full.values())
             continue
         keys, values = (
             torch.cat([*stored_pieces(part, side, fmt, q.dtype), new[side]], 2) for side in SIDES
         )
+        if any(chosen.top_keys):
+            chosen = _of_kept_tiles(chosen, part, keys, mask, fmt)
         outputs.append(chosen.attend(attention, keys, values, mask))
         present.extend(append(part, new, mask, fmt).values())
     return merge(outputs, [heads for heads, _, _ in classes]).contiguous(), present
+
+
+def _of_kept_tiles(
+    chosen: Arguments,
+    part: dict[str, Tensor],
+    keys: Tensor,
+    mask: Tensor | None,
+    fmt: Blocks | None,
+) -> Arguments:
+    """`chosen` with a bias that hides all but the kept tiles from the token of a call of one.
+
+    Ranges of exact keys are found again in each call: hidden keys are read as well here.
+    """
+    total, queries = keys.shape[2], chosen.q.shape[2]
+    if fmt is None:
+        # One tile more than there are, since no size of a trace may be 0 or 1.
+        size, first, room = TILE, 0, (total + TILE - 1) // TILE + 1
+        low, high = ranges(F.pad(keys, (0, 0, 0, room * TILE - total)))
+        whole: Any = (total - queries) // TILE
+    else:
+        size, first, whole = fmt.group, fmt.sink, part["key"].shape[2]
+        room = whole + 1
+        low, high = (F.pad(x, (0, 0, 0, 1)) for x in packed_ranges(part, fmt))
+    one = torch.arange(1, device=keys.device)
+    shown = shown_tiles(mask, first + torch.arange(room + 1, device=keys.device) * size)
+    top_keys, last = chosen.top_keys[0], chosen.q.narrow(2, queries - 1, 1)
+    kept = kept_tiles(last, low, high, shown, one + whole, top_keys, size, chosen.scale)
+    seen = kept_keys(kept, one + whole, total, first, size) | (one + queries > 1)
+    return replace(chosen, bias=as_bias(seen, chosen.q))
 
 
 def stored_pieces(

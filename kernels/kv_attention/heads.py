@@ -13,7 +13,8 @@ Attend = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `fxopt.ir.ops.attend` takes beside keys, values and mask; shapes as there."""
+    """What `fxopt.ir.ops.attend` takes beside keys, values and mask; shapes as there. `top_keys`
+    are those of the layout."""
 
     q: Tensor
     bias: Tensor | None
@@ -24,6 +25,7 @@ class Arguments:
     softcap: float
     sink_tokens: Sequence[int]
     top: Sequence[int] = (0,)
+    top_keys: Sequence[int] = (0,)
 
     def select(self, heads: Sequence[int], num_kv_heads: int) -> Arguments:
         """The arguments of the query heads that read the KV heads `heads`."""
@@ -43,6 +45,7 @@ class Arguments:
             self.softcap,
             _of_heads(self.sink_tokens, heads),
             _of_heads(self.top, heads),
+            _of_heads(self.top_keys, heads),
         )
 
     def attend(self, attention: Attend, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,8 @@
     "k4v4g64r64s4"                     every KV head: 4-bit K and V, groups of 64 tokens,
                                        a residual of 64 tokens and 4 sink tokens kept exactly
     "0,2:k4v4g64r64s4|1,3:exact"       heads 0 and 2 packed, heads 1 and 3 exact
+    "k4v4g64r64s4+t4096"               a token that is decoded reads, of the packed ones, blocks of
+                                       4096 tokens: those of the most estimated attention
 
 Keys are quantised per channel over the tokens of a block, values per token over the channels of
 the head (KIVI, arXiv 2402.02750); only what is read back later is quantised (WKVQuant,
@@ -21,9 +23,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fxopt.kernels.decode_topk.reference import TILE, tiles_read
+
 BITS = (16, 8, 4, 2)
 GROUPS = (32, 64, 128)
 _FORMAT = re.compile(r"k(\d+)v(\d+)g(\d+)r(\d+)s(\d+)")
+RANGES = ("key_low", "key_high")
+"""Of the keys of each whole tile that is stored exactly: the least and the largest of a channel."""
+FIXED = ("block_start", *RANGES)
+"""Tensors that a state has only where its size is reserved."""
 FLOAT = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -68,13 +76,19 @@ class Blocks:
 
 @dataclass(frozen=True)
 class HeadClass:
-    """KV heads stored alike; no heads means all of them, no format means exactly."""
+    """KV heads stored and read alike; no heads means all of them, no format means exactly.
+
+    `top_keys` are as many tokens as a decoded one reads of whole tiles, which are packed blocks or
+    `TILE` tokens that are stored exactly (`kernels/decode_topk/`); 0: all.
+    """
 
     heads: tuple[int, ...] = ()
     format: Blocks | None = None
+    top_keys: int = 0
 
     def __str__(self) -> str:
         text = "exact" if self.format is None else str(self.format)
+        text += f"+t{self.top_keys}" if self.top_keys else ""
         return f"{','.join(map(str, self.heads))}:{text}" if self.heads else text
 
 
@@ -89,7 +103,8 @@ class Layout:
 
     @property
     def exact(self) -> bool:
-        return all(entry.format is None for entry in self.classes)
+        """Whether all heads are stored exactly and read whole."""
+        return all(entry.format is None and not entry.top_keys for entry in self.classes)
 
     def resolve(self, num_kv_heads: int) -> tuple[tuple[tuple[int, ...], Blocks | None], ...]:
         """(heads, format) of each class; ValueError unless each head is named exactly once."""
@@ -106,6 +121,24 @@ class Layout:
         """The format of each KV head."""
         found = {head: fmt for heads, fmt in self.resolve(num_kv_heads) for head in heads}
         return tuple(found[head] for head in range(num_kv_heads))
+
+    def top_keys(self, num_kv_heads: int) -> tuple[int, ...]:
+        """What each KV head reads in decoding, as of its class."""
+        classes = zip(self.resolve(num_kv_heads), self.classes, strict=True)
+        found = {head: entry.top_keys for (heads, _), entry in classes for head in heads}
+        return tuple(found[head] for head in range(num_kv_heads))
+
+
+def tile_size(fmt: Blocks | None) -> int:
+    """Tokens of a whole tile of what is stored in `fmt`."""
+    return fmt.group if fmt else TILE
+
+
+def left_out(fmt: Blocks | None, past: int, top_keys: int) -> int:
+    """Whole tiles of `past` tokens that a decoded one does not read."""
+    size = tile_size(fmt)
+    whole = (fmt.packed(past) if fmt else past) // size
+    return max(0, whole - tiles_read(top_keys, size)) if top_keys else 0
 
 
 def parse_format(text: str) -> Blocks | None:
@@ -130,25 +163,38 @@ def parse(text: str) -> Layout:
         if separator and not re.fullmatch(r"\d+(,\d+)*", heads):
             raise ValueError(f"'{heads}' in layout '{text}' is no list of KV heads like '0,2'")
         indices = tuple(int(head) for head in heads.split(",")) if separator else ()
-        classes.append(HeadClass(indices, parse_format(spelled)))
+        stored, chooses, top_keys = spelled.partition("+t")
+        if chooses and not top_keys.isdecimal():
+            raise ValueError(f"'{top_keys}' in layout '{text}' is no number of tokens")
+        classes.append(HeadClass(indices, parse_format(stored), int(top_keys or 0)))
     return Layout(tuple(classes))
 
 
-def from_formats(formats: Sequence[Blocks | None]) -> Layout:
-    """The layout that stores KV head h in `formats[h]`, equal heads together."""
-    found: dict[Blocks | None, list[int]] = {}
-    for head, fmt in enumerate(formats):
-        found.setdefault(fmt, []).append(head)
+def from_formats(formats: Sequence[Blocks | None], top_keys: Sequence[int] | None = None) -> Layout:
+    """The layout that stores KV head h in `formats[h]` and reads `top_keys[h]` tokens of it, equal
+    heads together."""
+    found: dict[tuple[Blocks | None, int], list[int]] = {}
+    for head, choice in enumerate(zip(formats, top_keys or [0] * len(formats), strict=True)):
+        found.setdefault(choice, []).append(head)
     if len(found) == 1:
-        return Layout((HeadClass((), formats[0]),))
-    return Layout(tuple(HeadClass(tuple(heads), fmt) for fmt, heads in found.items()))
+        return Layout((HeadClass((), *next(iter(found))),))
+    return Layout(tuple(HeadClass(tuple(heads), *choice) for choice, heads in found.items()))
 
 
 def with_head(text: str, head: int, fmt: Blocks | None, num_kv_heads: int) -> str:
     """`text` with KV head `head` stored in `fmt`."""
-    formats = list(parse(text).formats(num_kv_heads))
+    layout = parse(text)
+    formats = list(layout.formats(num_kv_heads))
     formats[head] = fmt
-    return str(from_formats(formats))
+    return str(from_formats(formats, layout.top_keys(num_kv_heads)))
+
+
+def with_top_keys(text: str, head: int, top_keys: int, num_kv_heads: int) -> str:
+    """`text` with `top_keys` tokens read of KV head `head`."""
+    layout = parse(text)
+    chosen = list(layout.top_keys(num_kv_heads))
+    chosen[head] = top_keys
+    return str(from_formats(layout.formats(num_kv_heads), chosen))
 
 
 def state_shapes(
@@ -159,10 +205,13 @@ def state_shapes(
     value_dim: int,
     capacity: int,
     dtype: torch.dtype,
+    ranged: bool = False,
 ) -> Shapes:
     """Name -> (shape, dtype) of the tensors that store one head class.
 
-    Exactly: key [B, h, capacity, D], value [B, h, capacity, Dv]. Packed: block_start
+    Exactly: key [B, h, capacity, D], value [B, h, capacity, Dv]; where decoding reads some tiles of
+    it (`ranged`), also key_low and key_high [B, h, tiles, D], the range of each channel of the keys
+    of each whole tile, which the scales of packed keys tell already. Packed: block_start
     [blocks + 1] int64, the first position of each block counted from the sink's end, unused
     entries equal to the last; sink_key [B, h, sink, D]; key [B, h, blocks, group, D*bits/8]
     uint8; key_scale and key_zero [B, h, blocks, 1, D] bfloat16; recent_key [B, h, recent, D], a
@@ -172,9 +221,11 @@ def state_shapes(
     and zero. A sink of 0 tokens is left out.
     """
     if fmt is None:
+        names = RANGES if ranged else ()
         return {
             "key": ((batch, heads, capacity, head_dim), dtype),
             "value": ((batch, heads, capacity, value_dim), dtype),
+            **{name: ((batch, heads, capacity // TILE, head_dim), dtype) for name in names},
         }
     blocks = fmt.packed(capacity) // fmt.group
     recent = max(0, min(capacity - fmt.sink, fmt.residual + fmt.group - 1))
@@ -209,11 +260,14 @@ def layout_shapes(
 ) -> list[Shapes]:
     """`state_shapes` of each class of `layout`; ValueError where a head cannot be packed."""
     found: list[Shapes] = []
-    for heads, fmt in layout.resolve(num_kv_heads):
+    for (heads, fmt), entry in zip(layout.resolve(num_kv_heads), layout.classes, strict=True):
         reason = fmt.refusal(head_dim) if fmt else None
+        if fmt and fmt.key_bits == 16 and entry.top_keys:
+            reason = "tiles are chosen by the scales of packed keys, and 16-bit keys have none"
         if reason:
             raise ValueError(f"layout '{layout}': {reason}")
-        found.append(state_shapes(fmt, batch, len(heads), head_dim, value_dim, capacity, dtype))
+        sizes = (batch, len(heads), head_dim, value_dim, capacity)
+        found.append(state_shapes(fmt, *sizes, dtype, entry.top_keys > 0))
     return found
 
 
@@ -257,9 +311,10 @@ def state_bytes(
 
 
 def functional_names(layout: Layout, num_kv_heads: int) -> list[list[str]]:
-    """Names of the tensors of each class in the growing form, in which nothing is cropped."""
+    """Names of the tensors of each class in the growing form, in which nothing is cropped and
+    ranges of keys are found again."""
     shapes = layout_shapes(layout, 1, num_kv_heads, 64, 64, 0, torch.float32)
-    return [[name for name in entry if name != "block_start"] for entry in shapes]
+    return [[name for name in entry if name not in FIXED] for entry in shapes]
 
 
 def empty_past(
@@ -277,7 +332,7 @@ def empty_past(
         torch.zeros((*shape[:2], 0, *shape[3:]), dtype=kind, device=device)
         for entry in shapes
         for name, (shape, kind) in entry.items()
-        if name != "block_start"
+        if name not in FIXED
     ]
 
 
@@ -299,9 +354,8 @@ def _classes(
 ) -> tuple[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]], ...]:
     """(heads, format, names of the tensors) of each class; every call of the op asks."""
     found: list[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]]] = []
-    for heads, fmt in layout.resolve(num_kv_heads):
-        names = list(state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32))
-        if growing and fmt is not None:
-            names.remove("block_start")
-        found.append((heads, fmt, tuple(names)))
+    for (heads, fmt), entry in zip(layout.resolve(num_kv_heads), layout.classes, strict=True):
+        shapes = state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32, entry.top_keys > 0)
+        names = tuple(name for name in shapes if not (growing and name in FIXED))
+        found.append((heads, fmt, names))
     return tuple(found)

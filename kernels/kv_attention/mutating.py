@@ -8,7 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fxopt.kernels.decode_topk.reference import TILE
+
 from .heads import Arguments, Attend, merge, take
+from .kept import attend_kept, check, exact_tiles, leaves_some, note_ranges, packed_tiles
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
 
@@ -51,11 +54,16 @@ def cached_attention_mutating(
 
         attention = attention_reference
     num_kv_heads = k.shape[1]
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    parsed = parse(layout)
+    top_keys = parsed.top_keys(num_kv_heads)
+    arguments = Arguments(
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, top_keys
+    )  # fmt: skip
     outputs: list[Tensor] = []
-    classes = split_state(parse(layout), num_kv_heads, state)
+    classes = split_state(parsed, num_kv_heads, state)
     for heads, fmt, part in classes:
         chosen = arguments.select(heads, num_kv_heads)
+        check(chosen)
         new = {"key": take(k, heads, 1), "value": take(v, heads, 1)}
         if kernels is not None:
             outputs.append(kernels(chosen, new, part, start, mask, fmt, length))
@@ -88,6 +96,9 @@ def attend_exact(
 ) -> Tensor:
     """Attention over the stored and the new tokens of an exact head class, which are stored."""
     keys, values = append_exact(part, new, begin)
+    if leaves_some(chosen, begin // TILE, TILE):
+        rest = [x[:, :, begin // TILE * TILE :] for x in (keys, values)]
+        return attend_kept(attention, chosen, exact_tiles(part, begin), (part, None), rest, mask)
     return chosen.attend(attention, keys, values, mask)
 
 
@@ -103,6 +114,11 @@ def attend_image(
     """Attention over the stored tokens, packed ones dequantised, and the new ones."""
     if begin == 0:
         return chosen.attend(attention, new["key"], new["value"], mask)
+    used = blocks_used(part)
+    if leaves_some(chosen, used, fmt.group):
+        apart = ([*_exact_pieces(part, side, fmt, begin), new[side]] for side in SIDES)
+        tiles, rest = packed_tiles(part, fmt, used), [torch.cat(pieces, 2) for pieces in apart]
+        return attend_kept(attention, chosen, tiles, (part, fmt), rest, mask)
     keys, values = (
         torch.cat([*_pieces(part, side, fmt, begin, chosen.q.dtype), new[side]], 2)
         for side in SIDES
@@ -118,6 +134,7 @@ def append_exact(part: Part, new: Part, begin: int) -> tuple[Tensor, Tensor]:
         raise ValueError(_full(end, capacity))
     for side in SIDES:
         part[side].narrow(2, begin, end - begin).copy_(new[side])
+    note_ranges(part, begin, end)
     return part["key"].narrow(2, 0, end), part["value"].narrow(2, 0, end)
 
 
@@ -128,16 +145,25 @@ def gather(part: Part, side: str, fmt: Blocks, begin: int, dtype: torch.dtype) -
 
 def _pieces(part: Part, side: str, fmt: Blocks, begin: int, dtype: torch.dtype) -> list[Tensor]:
     starts: list[int] = part["block_start"].tolist()
-    used = sum(after > before for before, after in pairwise(starts))
+    used = blocks_used(part)
     stored = {name: x[:, :, :used] for name, x in part.items() if name.startswith(side)}
     bits = fmt.key_bits if side == "key" else fmt.value_bits
     image = unpack_side(stored, side, bits, dtype).flatten(2, 3)
     if used * fmt.group != starts[-1]:
         image = image[:, :, _slots(starts[: used + 1], fmt.group, image.device)]
-    pieces = [image, recent(part, side, starts[-1], begin - fmt.sink)]
-    if fmt.sink:
-        pieces.insert(0, part[f"sink_{side}"][:, :, : min(begin, fmt.sink)])
-    return pieces
+    *sink, newest = _exact_pieces(part, side, fmt, begin)
+    return [*sink, image, newest]
+
+
+def _exact_pieces(part: Part, side: str, fmt: Blocks, begin: int) -> list[Tensor]:
+    """What of the stored tokens is no block: the sink, if the format has one, and recent ones."""
+    newest = recent(part, side, int(part["block_start"][-1]), begin - fmt.sink)
+    return [part[f"sink_{side}"][:, :, : min(begin, fmt.sink)], newest] if fmt.sink else [newest]
+
+
+def blocks_used(part: Part) -> int:
+    """Blocks that hold tokens."""
+    return int((part["block_start"].diff() > 0).sum())
 
 
 def _slots(starts: list[int], group: int, device: torch.device) -> Tensor:
@@ -167,7 +193,7 @@ def append_packed(part: Part, fmt: Blocks, new: Part, mask: Tensor | None, begin
     old = int(starts[-1])
     packed = max(old, fmt.packed(begin + queries))
     bounds = block_bounds(old, packed, fmt.group)
-    used = int((starts.diff() > 0).sum())
+    used = blocks_used(part)
     room = part["key"].shape[2]
     if used + len(bounds) > room or end - packed > part["recent_key"].shape[2]:
         raise ValueError(_full(begin + queries, _capacity(part, fmt)))

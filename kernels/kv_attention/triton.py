@@ -168,14 +168,15 @@ def exact_tokens(
 @triton.jit
 def _decode_kernel(
     q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
-    value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows,
-    out, out_m, out_l, counts, N, BLOCKS, RING, kept, rank_b, bias_b, bias_h, bias_n, bias_t,
-    scale, softcap,
+    value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows, listed, listed_count,
+    out, out_m, out_l, counts, N, BLOCKS, RING, kept, LISTED, rank_b, bias_b, bias_h, bias_n,
+    bias_t, scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+    HAS_LIST: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums of one KV head's queries over one share of the keys.
 
@@ -209,10 +210,15 @@ def _decode_kernel(
     b_l = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     shares = tl.num_programs(1)
+    if HAS_LIST:
+        used = tl.load(listed_count + i_bh)
     first = (i_s * used // shares).to(tl.int32)
     end = ((i_s + 1) * used // shares).to(tl.int32)
 
-    for i_n in range(first, end):
+    for i_x in range(first, end):
+        i_n = i_x
+        if HAS_LIST:
+            i_n = tl.load(listed + i_bh * LISTED + i_x)
         low = tl.load(block_start + i_n)
         m_t = o_t < tl.load(block_start + i_n + 1) - low
         i_block = i_bh * BLOCKS + i_n
@@ -287,18 +293,22 @@ def decode(
     fmt: Blocks,
     splits: int | None = None,
     counts: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One packed head class: [B, N, heads, Dv] of its queries over the stored and the new tokens.
 
     `rank` [B, T] is 0 where a key is hidden; where there are windows, it counts the others.
-    `counts` int64 [3] takes what `append` then has to do (`note_due`).
+    `counts` int64 [3] takes what `append` then has to do (`note_due`). `kept` is the list of
+    blocks that are read, and how many of it, as of `decode_topk`.
     """
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
     rows, blocks = group * queries, part["key"].shape[2]
     wanted = 4 * processors(q.device) // max(1, batch * heads)
-    splits = splits or max(1, min(64, blocks, wanted))
+    listed, listed_count = kept or (start, start)
+    read = min(blocks, listed.shape[1]) if kept else blocks
+    splits = splits or max(1, min(64, read, wanted))
     partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))
@@ -311,17 +321,17 @@ def decode(
         part.get("key_zero", none), part["value"], part.get("value_scale", none),
         part.get("value_zero", none), part["recent_key"], part["recent_value"],
         none if rank is None else rank, none if bias is None else bias,
-        none if windows is None else windows,
+        none if windows is None else windows, listed, listed_count,
         partial, top, total, start.new_empty(3) if counts is None else counts,
         queries, blocks, part["recent_key"].shape[2], fmt.residual + fmt.sink,
-        0 if rank is None else rank.stride(0), *strides,
+        listed.shape[-1] if kept else 0, 0 if rank is None else rank.stride(0), *strides,
         arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
         K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
         HAS_RANK=rank is not None, HAS_BIAS=bias is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
-        BLOCK_T=fmt.group,
+        BLOCK_T=fmt.group, HAS_LIST=kept is not None,
     )  # fmt: skip
     combine(partial, top, total, arguments.sinks, out)
     return out

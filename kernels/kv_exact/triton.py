@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels._triton.common import DOT_UPCAST, processors, tile
+from fxopt.kernels.decode_topk import reference as topk
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.triton import (
     broadcast_strides,
@@ -50,17 +51,18 @@ def _tile(
 
 @triton.jit
 def _decode_exact_kernel(
-    q, k, v, start_ptr, key, value, rank, bias, windows, out, out_m, out_l,
-    N, TOKENS, rank_b, bias_b, bias_h, bias_n, bias_t, scale, softcap,
+    q, k, v, start_ptr, key, value, rank, bias, windows, listed, counts, out, out_m, out_l,
+    N, TOKENS, LISTED, rank_b, bias_b, bias_h, bias_n, bias_t, scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums of one KV head's queries over one share of the keys.
 
-    Tensors as in `_decode_kernel`; key and value [B, H, TOKENS, ...] hold `start` tokens.
+    Tensors as in `_decode_kernel`; key and value [B, H, TOKENS, ...] hold `start` tokens. With a
+    SIZE only the first `counts` tiles of so many tokens in `listed` [B * H, LISTED] are read.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_s, shares = tl.program_id(1), tl.num_programs(1)
@@ -87,12 +89,21 @@ def _decode_exact_kernel(
     b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
 
     tiles = tl.cdiv(start, BLOCK_T) - skipped
+    if SIZE > 0:
+        listed += i_bh * LISTED
+        read = tl.load(counts + i_bh) * SIZE
+        tiles = tl.cdiv(read, BLOCK_T)
     for i_t in tl.range(i_s * tiles // shares, (i_s + 1) * tiles // shares, num_stages=STAGES):
         o_x = i_t * BLOCK_T + o_t
         if HAS_WINDOW:
             o_x += tl.where(i_t < sinks, 0, skipped * BLOCK_T)
+        m_x = o_x < start
+        if SIZE > 0:
+            m_x = o_x < read
+            o_x = tl.load(listed + o_x // SIZE, mask=m_x, other=0) * SIZE + o_x % SIZE
+            m_x = m_x & (o_x < start)
         b_m, b_l, b_acc = _tile(
-            b_q, key, value, b_m, b_l, b_acc, o_x, o_x < start, o_x, q_position, m_m,
+            b_q, key, value, b_m, b_l, b_acc, o_x, m_x, o_x, q_position, m_m,
             rank, bias, p_bias, bias_t, scale, softcap, window, sink_tokens,
             D, DV, CAUSAL, HAS_RANK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, UPCAST, BLOCK_D, BLOCK_V,
         )  # fmt: skip
@@ -120,16 +131,20 @@ def decode_exact(
     block: int | None = None,
     num_warps: int = WARPS,
     num_stages: int = STAGES,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One head class that is stored exactly: [B, N, heads, Dv] of its queries over the stored
-    tokens, of which `start` says how many there are, and the new ones. `rank` as in `decode`."""
+    tokens, of which `start` says how many there are, and the new ones. `rank` as in `decode`;
+    `kept` is the list of tiles that are read, and how many of it, as of `decode_topk`."""
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
     rows, tokens, none = group * queries, part["key"].shape[2], q
     wide = tile(dim, most=256), tile(value_dim, most=256)
     block = block or max(16, min(TILE, TILE_BYTES // (sum(wide) * q.element_size())))
-    splits = splits or _splits(batch * heads, triton.cdiv(tokens, block), q.device)
+    listed, counts = kept or (start, start)
+    read = min(tokens, listed.shape[1] * topk.TILE) if kept else tokens
+    splits = splits or _splits(batch * heads, triton.cdiv(read, block), q.device)
     partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
     top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
     out = q.new_empty((batch, queries, heads * group, value_dim))
@@ -138,14 +153,15 @@ def decode_exact(
     windows = window_table(arguments, heads)
     _decode_exact_kernel[(batch * heads, splits)](
         q, k, v, start, part["key"], part["value"], none if rank is None else rank,
-        none if bias is None else bias, none if windows is None else windows,
-        partial, top, total, queries, tokens, 0 if rank is None else rank.stride(0), *strides,
-        arguments.scale, arguments.softcap,
+        none if bias is None else bias, none if windows is None else windows, listed, counts,
+        partial, top, total, queries, tokens, listed.shape[-1] if kept else 0,
+        0 if rank is None else rank.stride(0), *strides, arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, CAUSAL=arguments.causal, HAS_RANK=rank is not None,
         HAS_BIAS=bias is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=wide[0], BLOCK_V=wide[1], BLOCK_T=block,
-        BLOCK_N=tile(queries), STAGES=num_stages, num_warps=num_warps,
+        BLOCK_N=tile(queries), STAGES=num_stages, SIZE=topk.TILE if kept else 0,
+        num_warps=num_warps,
     )  # fmt: skip
     combine(partial, top, total, arguments.sinks, out)
     return out

@@ -122,8 +122,10 @@ def _gathered(b_x, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _counted(i_n, sinks, skipped, HAS_WINDOW: tl.constexpr):
-    """The block that is `i_n`-th of those that are read."""
+def _counted(i_n, sinks, skipped, listed, HAS_WINDOW: tl.constexpr, HAS_LIST: tl.constexpr):
+    """The block that is `i_n`-th of those that are read; one behind the last may be asked for."""
+    if HAS_LIST:
+        return tl.load(listed + i_n)
     if HAS_WINDOW:
         return i_n + tl.where(i_n < sinks, 0, skipped)
     return i_n
@@ -132,14 +134,14 @@ def _counted(i_n, sinks, skipped, HAS_WINDOW: tl.constexpr):
 @triton.jit
 def _packed_share(
     q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
-    out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, start, BLOCKS, N, rows,
+    out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, listed, start, BLOCKS, N, rows,
     scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
+    HAS_LIST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums over the blocks from `first` to `end`, counted without the `skipped`
-    ones behind the first `sinks`. Scores are in units of log 2.
+    ones behind the first `sinks`, or in a list of blocks. Scores are in units of log 2.
 
     Row n of a tile of scores is token 4 * (n % 8) + n // 8 of its 32: the four tokens whose
     weights a thread has in a column are neighbours, and go to the second product as one word.
@@ -163,14 +165,14 @@ def _packed_share(
     b_l, b_z = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     b_acc = tl.zeros((DV, R), tl.float32)
     # What no product depends on is not prefetched by the compiler: bounds and zeros of values.
-    i_x = _counted(first, sinks, skipped, HAS_WINDOW)
+    i_x = _counted(first, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
     low, high = tl.load(block_start + i_x), tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
     p_zero = value_zero + i_bh * BLOCKS * GROUP + o_t
     b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
 
     for i_n in range(first, end):
-        i_block = i_bh * BLOCKS + _counted(i_n, sinks, skipped, HAS_WINDOW)
-        i_x = _counted(i_n + 1, sinks, skipped, HAS_WINDOW)
+        i_block = i_bh * BLOCKS + _counted(i_n, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
+        i_x = _counted(i_n + 1, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
         b_kb = tl.load(key + i_block * (GROUP * KW) + o_n[:, None] * KW + o_kw[None, :])
         b_vb = tl.load(value + i_block * (DV * VW) + o_v[:, None] * VW + o_vw[None, :])
         b_ks = tl.load(key_scale + i_block * D + o_d).to(tl.float32)
@@ -266,13 +268,13 @@ def _exact_share(
 @triton.jit
 def _decode_packed_kernel(
     q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
-    value, value_scale, value_zero, recent_k, recent_v, rank, windows,
-    out, out_m, out_l, counts, N, BLOCKS, RING, kept, rank_b, scale, softcap,
+    value, value_scale, value_zero, recent_k, recent_v, rank, windows, listed, listed_count,
+    out, out_m, out_l, counts, N, BLOCKS, RING, kept, LISTED, rank_b, scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, EXACT: tl.constexpr,
+    TILE: tl.constexpr, EXACT: tl.constexpr, HAS_LIST: tl.constexpr,
 ):  # fmt: skip
     """As `_decode_kernel`, for packed keys and values without a bias.
 
@@ -313,14 +315,17 @@ def _decode_packed_kernel(
             skipped = near_tiles(start - SINK, window, sink_tokens, sinks, GROUP, HAS_RANK)
             skipped = skipped.to(tl.int32)
             used -= skipped
+        if HAS_LIST:
+            listed += i_bh * LISTED
+            used = tl.load(listed_count + i_bh)
         shares = tl.num_programs(1) - EXACT
         first = (i_s * used // shares).to(tl.int32)
         end = ((i_s + 1) * used // shares).to(tl.int32)
         _packed_share(
             q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
-            out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, start, BLOCKS, N, rows,
-            scale, softcap, window, sink_tokens, D, DV, GROUP, SINK, K_BITS, V_BITS,
-            HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, ASM, R,
+            out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, listed, start, BLOCKS, N,
+            rows, scale, softcap, window, sink_tokens, D, DV, GROUP, SINK, K_BITS, V_BITS,
+            HAS_RANK, HAS_WINDOW, HAS_LIST, HAS_SOFTCAP, ASM, R,
         )  # fmt: skip
 
 
@@ -355,6 +360,7 @@ def decode_packed(
     exact_tile: int | None = None,
     counts: Tensor | None = None,
     exact_shares: int | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `decode`, where `serves` says so. `splits` counts the shares of the packed blocks,
     `exact_shares` those of the tokens that are stored exactly."""
@@ -365,10 +371,12 @@ def decode_packed(
     num_warps = num_warps or launch.warps(fmt, rows)
     at_once = launch.at_once(fmt, dim, value_dim, num_warps, num_stages)
     count = processors(q.device)
-    splits = splits or launch.splits(batch * heads, blocks, at_once, count)
+    listed, listed_count = kept or (start, start)
+    read = min(blocks, listed.shape[1]) if kept else blocks
+    splits = splits or launch.splits(batch * heads, read, at_once, count)
     exact_tile, ring = exact_tile or launch.exact_tile(fmt), part["recent_key"].shape[2]
     exact_shares = exact_shares or launch.exact_shares(
-        triton.cdiv(ring, exact_tile), blocks, splits, at_once * count // (batch * heads)
+        triton.cdiv(ring, exact_tile), read, splits, at_once * count // (batch * heads)
     )
     shares = exact_shares + splits
     partial = q.new_empty((shares, batch * heads, rows, value_dim), dtype=torch.float32)
@@ -380,15 +388,15 @@ def decode_packed(
         part.get("sink_value", none), part["key"], part["key_scale"], part["key_zero"],
         part["value"], part["value_scale"], part["value_zero"], part["recent_key"],
         part["recent_value"], none if rank is None else rank,
-        none if windows is None else windows, partial, top, total,
+        none if windows is None else windows, listed, listed_count, partial, top, total,
         start.new_empty(3) if counts is None else counts, queries, blocks, ring,
-        fmt.residual + fmt.sink, 0 if rank is None else rank.stride(0),
-        arguments.scale, arguments.softcap,
+        fmt.residual + fmt.sink, listed.shape[-1] if kept else 0,
+        0 if rank is None else rank.stride(0), arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
         K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
         HAS_RANK=rank is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST, ASM=not INTERPRETED,
-        R=tile(rows, least=4), TILE=exact_tile, EXACT=exact_shares,
+        R=tile(rows, least=4), TILE=exact_tile, EXACT=exact_shares, HAS_LIST=kept is not None,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     combine(partial, top, total, arguments.sinks, out)

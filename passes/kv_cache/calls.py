@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ from fxopt.kernels.kv_attention.layout import (
     HeadClass,
     Layout,
     allocate,
+    left_out,
     split_state,
     state_bytes,
+    tile_size,
 )
 from fxopt.kernels.kv_attention.op import cached_attention, filled_attention, store_first
 
@@ -46,15 +49,16 @@ def cached_call(
     """One KV head and its query heads with the cache in `fmt` (None: exactly).
 
     With a past: attention over it and the new tokens, reading only `window` tokens if that is
-    set (of cross-attention: over all `scenario.length` tokens, none of them new). Without one:
-    only what filling the cache reads and writes. `state_bytes` are those at the length that the
-    call ends with.
+    set, or a single token the tiles of `info.top_keys` of them and what tells these apart (of
+    cross-attention: over all `scenario.length` tokens, none of them new). Without one: only what
+    filling the cache reads and writes. `state_bytes` are those at the length that the call ends
+    with.
     """
     size = info.dtype.itemsize
     held = _bytes(info, fmt, scenario.batch, scenario.length, size)
     op = "fxopt::filled_attention" if info.cross else "fxopt::cached_attention"
-    stored = 0 if info.cross and scenario.past else scenario.queries
-    new = scenario.batch * stored * (info.head_dim + info.value_dim) * size
+    added = 0 if info.cross and scenario.past else scenario.queries
+    new = scenario.batch * added * (info.head_dim + info.value_dim) * size
     if scenario.past == 0:
         return OpCall(
             op=op,
@@ -69,24 +73,42 @@ def cached_call(
         )
     group = info.num_heads // info.num_kv_heads
     seen = min(scenario.length, window + scenario.queries - 1) if window else scenario.length
-    read = held * seen // max(1, scenario.length)
+    seen -= hidden_keys(info, fmt, scenario)
+    chooses = info.top_keys > 0 and scenario.queries == 1
+    # The ends of each channel's range in each tile, of which an estimate for each row is made.
+    tiles = scenario.past // tile_size(fmt) if chooses else 0
+    ends = 2 * scenario.batch * info.head_dim * tiles
+    stored = _bytes(replace(info, top_keys=0), fmt, scenario.batch, scenario.length, size)
+    read = stored * seen // max(1, scenario.length) + ends * (2 if fmt else size)
     rows = scenario.batch * group * scenario.queries
     return OpCall(
         op=op,
         key=f"kv_attention/{_signature(info, fmt, scenario, window)}",
-        flops=2.0 * rows * seen * (info.head_dim + info.value_dim),
+        flops=2.0 * rows * seen * (info.head_dim + info.value_dim) + 2.0 * group * ends,
         bytes_read=read + new + rows * info.head_dim * size,
         bytes_written=new + rows * info.value_dim * size,
         state_bytes=held,
         temporary_bytes=_image_bytes(info, fmt, scenario),
+        launches=3 if chooses else 1,
         share=info.num_kv_heads,
         family=f"kv_attention/{_family(info, fmt, window)}",
         run=_filled(info, fmt, scenario) if info.cross else _runner(info, fmt, scenario, window),
     )
 
 
+def hidden_keys(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> int:
+    """Keys of tiles that `info.top_keys` leave out of a call, which is then of a single token."""
+    if scenario.queries != 1:
+        return 0
+    return left_out(fmt, scenario.past, info.top_keys) * tile_size(fmt)
+
+
+def _layout(info: AttentionInfo, fmt: Blocks | None) -> Layout:
+    return Layout((HeadClass((), fmt, info.top_keys),))
+
+
 def _bytes(info: AttentionInfo, fmt: Blocks | None, batch: int, length: int, size: int) -> int:
-    layout = Layout((HeadClass((), fmt),))
+    layout = _layout(info, fmt)
     size_of = filled_bytes if info.cross else state_bytes
     return size_of(layout, batch, 1, info.head_dim, info.value_dim, length, size)
 
@@ -111,6 +133,7 @@ def _signature(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, wind
 def _family(info: AttentionInfo, fmt: Blocks | None, window: int) -> str:
     """Calls that differ in nothing but sizes."""
     near = f"w{window}" if window else "x" if info.cross else ""
+    near += f"t{info.top_keys}" if info.top_keys else ""
     dims = f"d{info.head_dim}v{info.value_dim}"
     return f"{fmt or 'exact'}/{dims}{near}/{_SHORT.get(info.dtype, str(info.dtype))}"
 
@@ -118,7 +141,7 @@ def _family(info: AttentionInfo, fmt: Blocks | None, window: int) -> str:
 def _runner(
     info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int
 ) -> Callable[[Any], Callable[[], Tensor]]:
-    layout = Layout((HeadClass((), fmt),))
+    layout = _layout(info, fmt)
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries = scenario.batch, scenario.queries
 
@@ -164,7 +187,7 @@ def _storer(
     info: AttentionInfo, fmt: Blocks | None, scenario: Scenario
 ) -> Callable[[Any], Callable[[], Any]]:
     """What a prefill does beside attending: its keys and values go to the cache."""
-    layout = Layout((HeadClass((), fmt),))
+    layout = _layout(info, fmt)
 
     def run(device: Any) -> Callable[[], Any]:
         state = _allocated(info, layout, scenario, device)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -16,12 +18,14 @@ import fxopt
 from fxopt.emit.cache import Cache
 from fxopt.ir.errors import FxoptError
 from fxopt.ir.ops import attend
+from fxopt.kernels.decode_topk.reference import ranges
 from fxopt.kernels.kv_attention import parse, state_bytes
-from fxopt.kernels.kv_attention.layout import split_state
+from fxopt.kernels.kv_attention.layout import RANGES, split_state
 from fxopt.kernels.kv_attention.mutating import gather
 from tests.oracle import FakeQuantizedCache
 
 LAYOUTS = ["", "k2v2g32r8s4", "0:k2v4g32r0s0|1:exact"]
+KEPT = "0:k2v4g32r0s0+t64|1:exact+t96"
 LAYERS, KV, DIM = 2, 2, 16
 
 
@@ -188,7 +192,7 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, KEPT])
 def test_batch_operations(layout: str) -> None:
     cache = make(layout, 3, 150)
     fill(cache, 110)
@@ -251,6 +255,32 @@ def test_many_deep_crops_keep_short_blocks(layout: str) -> None:
                     assert (starts.diff() <= fmt.group).all()
 
 
+@settings(max_examples=30)
+@given(st.data())
+def test_what_tells_tiles_apart_is_that_of_the_keys_whatever_was_done(data: st.DataObject) -> None:
+    """The range of each channel in each whole tile of an exact class."""
+    layout = "0:exact+t96|1:k4v4g32r8s4+t64"
+    cache = make(layout, 2, 40)
+    for _ in range(data.draw(st.integers(1, 6))):
+        action = data.draw(st.sampled_from(["fill", "crop", "reorder", "select", "fork"]))
+        if action == "fill":
+            more = data.draw(st.integers(1, 120))
+            cache.reserve(cache.get_seq_length() + more)
+            fill(cache, more)
+        elif action == "crop":
+            cache.crop(-data.draw(st.integers(0, cache.get_seq_length())))
+        elif action == "fork":
+            cache = cache.fork()
+        else:
+            rows = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
+            (cache.reorder_cache if action == "reorder" else cache.batch_select_indices)(rows)
+    length = cache.get_seq_length()
+    for layer in cache.layers:
+        _, _, part = split_state(parse(layout), KV, layer.state)[0]
+        for name, x in zip(RANGES, ranges(part["key"][:, :, :length]), strict=True):
+            assert torch.equal(part[name][:, :, : x.shape[2]], x)
+
+
 def test_positive_crop_is_a_length() -> None:
     cache = make("", 1)
     fill(cache, 60)
@@ -260,7 +290,7 @@ def test_positive_crop_is_a_length() -> None:
     assert cache.get_seq_length() == 20
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, KEPT])
 def test_reset_reserve_and_fork(layout: str) -> None:
     cache = make(layout, 2, 100)
     fill(cache, 90)

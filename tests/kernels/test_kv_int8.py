@@ -170,12 +170,13 @@ p, long, byte, wide = "*bf16", "*i64", "*u8", "*fp32"
 kinds = dict(
     q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, key=byte, key_scale=p,
     key_zero=p, value=byte, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank="*i32",
-    windows=long, out=wide, out_m=wide, out_l=wide, counts=long, scale="fp32", softcap="fp32",
+    windows=long, listed="*i32", listed_count="*i32", out=wide, out_m=wide, out_l=wide, counts=long,
+    scale="fp32", softcap="fp32",
 )
 constants = dict(
     N=1, H=8, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=4, V_BITS=2, CAUSAL=True,
     HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4, TILE=16,
-    EXACT=2,
+    EXACT=2, HAS_LIST=LISTED,
 )
 names = kernel.arg_names
 signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
@@ -189,10 +190,14 @@ assert "cp.async.cg.shared.global" in text
 """
 
 
-def test_compiled_for_hopper_it_prefetches_and_multiplies_int8() -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_compiled_for_hopper_it_prefetches_and_multiplies_int8(listed: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", f"LISTED = {listed}{COMPILE}"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

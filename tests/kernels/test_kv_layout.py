@@ -17,6 +17,7 @@ from fxopt.kernels.kv_attention.layout import (
     split_state,
     state_bytes,
     with_head,
+    with_top_keys,
 )
 
 FORMATS = st.one_of(
@@ -32,11 +33,13 @@ FORMATS = st.one_of(
 )
 
 
-@given(st.lists(FORMATS, min_size=1, max_size=6))
-def test_text_round_trip(formats: list[Blocks | None]) -> None:
-    layout = from_formats(formats)
+@given(st.lists(st.tuples(FORMATS, st.sampled_from([0, 64, 4096])), min_size=1, max_size=6))
+def test_text_round_trip(heads: list[tuple[Blocks | None, int]]) -> None:
+    formats, top_keys = zip(*heads, strict=True)
+    layout = from_formats(formats, top_keys)
     assert parse(str(layout)) == layout
-    assert parse(str(layout)).formats(len(formats)) == tuple(formats)
+    assert parse(str(layout)).formats(len(formats)) == formats
+    assert parse(str(layout)).top_keys(len(formats)) == top_keys
 
 
 @given(
@@ -78,6 +81,11 @@ def test_canonical_texts() -> None:
     text = with_head("", 1, Blocks(4, 4, 64, 64, 4), 3)
     assert text == "0,2:exact|1:k4v4g64r64s4"
     assert with_head(text, 1, None, 3) == ""
+    text = with_top_keys(text, 2, 512, 3)
+    assert text == "0:exact|1:k4v4g64r64s4|2:exact+t512"
+    assert with_head(text, 2, Blocks(4, 4, 64, 64, 4), 3) == (
+        "0:exact|1:k4v4g64r64s4|2:k4v4g64r64s4+t512"
+    )
     assert parse("k16v16g64r0s0").exact
 
 
@@ -101,6 +109,8 @@ def test_heads_and_channels_are_checked() -> None:
         parse("0:exact|0:k4v4g64r0s0").resolve(2)
     with pytest.raises(ValueError, match="2-bit K needs channels divisible by 4, got 6"):
         allocate(parse("k2v4g64r0s0"), 1, 1, 6, 6, 100, torch.float32)
+    with pytest.raises(ValueError, match="tiles are chosen by the scales of packed keys"):
+        allocate(parse("k16v4g64r0s0+t512"), 1, 1, 8, 8, 100, torch.float32)
     assert Blocks(16, 4, 64, 0, 0).refusal(7) is None
     with pytest.raises(ValueError, match="needs a state of 2 tensors, got 1"):
         split_state(parse(""), 2, [torch.zeros(1)])

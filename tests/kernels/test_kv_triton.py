@@ -281,7 +281,7 @@ every = dict(
 build(
     exact._decode_exact_kernel, dict(state, key=p, value=p, q=p, **masks, **shares),
     H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=64, BLOCK_N=16, STAGES=3,
-    **every,
+    SIZE=0, **every,
 )
 for bits, value_bits, group in ((4, 2, 64), (16, 8, 32)):
     side = dict(K_BITS=bits, V_BITS=value_bits, GROUP=group, SINK=4)
@@ -290,7 +290,8 @@ for bits, value_bits, group in ((4, 2, 64), (16, 8, 32)):
     build(
         decode._decode_kernel,
         dict(state, **kind, **starts, q=p, **masks, **shares),
-        H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, **every, **side,
+        H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, HAS_LIST=False,
+        **every, **side,
     )
     build(
         append._pack_kernel, dict(state, **kind, counts=long),

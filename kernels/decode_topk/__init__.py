@@ -1,0 +1,1 @@
+"""Which tiles of a cache a decoded token reads, by what their keys can score at most."""

@@ -1,0 +1,167 @@
+"""The tiles that a decoded token reads, on a GPU: no wait for the device.
+
+`_estimate_kernel` reads the ranges of each tile and writes an estimate for each query head;
+`_choose_kernel` finds the least one that is kept by bisecting its bits and writes the list of tiles
+that the decoding kernels walk. `_note_kernel` writes the ranges of what has become whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels.block_topk.triton import select_warps
+from fxopt.kernels.kv_attention.heads import Arguments
+from fxopt.kernels.kv_attention.layout import RANGES, Blocks
+from fxopt.kernels.kv_attention.triton import blocks_used
+
+from . import reference as topk
+
+TILE = tl.constexpr(topk.TILE)
+BLOCK_T = 32
+"""Tiles of a program that estimates."""
+
+
+@triton.jit
+def _whole_tiles(start_ptr, block_start, BLOCKS, GROUP: tl.constexpr):
+    """How many tiles are whole; GROUP is 0 where they are stored exactly."""
+    if GROUP == 0:
+        whole = tl.load(start_ptr) // TILE
+    else:
+        whole = blocks_used(block_start, tl.load(block_start + BLOCKS), GROUP)
+    return whole.to(tl.int32)
+
+
+@triton.jit
+def _estimate_kernel(
+    q, low, high, start_ptr, block_start, out, TILES, scale, width,
+    G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Estimates [B * KV, G, TILES] of q [B * KV, G, D]. Of packed keys `low` and `high` are zero
+    and scale, and `width` scales lie between the least and the largest key."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    whole = _whole_tiles(start_ptr, block_start, TILES, GROUP)
+    if tl.program_id(1) * BLOCK_T < whole:
+        o_d = tl.arange(0, BLOCK_D)
+        m_t, m_d = tile < whole, o_d < D
+        at = (i_bh * TILES + tile)[:, None] * D + o_d[None, :]
+        b_low = tl.load(low + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_high = tl.load(high + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_width = b_high - b_low
+        if GROUP > 0:
+            b_width = b_high * width
+        b_middle = b_low + b_width / 2
+        b_width *= b_width / 12
+        for i_g in tl.static_range(G):
+            b_q = tl.load(q + (i_bh * G + i_g) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_q = (b_q * scale)[None, :]
+            b_mass = tl.sum(b_q * b_middle + b_q * b_q * b_width, 1)
+            tl.store(out + (i_bh * G + i_g) * TILES + tile, b_mass, mask=m_t)
+
+
+@triton.jit
+def _choose_kernel(
+    mass, shown, start_ptr, block_start, tiles_ptr, count_ptr, TILES, most, nearest, shown_b,
+    H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, HAS_SHOWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The list [B * KV, most + 1] of the kept tiles of one KV head and how many they are; behind
+    them the first tile that is not whole, which of exact keys is one of the list."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, BLOCK)
+    whole = _whole_tiles(start_ptr, block_start, TILES, GROUP)
+    seen = tile < whole
+    if HAS_SHOWN:
+        seen = seen & (tl.load(shown + i_bh // H * shown_b + tile, mask=seen, other=0) != 0)
+    behind = tl.full((BLOCK,), 3.0e38, tl.float32)
+    for i_g in tl.static_range(G):
+        b_mass = tl.load(mass + (i_bh * G + i_g) * TILES + tile, mask=seen, other=-3.0e38)
+        behind = tl.minimum(behind, tl.max(b_mass, 0) - b_mass)
+    # Bits of floats above zero are in their order; the least behind comes first.
+    rank = 0x7F800000 - behind.to(tl.int32, bitcast=True)
+    first = tl.min(tl.where(seen, tile, BLOCK), 0)
+    rank = tl.where((tile == first) | (tile >= whole - nearest), 0x7F800001, rank)
+    rank = tl.where(seen, rank, -1)
+    kept = tl.minimum(tl.sum(seen.to(tl.int32), 0), most)
+    least = kept * 0
+    for place in tl.static_range(31):
+        trial = least | (1 << (30 - place))
+        least = tl.where(tl.sum((rank >= trial).to(tl.int32), 0) >= kept, trial, least)
+    above, equal = rank > least, rank == least
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    chosen = (above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))) & seen
+    row = tiles_ptr + i_bh * (most + 1)
+    tl.store(row + tl.cumsum(chosen.to(tl.int32), 0) - 1, tile, mask=chosen)
+    tl.store(row + kept, whole)
+    tl.store(count_ptr + i_bh, kept + (1 if GROUP == 0 else 0))
+
+
+@triton.jit
+def _note_kernel(
+    key, low, high, start_ptr, N, TOKENS, TILES,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The ranges of one tile that the N new tokens behind `start` may have filled."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    start = tl.load(start_ptr)
+    tile = start // TILE + tl.program_id(1)
+    if (tile + 1) * TILE <= start + N:
+        o_t, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
+        m_d = o_d < D
+        at = (i_bh * TOKENS + tile * TILE + o_t)[:, None] * D + o_d[None, :]
+        b_k = tl.load(key + at, mask=m_d[None, :], other=0.0)
+        row = (i_bh * TILES + tile) * D + o_d
+        tl.store(low + row, tl.min(b_k, 0).to(low.dtype.element_ty), mask=m_d)
+        tl.store(high + row, tl.max(b_k, 0).to(high.dtype.element_ty), mask=m_d)
+
+
+def kept_list(
+    arguments: Arguments, part: dict[str, Tensor], start: Tensor, mask: Tensor | None,
+    fmt: Blocks | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """The tiles of one head class that a single new token reads, int32 [B * KV, most + 1], and how
+    many of these count [B * KV]; None where it reads them all."""
+    top_keys = arguments.top_keys[0]
+    names = RANGES if fmt is None else ("key_zero", "key_scale")
+    q = arguments.q.contiguous()
+    if not top_keys or q.shape[2] != 1 or not part[names[0]].shape[2]:
+        return None
+    size = topk.TILE if fmt is None else fmt.group
+    batch, heads, tiles = part[names[0]].shape[:3]
+    group, dim = q.shape[1] // heads, q.shape[3]
+    starts = part.get("block_start", start)
+    kind = {"G": group, "GROUP": 0 if fmt is None else size}
+    mass = torch.empty((batch * heads, group, tiles), device=q.device)
+    _estimate_kernel[(batch * heads, triton.cdiv(tiles, BLOCK_T))](
+        q, part[names[0]], part[names[1]], start, starts, mass, tiles, float(arguments.scale),
+        0.0 if fmt is None else 2.0**fmt.key_bits - 1,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_T=BLOCK_T, **kind,
+    )  # fmt: skip
+    most = topk.tiles_read(top_keys, size)
+    listed = torch.empty((batch * heads, most + 1), dtype=torch.int32, device=q.device)
+    count = torch.empty(batch * heads, dtype=torch.int32, device=q.device)
+    begins = starts + fmt.sink if fmt else torch.arange(tiles + 1, device=q.device) * size
+    shown = topk.shown_tiles(mask, begins)
+    block = max(16, triton.next_power_of_2(tiles))
+    _choose_kernel[(batch * heads,)](
+        mass, mass if shown is None else shown.view(torch.uint8), start, starts, listed, count,
+        tiles, most, topk.nearest(size), tiles, H=heads, HAS_SHOWN=shown is not None, BLOCK=block,
+        num_warps=select_warps(block), **kind,
+    )  # fmt: skip
+    return listed, count
+
+
+def note_ranges(part: dict[str, Tensor], start: Tensor, queries: int) -> None:
+    """Write the ranges of the tiles of an exact class that new tokens filled."""
+    if RANGES[0] not in part:
+        return
+    low, high = (part[name] for name in RANGES)
+    batch, heads, tiles, dim = low.shape
+    _note_kernel[(batch * heads, queries // topk.TILE + 1)](
+        part["key"], low, high, start, queries, part["key"].shape[2], tiles,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim),
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Attention -> decoded tokens read the tiles of the cache of the most estimated attention.
+
+    out = attend(q, k, v, mask, state=state, start=start, ...)
+    out = attend(q, k, v, mask, state=state, start=start, ..., layout="exact+t4096")
+
+Pays where a long past bounds a decoding step by what it reads, in heads that fetch from afar but
+from few places: a window of equal cost loses those. The tiles are chosen anew for each token and
+KV head, as Quest does, by the range of each channel of a tile's keys.
+Prompts attend as they did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxopt.ir.cost import OpCall
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
+from fxopt.ir.site import Family, Site
+from fxopt.ir.workload import Scenario
+from fxopt.kernels.kv_attention.layout import HeadClass, Layout, with_top_keys
+from fxopt.passes.attention import calls, emulation
+from fxopt.passes.kv_cache.calls import cached_call, hidden_keys
+
+
+@dataclass(frozen=True)
+class DecodeTopk:
+    """`top_keys` are tokens that a decoded one reads of whole tiles; a number is offered where the
+    workload's longest past is read to at most `most` of it."""
+
+    top_keys: tuple[int, ...] = (1024, 2048, 4096)
+    most: float = 0.5
+
+    name: ClassVar[str] = "attention.decode_topk"
+    family: ClassVar[Family] = "attention"
+    workloads: ClassVar[frozenset[str]] = frozenset({"generate"})
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.10774"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+
+    def match(self, site: Site) -> Match | Refusal:
+        if reason := calls.refusal(site):
+            return reason
+        info = calls.attention_info(Match(site))
+        if not info.cached or site.head is None:
+            return Refusal("this attention reads no cache while generating")
+        if not info.causal:
+            return Refusal("attention is not causal, so the past changes with each new token")
+        if info.has_bias:
+            return Refusal("a bias is added to the scores: the estimate does not know it")
+        if info.window:
+            return Refusal(f"the model itself attends only within {info.window} tokens")
+        return Match(site)
+
+    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
+        return [
+            Candidate(self.name, f"top{top_keys}", {"top_keys": top_keys})
+            for top_keys in sorted(self.top_keys)
+            if self._density(match, scenarios, top_keys) <= self.most
+        ]
+
+    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
+        """Why there is no candidate for these scenarios, in numbers; None if there are some."""
+        least = min(self.top_keys)
+        density = self._density(match, scenarios, least)
+        if density <= self.most:
+            return None
+        longest = max((s.past for s in scenarios if s.queries == 1), default=0)
+        return (
+            f"the longest past of a decoded token has {longest} tokens: with {least} of them it "
+            f"would still read {density:.0%}, and it pays up to {self.most:.0%}"
+        )
+
+    def _density(self, match: Match, scenarios: Sequence[Scenario], top_keys: int) -> float:
+        """Part of its past that a decoded token of the longest one reads."""
+        info = replace(calls.attention_info(match), top_keys=top_keys)
+        steps = [scenario for scenario in scenarios if scenario.past]
+        read = (1.0 - hidden_keys(info, None, step) / step.length for step in steps)
+        return min(read, default=1.0)
+
+    def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        """Prompts are dense; decoding is the call of the cache, which reads what is kept."""
+        info = calls.attention_info(match)
+        if not scenario.past:
+            return [calls.attention_call(info, scenario)]
+        return [cached_call(replace(info, top_keys=_top_keys(candidate)), None, scenario)]
+
+    def prepare(
+        self, match: Match, candidate: Candidate, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def emulate(
+        self,
+        match: Match,
+        candidate: Candidate,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """Every head of the op read so by the tokens from "prompt" on, each with its own query."""
+        layout = Layout((HeadClass((), None, _top_keys(candidate)),))
+        return emulation.attended_as_decoded(inputs, layout=str(layout))
+
+    def apply(
+        self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
+    ) -> None:
+        site, count = match.site, calls.attention_info(match).num_kv_heads
+        assert site.head is not None
+        text = str(editor.node(site).kwargs.get("layout", ""))
+        top_keys = _top_keys(candidate)
+        editor.update(site, layout=with_top_keys(text, site.head, top_keys, count))
+
+
+def _top_keys(candidate: Candidate) -> int:
+    return int(candidate.parameters["top_keys"])
