@@ -18,6 +18,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.attention.window:Window",
     "fxopt.passes.attention.block_topk:BlockTopk",
     "fxopt.passes.kv_cache.blocks:Blocks",
+    "fxopt.passes.kv_cache.rotated:Rotated",
     "fxopt.passes.linear.channel_pruned:ChannelPruned",
     "fxopt.passes.linear.low_rank_shared:LowRankShared",
     "fxopt.passes.linear.low_rank:LowRank",

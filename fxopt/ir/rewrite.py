@@ -88,6 +88,14 @@ class Editor(Protocol):
         buffer) and return a get_attr node that reads it."""
         ...
 
+    def value(self, node: fx.Node) -> Tensor:
+        """What a get_attr node reads."""
+        ...
+
+    def amend(self, site: Site, node: fx.Node, value: Tensor) -> None:
+        """Let `node`, which `tensor` returned, read another value of the same shape and dtype."""
+        ...
+
     def call(
         self, site: Site, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node:
@@ -98,8 +106,9 @@ class Editor(Protocol):
         """Let `new` stand for the site's node; parameters that nothing reads any more go."""
         ...
 
-    def update(self, site: Site, **kwargs: Any) -> None:
-        """Change keyword arguments of the site's node in place."""
+    def update(self, site: Site, **arguments: Any) -> None:
+        """Change arguments of the site's node in place, by name; positional ones (`q` and `k` of
+        an attention) where the node calls a Python function."""
         ...
 
 
