@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -107,11 +107,9 @@ class GraphEditor:
         self._record("tensor", site, "", describe(new))
         return new
 
-    def value(self, node: fx.Node) -> Tensor:
-        return self._attributes[str(node.target)]
-
-    def amend(self, site: Site, node: fx.Node, value: Tensor) -> None:
-        self._attributes[str(node.target)] = _held(value)
+    def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        name = str(node.target)
+        self._attributes[name] = _held(change(self._attributes[name].detach()))
         self._record("tensor", site, describe(node), describe(node))
 
     def call(

@@ -88,12 +88,9 @@ class Editor(Protocol):
         buffer) and return a get_attr node that reads it."""
         ...
 
-    def value(self, node: fx.Node) -> Tensor:
-        """What a get_attr node reads."""
-        ...
-
-    def amend(self, site: Site, node: fx.Node, value: Tensor) -> None:
-        """Let `node`, which `tensor` returned, read another value of the same shape and dtype."""
+    def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Let `node`, which `tensor` returned, read what `change` makes of the value that it reads,
+        of the same shape and dtype."""
         ...
 
     def call(

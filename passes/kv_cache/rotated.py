@@ -92,18 +92,20 @@ class Rotated(Blocks):
         as their matrices."""
         super().apply(match, candidate, tensors, editor)
         site, info = match.site, calls.attention_info(match)
-        found = zip("qk", rotations(tensors["scale"], info.dtype), strict=True)
-        for place, (argument, matrices) in enumerate(found):
-            mixed: Any = editor.node(site).args[place]
-            if mixed.target is not mix_channels:
-                name = "query_rotation" if argument == "q" else "key_rotation"
-                identity = torch.eye(info.head_dim).to(matrices).expand_as(matrices)
-                read = editor.tensor(site, name, identity.contiguous())
-                mixed = editor.call(site, mix_channels, (mixed, read), {})
-                editor.update(site, **{argument: mixed})
-            held = editor.value(mixed.args[1]).detach().clone()
-            held[site.head] = matrices[site.head]
-            editor.amend(site, mixed.args[1], held)
+        query, key = rotations(tensors["scale"], info.dtype)
+        _mix(site, editor, "q", "query_rotation", query)
+        _mix(site, editor, "k", "key_rotation", key)
+
+
+def _mix(site: Site, editor: Editor, argument: str, name: str, matrices: Tensor) -> None:
+    """Let the attention of `site` read `argument` with the channels of this head mixed."""
+    mixed: Any = editor.node(site).args["qk".index(argument)]
+    if mixed.target is not mix_channels:
+        identity = torch.eye(matrices.shape[-1]).to(matrices).repeat(len(matrices), 1, 1)
+        mixed = editor.call(site, mix_channels, (mixed, editor.tensor(site, name, identity)), {})
+        editor.update(site, **{argument: mixed})
+    head = torch.arange(len(matrices), device=matrices.device) == site.head
+    editor.amend(site, mixed.args[1], lambda held: torch.where(head[:, None, None], matrices, held))
 
 
 def channel_scale(inputs: Mapping[str, Any]) -> Tensor:

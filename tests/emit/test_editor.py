@@ -175,7 +175,7 @@ def test_arguments_of_a_call_change_by_name(case):
     assert editor.records[-1].kind == "update"
 
 
-def test_a_registered_tensor_can_be_read_and_amended(pair):
+def test_a_registered_tensor_can_be_amended(pair):
     model, x, captured, sites = pair
     editor, site = GraphEditor(captured), sites["second"]
     with editor.applying("linear.test"):
@@ -183,9 +183,7 @@ def test_a_registered_tensor_can_be_read_and_amended(pair):
         source = editor.node(site).args[0]
         new = editor.call(site, torch.ops.aten.linear.default, (source, weight), {})
         editor.replace(site, new)
-        assert torch.equal(editor.value(weight), torch.zeros(6, 8))
-        editor.amend(site, weight, torch.ones(6, 8))
-    assert isinstance(editor.value(weight), nn.Parameter)
+        editor.amend(site, weight, lambda held: held + 1)
     with torch.no_grad():
         hidden = torch.relu(model.first(x))
         summed = hidden.sum(1, keepdim=True).expand(3, 6)

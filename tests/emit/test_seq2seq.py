@@ -280,9 +280,7 @@ def test_mixed_keys_change_no_score_in_any_phase(name):
     want, opt = model.generate(ids, **options), rotated(model, "")
     # two layers' keys of the encoder, once; their queries, and both of what is generated
     parts = (opt.parts.encoder, opt.parts.cross, opt.parts.step)
-    counts = [
-        len(part.graph.find_nodes(op="call_function", target=mix_channels)) for part in parts
-    ]
+    counts = [len(part.graph.find_nodes(op="call_function", target=mix_channels)) for part in parts]
     assert counts == [0, 2, 6]
     got = opt.generate(ids, **options)
     assert torch.equal(got.sequences, want.sequences)
