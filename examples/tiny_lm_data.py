@@ -88,10 +88,7 @@ def retrieval_document(
     six bytes that nothing but its assignment, anywhere before, tells. `ids[: answer.start]` is the
     prompt. The filler is a random window of `filler`, the held-out text by default.
     """
-    keys = [f"k{key:04x}" for key in rng.sample(range(16**4), pairs)]
-    values = [f"{rng.getrandbits(24):06x}" for _ in keys]
-    assigns = [f"{key} = '{value}'\n".encode() for key, value in zip(keys, values, strict=True)]
-    asserts = [f"assert {k} == '{v}'\n".encode() for k, v in zip(keys, values, strict=True)]
+    assigns, asserts = _pairs(rng, pairs)
     statement_bytes = sum(map(len, assigns + asserts))
     window = _random_window(rng, filler or heldout_text(), length - statement_bytes)
 
@@ -103,6 +100,15 @@ def retrieval_document(
         statements += [(start, assign), (start + distance, check)]
     text = _insert_lines(window, statements)
     return _to_ids(text), slice(length - 8, length - 2)
+
+
+def _pairs(rng: random.Random, count: int) -> tuple[list[bytes], list[bytes]]:
+    """Assignments of random values to random names, and the assertions that repeat them."""
+    keys = [f"k{key:04x}" for key in rng.sample(range(16**4), count)]
+    values = [f"{rng.getrandbits(24):06x}" for _ in keys]
+    named = list(zip(keys, values, strict=True))
+    assigns = [f"{key} = '{value}'\n".encode() for key, value in named]
+    return assigns, [f"assert {key} == '{value}'\n".encode() for key, value in named]
 
 
 def _random_window(rng: random.Random, text: bytes, length: int) -> bytes:
@@ -128,6 +134,25 @@ def retrieval_documents(
     rng = random.Random(seed)
     documents = [retrieval_document(rng, length, filler=filler) for _ in range(count)]
     return torch.stack([ids for ids, _ in documents]), documents[0][1]
+
+
+def retrieval_turns(
+    count: int, turns: int = 4, length: int = CONTEXT, seed: int = 0
+) -> tuple[torch.Tensor, list[slice]]:
+    """Documents that end with `turns` assertions, each a question of its own: int64
+    [count, length], and the slices of their answers.
+
+    The assigned names are anywhere before the first question, and asked for in random order.
+    """
+    rng, documents, line = random.Random(seed), [], 0
+    for _ in range(count):
+        assigns, asserts = _pairs(rng, turns)
+        line = len(asserts[0])
+        window = _random_window(rng, heldout_text(), length - turns * (line + len(assigns[0])))
+        text = _insert_lines(window, [(rng.randrange(len(window)), assign) for assign in assigns])
+        documents.append(_to_ids(text + b"".join(asserts)))
+    ends = [length - line * turn for turn in reversed(range(turns))]
+    return torch.stack(documents), [slice(end - 8, end - 2) for end in ends]
 
 
 # --- scores -----------------------------------------------------------------------------------

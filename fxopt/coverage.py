@@ -41,10 +41,8 @@ class Seen:
 
 def notes(compiler: Compiler, graph: fx.GraphModule) -> list[str]:
     """What the report has to say of the cache's and the windows' share in what was measured."""
-    batches = compiler.request.calibration.verify[:SEQUENCES]
-    walks = [_walk(compiler, graph, batch) for batch in batches]
-    seen = _joined(walks)
-    longest = max(first_tensor(batch).shape[-1] for batch in batches)
+    seen = look(compiler, graph)
+    longest = max(first_tensor(batch).shape[-1] for batch in _looked_at(compiler))
     said: list[str] = []
     if seen.packed:
         said.append(_of_cache(seen.packed, longest))
@@ -55,6 +53,15 @@ def notes(compiler: Compiler, graph: fx.GraphModule) -> list[str]:
             "the quality row says nothing of longer ones; pass longer sequences"
         )
     return said
+
+
+def look(compiler: Compiler, graph: fx.GraphModule) -> Seen:
+    """Run `graph` over some sequences of the verify part and look at its attention."""
+    return _joined([_walk(compiler, graph, batch) for batch in _looked_at(compiler)])
+
+
+def _looked_at(compiler: Compiler) -> list[dict[str, Any]]:
+    return list(compiler.request.calibration.verify[:SEQUENCES])
 
 
 def _of_cache(shares: Sequence[float], longest: int) -> str:

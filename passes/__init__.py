@@ -20,6 +20,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.attention.neighborhood:Neighborhood",
     "fxopt.passes.attention.decode_topk:DecodeTopk",
     "fxopt.passes.kv_cache.blocks:Blocks",
+    "fxopt.passes.kv_cache.rotated:Rotated",
     "fxopt.passes.linear.channel_pruned:ChannelPruned",
     "fxopt.passes.linear.low_rank_shared:LowRankShared",
     "fxopt.passes.linear.low_rank:LowRank",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import inspect
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -96,9 +97,7 @@ class GraphEditor:
         while target in self._attributes:
             count += 1
             target = f"{prefix}{name}_{count}"
-        if value.is_floating_point() and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value.detach())
-        self._attributes[target] = value
+        value = self._attributes[target] = _held(value)
         old = self.node(site)
         with self._body.inserting_before(old):
             new = self._body.create_node("get_attr", target, name=target.replace(".", "_"))
@@ -107,6 +106,11 @@ class GraphEditor:
         new.meta["val"] = fake.from_tensor(value, static_shapes=True) if fake else value
         self._record("tensor", site, "", describe(new))
         return new
+
+    def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        name = str(node.target)
+        self._attributes[name] = _held(change(self._attributes[name].detach()))
+        self._record("tensor", site, describe(node), describe(node))
 
     def call(
         self, site: Site, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,11 +143,14 @@ class GraphEditor:
             if node is old:
                 self._nodes[name] = new
 
-    def update(self, site: Site, **kwargs: Any) -> None:
+    def update(self, site: Site, **arguments: Any) -> None:
         node = self.node(site)
-        before = describe(node)
-        for name, value in kwargs.items():
-            node.update_kwarg(name, value)
+        before, names = describe(node), _positional(node)
+        for name, value in arguments.items():
+            if name in names:
+                node.update_arg(names.index(name), value)
+            else:
+                node.update_kwarg(name, value)
         node.meta = {**node.meta, "fxopt": self._rewrite, "site": site.key}
         self._record("update", site, before, describe(node))
 
@@ -176,6 +183,20 @@ class GraphEditor:
 
     def _record(self, kind: Any, site: Site, before: str, after: str) -> None:
         self.records.append(Edit(kind, site.key, self._rewrite, before, after))
+
+
+def _held(value: Tensor) -> Tensor:
+    """A Parameter if floating, else the tensor itself."""
+    if not value.is_floating_point() or isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value.detach())
+
+
+def _positional(node: fx.Node) -> list[str]:
+    """Names of the arguments that a call of a Python function gives by position."""
+    if isinstance(node.target, OpOverload) or not callable(node.target):
+        return []
+    return list(inspect.signature(node.target).parameters)[: len(node.args)]
 
 
 def describe(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from ..ir.ops import add_rms_norm, attend, gated, rms_norm, rotate
+from ..ir.ops import add_rms_norm, attend, gated, mix_channels, rms_norm, rotate
 from .facts import facts, tensor_facts
 from .frames import Frame, floats, is_size_arithmetic, state_index
 from .layout import INDENT, WIDTH, assign, wrap
@@ -23,15 +23,15 @@ from .targets import op_name, root
 from .tree import Tree
 
 _HINTS = {
-    "add": "x", "attend": "attention", "gated": "inner", "getitem": "item", "rms_norm": "normed",
-    "rotate": "rotated", "sym_size": "length",
+    "add": "x", "attend": "attention", "gated": "inner", "getitem": "item",
+    "mix_channels": "mixed", "rms_norm": "normed", "rotate": "rotated", "sym_size": "length",
 }  # fmt: skip
 _PASSING = {"mul", "to", "unsqueeze", "view", "expand", "reshape", "contiguous", "slice", "getitem",
             "transpose", "permute", "index", "select"}  # fmt: skip
 # Names that generated code reads.
 _TAKEN = {
     "self", "F", "nn", "torch", "math", "operator", "zip", "float", "slice", "getattr",
-    *(f.__name__ for f in (add_rms_norm, attend, gated, rms_norm, rotate)),
+    *(f.__name__ for f in (add_rms_norm, attend, gated, mix_channels, rms_norm, rotate)),
 }  # fmt: skip
 
 

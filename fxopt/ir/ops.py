@@ -96,6 +96,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
+def mix_channels(x: Tensor, matrices: Tensor) -> Tensor:
+    """The channels of each head times the matrix of its KV head.
+
+    x [B, H, N, D] and matrices [KV, D, E], of one dtype, H a multiple of KV; returns [B, H, N, E].
+    """
+    grouped = x.unflatten(1, (matrices.shape[0], -1))
+    return torch.einsum("bkgnd,kde->bkgne", grouped, matrices).flatten(1, 2)
+
+
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up (GLU Variants, arXiv 2002.05202); of one dtype and shape.
 

@@ -88,6 +88,11 @@ class Editor(Protocol):
         buffer) and return a get_attr node that reads it."""
         ...
 
+    def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Let `node`, which `tensor` returned, read what `change` makes of the value that it reads,
+        of the same shape and dtype."""
+        ...
+
     def call(
         self, site: Site, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node:
@@ -98,8 +103,9 @@ class Editor(Protocol):
         """Let `new` stand for the site's node; parameters that nothing reads any more go."""
         ...
 
-    def update(self, site: Site, **kwargs: Any) -> None:
-        """Change keyword arguments of the site's node in place."""
+    def update(self, site: Site, **arguments: Any) -> None:
+        """Change arguments of the site's node in place, by name; positional ones (`q` and `k` of
+        an attention) where the node calls a Python function."""
         ...
 
 

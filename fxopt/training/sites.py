@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -261,6 +261,9 @@ class Marks:
     def tensor(self, site: Site, name: str, value: Tensor) -> fx.Node:
         raise _refusal(site, "register a tensor")
 
+    def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        raise _refusal(site, "change a tensor")
+
     def call(
         self, site: Site, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node:
@@ -269,7 +272,7 @@ class Marks:
     def replace(self, site: Site, new: fx.Node) -> None:
         raise _refusal(site, "replace a node")
 
-    def update(self, site: Site, **kwargs: Any) -> None:
+    def update(self, site: Site, **arguments: Any) -> None:
         raise _refusal(site, "change arguments")
 
 

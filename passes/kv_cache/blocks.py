@@ -26,6 +26,8 @@ from fxopt.kernels.kv_attention.layout import Blocks as Format
 from fxopt.kernels.kv_attention.layout import with_head
 from fxopt.passes.kv_cache import calls
 
+_NAMES = ("key_bits", "value_bits", "group", "residual", "sink")
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -92,8 +94,11 @@ class Blocks:
             fitting = [
                 fmt for fmt in formats if fmt.packed(length) and not fmt.refusal(info.head_dim)
             ]
-            found += [_candidate(fmt) for fmt in (fitting[-1:] if pair[0] == 8 else fitting)]
+            found += map(self._candidate, fitting[-1:] if pair[0] == 8 else fitting)
         return found
+
+    def _candidate(self, fmt: Format) -> Candidate:
+        return Candidate(self.name, str(fmt), {name: getattr(fmt, name) for name in _NAMES})
 
     def _format(self, info: AttentionInfo, bits: tuple[int, int], group: int) -> Format:
         """What never grows is packed at once, all of it that fills a block."""
@@ -138,23 +143,8 @@ def exact_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
     return calls.cached_call(info, None, scenario, info.window)
 
 
-def _candidate(fmt: Format) -> Candidate:
-    return Candidate(
-        Blocks.name,
-        str(fmt),
-        {
-            "key_bits": fmt.key_bits,
-            "value_bits": fmt.value_bits,
-            "group": fmt.group,
-            "residual": fmt.residual,
-            "sink": fmt.sink,
-        },
-    )
-
-
 def _format_of(candidate: Candidate) -> Format:
-    names = ("key_bits", "value_bits", "group", "residual", "sink")
-    return Format(*(int(candidate.parameters[name]) for name in names))
+    return Format(*(int(candidate.parameters[name]) for name in _NAMES))
 
 
 def _longest(scenarios: Sequence[Scenario]) -> int:

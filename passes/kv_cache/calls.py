@@ -1,4 +1,5 @@
-"""What one KV head's cache costs: the op calls of decoding through it and of filling it."""
+"""What one KV head's cache costs: the op calls of decoding through it, of filling it, and of
+rotating what goes there."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
+from fxopt.ir.ops import mix_channels
 from fxopt.ir.rewrite import Match
 from fxopt.ir.site import AttentionInfo
 from fxopt.ir.workload import Scenario
@@ -105,6 +107,43 @@ def hidden_keys(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> 
 
 def _layout(info: AttentionInfo, fmt: Blocks | None) -> Layout:
     return Layout((HeadClass((), fmt, info.top_keys),))
+
+
+def rotation_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
+    """The new queries and keys of one KV head times a matrix of its channels each."""
+    rows = scenario.batch * scenario.queries
+    keys = 0 if info.cross and scenario.past else rows
+    queries = rows * (info.num_heads // info.num_kv_heads)
+    size, square = info.dtype.itemsize, info.head_dim**2
+    moved = (queries + keys) * info.head_dim * size
+    return OpCall(
+        op="aten::bmm",
+        key=f"kv_rotation/{_signature(info, None, scenario, 0)}",
+        flops=2.0 * (queries + keys) * square,
+        bytes_read=moved + 2 * square * size,
+        bytes_written=moved,
+        weight_bytes=2 * square * size,
+        launches=2 if keys else 1,
+        share=info.num_kv_heads,
+        family=f"kv_rotation/{_family(info, None, 0)}",
+        run=_rotator(info, scenario, bool(keys)),
+    )
+
+
+def _rotator(
+    info: AttentionInfo, scenario: Scenario, with_keys: bool
+) -> Callable[[Any], Callable[[], Any]]:
+    heads = (info.num_heads, info.num_kv_heads)[: 1 + with_keys]
+
+    def run(device: Any) -> Callable[[], Any]:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device).to(info.dtype)
+
+        sides = [random(scenario.batch, n, scenario.queries, info.head_dim) for n in heads]
+        matrices = random(info.num_kv_heads, info.head_dim, info.head_dim)
+        return lambda: [mix_channels(side, matrices) for side in sides]
+
+    return run
 
 
 def _bytes(info: AttentionInfo, fmt: Blocks | None, batch: int, length: int, size: int) -> int:

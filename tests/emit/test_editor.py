@@ -158,3 +158,34 @@ def test_a_site_of_another_capture_is_named(pair, case):
     site = next(s for s in case("llama").captured.sites if s.family == "linear")
     with pytest.raises(FxoptError, match="another capture"):
         GraphEditor(pair[2]).node(site)
+
+
+def test_arguments_of_a_call_change_by_name(case):
+    """`attend` takes q, k and v by position, its layout by name."""
+    found = case("llama")
+    editor = GraphEditor(found.captured)
+    site = next(s for s in found.captured.sites if s.family == "kv_cache")
+    with editor.applying("kv_cache.test"):
+        doubled = editor.call(site, torch.ops.aten.mul.Tensor, (editor.node(site).args[1], 2.0), {})
+        editor.update(site, k=doubled, layout="k8v8g32r8s4")
+    node = editor.node(site)
+    assert node.args[1] is doubled
+    assert node.kwargs["layout"] == "k8v8g32r8s4"
+    assert "k" not in node.kwargs
+    assert editor.records[-1].kind == "update"
+
+
+def test_a_registered_tensor_can_be_amended(pair):
+    model, x, captured, sites = pair
+    editor, site = GraphEditor(captured), sites["second"]
+    with editor.applying("linear.test"):
+        weight = editor.tensor(site, "weight", torch.zeros(6, 8))
+        source = editor.node(site).args[0]
+        new = editor.call(site, torch.ops.aten.linear.default, (source, weight), {})
+        editor.replace(site, new)
+        editor.amend(site, weight, lambda held: held + 1)
+    with torch.no_grad():
+        hidden = torch.relu(model.first(x))
+        summed = hidden.sum(1, keepdim=True).expand(3, 6)
+    torch.testing.assert_close(editor.finish()(x)[0], summed)
+    assert [record.kind for record in editor.records[:4]] == ["tensor", "call", "replace", "tensor"]

@@ -27,8 +27,11 @@ from fxopt.emit.module import emit
 from fxopt.emit.phases import Phase, split
 from fxopt.emit.save import load
 from fxopt.ir.errors import FxoptError
+from fxopt.ir.ops import mix_channels
+from fxopt.ir.rewrite import Match
 from fxopt.ir.workload import Scenario
 from fxopt.passes.baseline import cache_bytes
+from fxopt.passes.kv_cache.rotated import Rotated
 from tests.oracle import FakeQuantizedCache, fake_quantize, parse
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -247,6 +250,44 @@ def test_packed_caches_give_the_oracles_tokens(name, beams):
     torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
     change = (got.logits[0] - exact.logits[0]).abs().max()
     assert change > 1e-2, "the first step reads packed keys already"
+
+
+def rotated(model, layout=None):
+    """All keys mixed before they are stored, in the format of the rewrite or in `layout`."""
+    captured, rewrite = capture(model, example(model)), Rotated(bits=((2, 4),), groups=(32,))
+    editor = GraphEditor(captured)
+    for site in captured.sites:
+        match = rewrite.match(site) if site.family == "kv_cache" else None
+        if isinstance(match, Match):
+            (candidate,) = rewrite.candidates(match, [Scenario("decode", 1, 1, 200)])
+            scale = 2.0 ** torch.randint(-2, 3, (4, 8))
+            with editor.applying(rewrite.name):
+                rewrite.apply(match, candidate, {"scale": scale}, editor)
+                if layout is not None:
+                    editor.update(site, layout=layout)
+    editor.finish()
+    return emit(captured, editor, model)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_mixed_keys_change_no_score_in_any_phase(name):
+    model = make(name)
+    ids, mask = padded(75)
+    options = {
+        "attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    want, opt = model.generate(ids, **options), rotated(model, "")
+    # two layers' keys of the encoder, once; their queries, and both of what is generated
+    parts = (opt.parts.encoder, opt.parts.cross, opt.parts.step)
+    counts = [len(part.graph.find_nodes(op="call_function", target=mix_channels)) for part in parts]
+    assert counts == [0, 2, 6]
+    got = opt.generate(ids, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    packed = rotated(model).generate(ids, **options)
+    change = (packed.logits[0] - want.logits[0]).abs().max()
+    assert 1e-5 < change < 1.0
 
 
 def test_a_packed_cache_is_as_large_as_it_was_said_to_be():
