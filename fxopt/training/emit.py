@@ -121,6 +121,7 @@ def _layout(part: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], str]:
 def _replace(node: fx.Node, owner: fx.Node, scheduled: Schedule, written: _Written) -> None:
     """Let the backward read an owner's image, and views of the memory go."""
     image = scheduled.images[owner].image
+    assert image.unpack is not None
     node.target = image.unpack
     node.args = (node.args[0], *written.parts[owner], *image.unpack_arguments)
     node.kwargs = {}
@@ -130,6 +131,7 @@ def _replace(node: fx.Node, owner: fx.Node, scheduled: Schedule, written: _Writt
 
 
 def _pack(graph: fx.Graph, node: fx.Node, image: Image) -> list[fx.Node]:
+    assert image.pack is not None
     values = parts_of(image, node.meta["val"])
     whole = graph.call_function(image.pack, (node, *image.pack_arguments))
     if image.replaces:

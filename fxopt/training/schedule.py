@@ -143,8 +143,7 @@ def schedule(
             extras.setdefault(node, []).append(Item(owner, "fetch", node))
         wait = placed.wait
     for node, sources in needs.items():
-        kinds = ((s, _back(images[s]) if s in images else ("again",)) for s in sources)
-        items = (Item(source, kind, node) for source, each in kinds for kind in each)
+        items = (Item(s, kind, node) for s in sources for kind in _back(images.get(s)))
         extras.setdefault(node, []).extend(items)
     return Schedule(step, extras, frozenset(made - set(images)), images, wait)
 
@@ -183,9 +182,11 @@ def _out(form: Form) -> tuple[Call, ...]:
     return (*packed, "send") if form.image.carrier else packed
 
 
-def _back(form: Form) -> tuple[Call, ...]:
-    """The calls that make the memory again; its copies began before."""
-    packed: tuple[Call, ...] = ("unpack",) if form.image.pack else ()
+def _back(form: Form | None) -> tuple[Kind, ...]:
+    """The calls that make memory again; the copies of an image began before."""
+    if form is None:
+        return ("again",)
+    packed: tuple[Kind, ...] = ("unpack",) if form.image.pack else ()
     return ("arrive", *packed) if form.image.carrier else packed
 
 
