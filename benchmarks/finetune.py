@@ -190,7 +190,7 @@ class Bench:
             rewrites=asked.rewrites,
         )
         for decision in opt.plan.rewritten:
-            if asked.int4 and asked.int4 in decision.key:
+            if asked.int4 is not None and asked.int4 in decision.key:
                 opt.plan.lock(decision.key, ROUNDED, "int4")
         return opt.plan
 

@@ -121,8 +121,8 @@ def test_finetuning_goes_on_where_it_ended(
     rounded = ["activation.quantized_saved"]
     plans = {
         "exact": bench.Asked("90%", None, ["activation.recompute"]),
-        "int8": bench.Asked("90%", 0.5, rounded),
-        "int8 and int4": bench.Asked("90%", 0.5, rounded, int4=".mlp."),
+        "int8": bench.Asked("90%", 0.005, rounded),
+        "int8 and int4": bench.Asked("90%", 0.005, rounded, int4=""),
     }
     monkeypatch.setattr(bench, "tiny", small_llama)
     monkeypatch.setattr(bench, "PLANS", plans)
