@@ -39,10 +39,12 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.activation.packed_mask:PackedMask",
     "fxopt.passes.activation.approximate_backward:ApproximateBackward",
     "fxopt.passes.activation.quantized_saved:QuantizedSaved",
+    "fxopt.passes.activation.quantized_offload:QuantizedOffload",
 )
 ON_REQUEST = frozenset(
     {
         "activation.offload",
+        "activation.quantized_offload",
         "linear.channel_pruned",
         "linear.low_rank_shared",
         "linear.low_rank_pivoted",
@@ -51,7 +53,7 @@ ON_REQUEST = frozenset(
     }
 )
 """Tried only where `rewrites=` selects them: more candidates lengthen every search, and on a GPU
-a step with `offload` was measured to take more memory than predicted
+a step with `activation.offload` was measured to take more memory than predicted
 (docs/activation-memory.md)."""
 ENTRY_POINTS = "fxopt.rewrites"
 

@@ -14,6 +14,21 @@ AGAIN: Final = "again"
 
 
 @dataclass(frozen=True)
+class Carrier:
+    """Copies of tensors to elsewhere and back, made while other ops run.
+
+    `send(x)` begins a copy and returns what it writes; from `sent(there, x)` on, which returns
+    `there`, the memory of x may be used. `fetch(there, size, stride, device)` begins the way back;
+    `fetched(x, there)` returns x, whole.
+    """
+
+    send: Callable[..., Any]
+    sent: Callable[..., Any]
+    fetch: Callable[..., Any]
+    fetched: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Image:
     """Another form in which a piece of memory waits for the backward.
 
@@ -25,17 +40,13 @@ class Image:
     With `replaces` x does not come back at all: `unpack(gradient, part, *unpack_arguments)` takes
     the place of the one op of the backward that reads it. `pack` returns the one part alone.
 
-    With `release` and `fetch` there is one part, returned alone, which is made and read back while
-    other ops run:
-    `release(part, x)` returns the part once x is needed no more; `fetch(part, *unpack_arguments)`
-    begins to make the tensor, and `unpack(fetched, part)` returns it.
+    With a `carrier` the parts wait elsewhere; so does x itself where nothing packs it.
     """
 
-    pack: Callable[..., Any]
-    pack_arguments: tuple[Any, ...]
-    unpack: Callable[..., Any]
-    unpack_arguments: tuple[Any, ...]
+    pack: Callable[..., Any] | None = None
+    pack_arguments: tuple[Any, ...] = ()
+    unpack: Callable[..., Any] | None = None
+    unpack_arguments: tuple[Any, ...] = ()
     rounding: float = 0.0
     replaces: bool = False
-    release: Callable[..., Any] | None = None
-    fetch: Callable[..., Any] | None = None
+    carrier: Carrier | None = None

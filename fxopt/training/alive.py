@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import fx
 
 from ..passes.activation.cut_cross_entropy import workspace_of
+from .forms import OUTWARD, State, states
 from .lifetimes import touched, unread
 
 if TYPE_CHECKING:
     from .schedule import Item, Schedule
 
-EARLY = ("pack", "release")
-"""The inserted calls of the forward; those before the backward's first node belong to it."""
-
-State = Literal["first", "again", "image"]
 Key = tuple[fx.Node, State]
-"""A piece of memory by the node that owns it: as the forward made it, as the backward made it
-again, or its image."""
+"""A piece of memory by the node that owns it."""
 
 
 def live(laid: Schedule) -> np.ndarray:
@@ -47,7 +43,7 @@ def live(laid: Schedule) -> np.ndarray:
         calls += enumerate(items, start)
         alive[start : start + len(items)] += _own(laid, items)
         if node is step.backward[0]:
-            early = sum(item.kind in EARLY for item in items)
+            early = sum(item.kind in OUTWARD for item in items)
             alive[start + early : start + len(items)] += known.tangents
     change = np.zeros(len(alive) + 1)
     for size, begin, end in _changes(laid, calls, runs):
@@ -87,7 +83,9 @@ def _changes(
             last[key] = place
     for (owner, state), start in begin.items():
         end, size = last[owner, state], step.bytes.get(owner, 0)
-        if state == "image":
+        if state in ("sent", "fetched"):
+            yield laid.images[owner].packed, start, end
+        elif state == "image":
             # where others read it in place of the memory, they are nodes of the backward
             reads = known.in_backward if laid.images[owner].image.replaces else {}
             yield laid.images[owner].bytes, start, max(end, _at(runs, reads, owner))
@@ -109,10 +107,8 @@ def _at(runs: np.ndarray, places: Mapping[fx.Node, int], owner: fx.Node) -> int:
 
 def _touched(laid: Schedule, item: Item) -> list[Key]:
     """The memory that an inserted call reads or makes."""
-    if item.kind in EARLY:
-        return [(item.node, "first"), (item.node, "image")]
-    if item.kind != "again":
-        return [(item.node, "image"), (item.node, "again")]
+    if item.kind not in ("run", "again"):
+        return [(item.node, state) for state in states(laid.images[item.node].image, item.kind)]
     # a view of kept memory may be taken again: the memory is the first run's
     return [
         (owner, "again" if owner in laid.again or owner in laid.images else "first")

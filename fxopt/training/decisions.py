@@ -102,8 +102,10 @@ def _taken(offer: Offer, bytes_: int) -> str:
     if not isinstance(form, Form):
         return f"{_size(bytes_)} less to save; alone it takes {seconds} to run again"
     if form.host:
-        where = f"{_size(form.host)} wait in host memory"
-        return f"{where}; alone it takes {seconds} of standing still for copies"
+        where, what = f"{_size(form.host)} wait in host memory", "standing still for copies"
+        if form.image.pack:
+            where, what = f"{where} in place of {_size(bytes_)}", f"packing and {what}"
+        return f"{where}; alone it takes {seconds} of {what}"
     return (
         f"{_size(form.bytes)} saved in place of {_size(bytes_)}; there and back it takes {seconds}"
     )

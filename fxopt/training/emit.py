@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch.partitioners import (
     _extract_fwd_bwd_modules,  # pyright: ignore[reportPrivateUsage]
 )
 from torch.fx.graph import CodeGen
 
-from ..ir.saved import Image
+from ..ir.saved import Carrier, Image
 from .forms import parts_of
 from .random import is_random, replayed, rng_state
 from .schedule import Item, Schedule
@@ -30,7 +31,8 @@ def partition(
     forward = {*scheduled.step.forward, *joint.graph.find_nodes(op="placeholder")}
     forward |= {part for parts in written.parts.values() for part in parts}
     states = [n for n in joint.graph.nodes if n.target is rng_state]
-    inside = {*scheduled.step.backward, *written.copies.values(), *written.fetched.values()}
+    back = {part for parts in written.back.values() for part in parts}
+    inside = {*scheduled.step.backward, *written.copies.values(), *back}
     read = {source for node in inside for source in node.all_input_nodes}
     saved = [n for n in joint.graph.nodes if n in read and (n in forward or n in states)]
     saved = [n for n in saved if not str(n.target).startswith("tangents")]
@@ -44,12 +46,13 @@ def partition(
 
 @dataclass(frozen=True)
 class _Written:
-    """What was inserted: what stands for forward nodes in the backward, the parts of images that
-    are saved, and tensors on their way back, by forward node."""
+    """What was inserted, by forward node: what stands for it in the backward, what packing it gave,
+    the parts of its image that are saved, and those that were copied back."""
 
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    packed: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
     parts: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
-    fetched: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    back: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
 
 
 def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
@@ -76,28 +79,49 @@ def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
 
 
 def _image(graph: fx.Graph, item: Item, image: Image, written: _Written) -> None:
-    """Insert one call that makes, or reads, an image."""
+    """Insert one of the calls that make, or read, an image."""
     node = item.node
     if item.kind == "pack":
-        written.parts[node] = _pack(graph, node, image)
-        return
-    parts = written.parts[node]
-    if item.kind == "release":
-        written.parts[node] = [_like(graph, parts[0], image.release, (*parts, node))]
-    elif item.kind == "fetch":
+        written.packed[node] = written.parts[node] = _pack(graph, node, image)
+    elif item.kind == "unpack":
+        parts = written.back[node] if image.carrier else written.parts[node]
         arguments = (*parts, *image.unpack_arguments)
-        written.fetched[node] = _like(graph, node, image.fetch, arguments)
-    elif image.fetch:
-        arguments = (written.fetched[node], *parts)
         written.copies[node] = _like(graph, node, image.unpack, arguments)
     else:
-        arguments = (*parts, *image.unpack_arguments)
-        written.copies[node] = _like(graph, node, image.unpack, arguments)
+        assert image.carrier is not None
+        _carry(graph, item, image.carrier, written)
+        if item.kind == "arrive" and not image.pack:
+            (written.copies[node],) = written.back[node]
+
+
+def _carry(graph: fx.Graph, item: Item, carrier: Carrier, written: _Written) -> None:
+    """Insert the calls at which the copies of an image begin or end."""
+    node, parts, back = item.node, written.parts, written.back
+    here = written.packed.get(node, [node])
+    if item.kind == "send":
+        parts[node] = [_call(graph, carrier.send, (part,)) for part in here]
+    elif item.kind == "release":
+        ends = zip(parts[node], here, strict=True)
+        parts[node] = [_like(graph, there, carrier.sent, (there, part)) for there, part in ends]
+    elif item.kind == "fetch":
+        begins = zip(parts[node], here, strict=True)
+        back[node] = [
+            _like(graph, part, carrier.fetch, (there, *_layout(part))) for there, part in begins
+        ]
+    else:
+        ends = zip(back[node], parts[node], strict=True)
+        back[node] = [_like(graph, part, carrier.fetched, (part, there)) for part, there in ends]
+
+
+def _layout(part: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    value = part.meta["val"]
+    return tuple(map(int, value.shape)), tuple(map(int, value.stride())), str(value.device)
 
 
 def _replace(node: fx.Node, owner: fx.Node, scheduled: Schedule, written: _Written) -> None:
     """Let the backward read an owner's image, and views of the memory go."""
     image = scheduled.images[owner].image
+    assert image.unpack is not None
     node.target = image.unpack
     node.args = (node.args[0], *written.parts[owner], *image.unpack_arguments)
     node.kwargs = {}
@@ -107,9 +131,10 @@ def _replace(node: fx.Node, owner: fx.Node, scheduled: Schedule, written: _Writt
 
 
 def _pack(graph: fx.Graph, node: fx.Node, image: Image) -> list[fx.Node]:
-    whole = graph.call_function(image.pack, (node, *image.pack_arguments))
+    assert image.pack is not None
     values = parts_of(image, node.meta["val"])
-    if image.fetch or image.replaces:
+    whole = graph.call_function(image.pack, (node, *image.pack_arguments))
+    if image.replaces:
         whole.meta["val"] = values[0]
         return [whole]
     parts = [graph.call_function(operator.getitem, (whole, i)) for i in range(len(values))]
@@ -117,6 +142,13 @@ def _pack(graph: fx.Graph, node: fx.Node, image: Image) -> list[fx.Node]:
     for part, value in zip(parts, values, strict=True):
         part.meta["val"] = value
     return parts
+
+
+def _call(graph: fx.Graph, target: Any, arguments: tuple[fx.Node, ...]) -> fx.Node:
+    call = graph.call_function(target, arguments)
+    with torch.no_grad():
+        call.meta["val"] = target(*(node.meta["val"] for node in arguments))
+    return call
 
 
 def _like(graph: fx.Graph, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> fx.Node:

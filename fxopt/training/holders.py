@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from torch import Tensor, fx
 
 from ..ir.evidence import Holder
+from ..ir.saved import Image
 from ..passes.activation.cut_cross_entropy import EARLY, workspace_of
+from .forms import OUTWARD, Call, State, states
 from .schedule import Schedule
 from .step import Step, storage_of
 
-State = Literal["first", "again", "image"]
 Piece = tuple[fx.Node, State]
-"""Memory by the node that owns it: as the forward made it, as the backward made it again, or what
-waits in its place."""
-TURNS: dict[State, str] = {"first": "pack", "again": "unpack"}
+"""A piece of memory by the node that owns it."""
+TURNS: dict[State, Call] = {"first": "send", "again": "arrive"}
 """The item at which memory that is copied beside other calls begins, or ends, to be on its way."""
 
 
@@ -26,7 +26,7 @@ def border(laid: Schedule) -> int:
     """The first item of the backward; images are packed in the forward."""
     for i, item in enumerate(laid.items):
         inside = item.kind == "run" and item.node in laid.step.inside
-        if not inside and item.kind not in ("pack", "release"):
+        if not inside and item.kind not in OUTWARD:
             return i
     return len(laid.items)
 
@@ -41,14 +41,21 @@ def held(laid: Schedule) -> dict[Holder, np.ndarray]:
     turns = {(item.kind, item.node): i for i, item in enumerate(laid.items)}
     opening = border(laid)
     for piece, start in begin.items():
-        owner, state = piece
-        size = laid.images[owner].bytes if state == "image" else laid.step.bytes.get(owner, 0)
+        size = _size(laid, piece)
         for name, first, end in _stretches(laid, piece, start, last[piece], opening, turns):
             change[name][first] += size
             change[name][end + 1] -= size
     found = {name: np.cumsum(values)[:-1] for name, values in change.items()}
     found["temporary"] += _unowned(laid)
     return {name: values for name, values in found.items() if values.any()}
+
+
+def _size(laid: Schedule, piece: Piece) -> int:
+    owner, state = piece
+    if state in ("first", "again"):
+        return laid.step.bytes.get(owner, 0)
+    form = laid.images[owner]
+    return form.bytes if state == "image" else form.packed
 
 
 def _stretches(
@@ -61,10 +68,12 @@ def _stretches(
 ) -> Iterator[tuple[Holder, int, int]]:
     """Who holds a piece of memory, from which item to which."""
     owner, state = piece
-    copied = owner in laid.images and bool(laid.images[owner].image.fetch)
-    if state == "image":
-        yield "offloaded" if copied else "codes", start, end
-    elif copied:
+    image = laid.images[owner].image if owner in laid.images else Image()
+    if state in ("sent", "fetched"):
+        yield "offloaded", start, end
+    elif state == "image":
+        yield "offloaded" if image.carrier else "codes", start, end
+    elif image.carrier and not image.pack:
         # memory that is copied out waits for the copy's end, and is there before the copy in ends
         turn = turns[TURNS[state], owner]
         before, after = ("temporary", "offloaded") if state == "first" else ("offloaded", "again")
@@ -106,9 +115,8 @@ def _touched(laid: Schedule, i: int) -> Iterator[Piece]:
     """The memory that an item reads or makes; of the placeholders only gradients count."""
     item, step = laid.items[i], laid.step
     if item.kind not in ("run", "again"):
-        state = "first" if item.kind in ("pack", "release") else "again"
-        yield item.node, state
-        yield item.node, "image"
+        for state in states(laid.images[item.node].image, item.kind):
+            yield item.node, state
         return
     in_backward = item.kind == "again" or item.node not in step.inside
     for source in (*step.reads[item.node], item.node):

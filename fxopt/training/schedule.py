@@ -12,21 +12,20 @@ import numpy as np
 from torch import Tensor, fx
 
 from . import alive
-from .forms import Form
+from .forms import Call, Form
 from .lifetimes import is_part
 from .link import Copies, copies
 from .step import Step
 
-Kind = Literal["run", "again", "pack", "release", "fetch", "unpack"]
+Kind = Literal["run", "again"] | Call
 
 
 @dataclass(frozen=True)
 class Item:
     """One call of the step.
 
-    "again" is the second run of a forward node, in the backward; "pack" makes the image of the
-    memory that `node` owns, "unpack" the memory again; where these run beside other calls they end
-    with "release" and begin with "fetch". `before` is the node that such a call stands before.
+    "again" is the second run of a forward node, in the backward; the others are for the image of
+    the memory that `node` owns. `before` is the node that such a call stands before.
     """
 
     node: fx.Node
@@ -136,7 +135,7 @@ def schedule(
         if needed:
             needs[node] = sorted(needed, key=place.__getitem__)
     wait = 0.0
-    if any(form.image.fetch for form in images.values()):
+    if any(form.image.carrier for form in images.values()):
         placed = _copies(step, extras, needs, images)
         for owner, node in placed.release.items():
             extras.setdefault(node, []).append(Item(owner, "release", node))
@@ -144,7 +143,7 @@ def schedule(
             extras.setdefault(node, []).append(Item(owner, "fetch", node))
         wait = placed.wait
     for node, sources in needs.items():
-        items = (Item(s, "unpack" if s in images else "again", node) for s in sources)
+        items = (Item(s, kind, node) for s in sources for kind in _back(images.get(s)))
         extras.setdefault(node, []).extend(items)
     return Schedule(step, extras, frozenset(made - set(images)), images, wait)
 
@@ -156,14 +155,14 @@ def _copies(
     images: Mapping[fx.Node, Form],
 ) -> Copies:
     """Where the copies of those images begin and end that are made beside other calls."""
-    beside = {owner for owner, form in images.items() if form.image.fetch}
+    beside = {owner for owner, form in images.items() if form.image.carrier}
     done = {i.node: node for node, items in packs.items() for i in items if i.node in beside}
     needed = {o: node for node, sources in needs.items() for o in sources if o in beside}
     return copies(step.clock, done, needed, lambda o: images[o].transfer)
 
 
 def _packs(step: Step, images: Mapping[fx.Node, Form]) -> Extras:
-    """Each of `images` is packed after the last op of the forward that reads its memory."""
+    """Each of `images` is made after the last op of the forward that reads its memory."""
     known = step.lifetimes
     following = (*step.forward[1:], step.backward[0])
     extras: Extras = {}
@@ -172,8 +171,23 @@ def _packs(step: Step, images: Mapping[fx.Node, Form]) -> Extras:
         # other results of the op are taken before
         near = [known.place[u] for u in maker.users if is_part(u, maker)]
         after = following[max(known.in_forward[owner], *near, 0)]
-        extras.setdefault(after, []).append(Item(owner, "pack", after))
+        made = (Item(owner, kind, after) for kind in _out(images[owner]))
+        extras.setdefault(after, []).extend(made)
     return extras
+
+
+def _out(form: Form) -> tuple[Call, ...]:
+    """The calls that make an image; its copies end later."""
+    packed: tuple[Call, ...] = ("pack",) if form.image.pack else ()
+    return (*packed, "send") if form.image.carrier else packed
+
+
+def _back(form: Form | None) -> tuple[Kind, ...]:
+    """The calls that make memory again; the copies of an image began before."""
+    if form is None:
+        return ("again",)
+    packed: tuple[Kind, ...] = ("unpack",) if form.image.pack else ()
+    return ("arrive", *packed) if form.image.carrier else packed
 
 
 def _with_parts(needed: set[fx.Node], made_again: Callable[[fx.Node], bool]) -> None:

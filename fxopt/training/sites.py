@@ -23,7 +23,7 @@ from ..ir.site import SavedInfo, Site
 from ..ir.workload import Train, scenarios
 from ..passes.activation.cut_cross_entropy import EARLY
 from .derivatives import derivative_of, whole
-from .forms import Form, Treatment, parts_of
+from .forms import Form, Treatment, parts_of, waiting
 from .heads import Cut
 from .pricing import op_call
 from .schedule import schedule
@@ -198,30 +198,33 @@ def _form(
     calls: Sequence[OpCall],
     model: CostModel,
 ) -> Form:
-    """An image, priced by the `calls` that pack and unpack it.
+    """An image, priced by the `calls` that pack and unpack it, and copy it there and back.
 
     A prior of its error: tensors err independently of each other, and a step that has all of its
     saved bytes rounded alike gives gradients that are off by as much as the tensors.
     """
     value: Tensor = owner.meta["val"]
     host, here = 0, 0
-    for part in parts_of(image, value):
+    for part in waiting(image, value):
         size = part.untyped_storage().nbytes()
         there = part.device.type != value.device.type
         host, here = (host + size, here) if there else (host, here + size)
-    packing, unpacking = map(_workspace, calls) if value.device.type == "cpu" else (0, 0)
+    copies = [call for call in calls if call.host_bytes]
+    work = [call for call in calls if not call.host_bytes]
+    runs = work if value.device.type == "cpu" else []
+    packing, unpacking = map(_workspace, runs) if runs else (0, 0)
     share = step.bytes[owner] / sum(step.bytes[o] for o in step.saved)
-    seconds = _seconds(model, calls)
     return Form(
         image,
         label,
         here,
         packing,
         unpacking,
-        0.0 if image.fetch else seconds,
+        _seconds(model, work),
         share * image.rounding**2,
         host,
-        seconds / 2 if image.fetch else 0.0,
+        _seconds(model, copies) / 2,
+        sum(part.nbytes for part in parts_of(image, value)) if image.pack else 0,
     )
 
 

@@ -53,7 +53,9 @@ def _spans(laid: Schedule, points: list[int]) -> list[Span]:
     """Runs of points by layer; ops of the model itself belong to what is before them."""
     names: list[str] = []
     for point in points:
-        name = _layer(module_of(laid.items[point].node))
+        item = laid.items[point]
+        # a copy may end layers after the op whose memory it takes
+        name = _layer(module_of(item.before or item.node))
         names.append(name or (names[-1] if names else ""))
     spans: list[Span] = []
     for name, run in groupby(range(len(names)), key=names.__getitem__):

@@ -13,7 +13,6 @@ nothing, the rest is waited for. Not on a CPU, whose memory is the host's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,11 +21,13 @@ from torch import Tensor
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
-from fxopt.ir.saved import MARK, Image
+from fxopt.ir.saved import MARK, Carrier, Image
 from fxopt.ir.site import Family, SavedInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.offload_activation import arrived, landed, offload, reload
 from fxopt.passes.activation.unchanged import Unchanged
+
+HOST = Carrier(offload, landed, reload, arrived)
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,22 @@ class Offload(Unchanged):
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """The copies there and back."""
-        info = _info(match)
-        size, bytes_ = math.prod(info.shape), float(info.bytes)
-        key = f"{str(info.dtype).removeprefix('torch.')}[{size}]"
-        return [
-            OpCall("offload", f"offload/{key}", 0.0, bytes_, 0.0, host_bytes=bytes_),
-            OpCall("reload", f"reload/{key}", 0.0, 0.0, bytes_, host_bytes=bytes_),
-        ]
+        return copies(_info(match).bytes)
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         """Mark the node; where copies begin and end follows from the whole plan."""
-        info = _info(match)
-        editor.node(match.site).meta[MARK] = Image(
-            offload,
-            (),
-            arrived,
-            (info.shape, info.stride, info.device),
-            release=landed,
-            fetch=reload,
-        )
+        editor.node(match.site).meta[MARK] = Image(carrier=HOST)
+
+
+def copies(count: int) -> list[OpCall]:
+    """The copies of so many bytes to the host and back."""
+    size = float(count)
+    return [
+        OpCall("offload", f"offload[{count}]", 0.0, size, 0.0, host_bytes=size),
+        OpCall("reload", f"reload[{count}]", 0.0, 0.0, size, host_bytes=size),
+    ]
 
 
 def _info(match: Match) -> SavedInfo:

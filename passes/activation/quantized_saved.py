@@ -74,7 +74,7 @@ class QuantizedSaved(Unchanged):
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """Packing and unpacking."""
         info, (bits, group) = _info(match), _format(candidate)
-        count, packed = math.prod(info.shape), _packed(info, bits)
+        count, packed = math.prod(info.shape), packed_size(match, candidate)
         key = f"b{bits}g{group}/{str(info.dtype).removeprefix('torch.')}[{count}]"
 
         def pack(device: Any) -> Callable[[], Any]:
@@ -110,6 +110,11 @@ class QuantizedSaved(Unchanged):
             (info.shape, info.stride, bits, group),
             rounding,
         )
+
+
+def packed_size(match: Match, candidate: Candidate) -> int:
+    """Bytes of the codes and scales of a candidate."""
+    return _packed(_info(match), _format(candidate)[0])
 
 
 def _info(match: Match) -> SavedInfo:

@@ -1,4 +1,4 @@
-"""benchmarks/training_memory.py: a line a run whatever happens, and the drawing of them."""
+"""benchmarks/training_memory.py and finetune.py: lines of runs, and the drawings of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import nn
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -23,12 +24,13 @@ def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
 
 
 def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["training_memory.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [bench.__name__, *arguments])
     bench.main()
 
 
@@ -99,3 +101,69 @@ def test_a_drawing_is_to_scale(monkeypatch: pytest.MonkeyPatch) -> None:
         plot.svg([*lines, {**lines[0], "tokens": 16}])
     with pytest.raises(ValueError, match="one size of step"):
         plot.svg(lines[2:])
+
+
+def small_llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).train()
+
+
+def test_finetuning_goes_on_where_it_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    bench, out = loaded("finetune", monkeypatch), tmp_path / "lines.jsonl"
+    rounded = ["activation.quantized_saved"]
+    plans = {
+        "exact": bench.Asked("90%", None, ["activation.recompute"]),
+        "int8": bench.Asked("90%", 0.005, rounded),
+        "int8 and int4": bench.Asked("90%", 0.005, rounded, int4=""),
+    }
+    monkeypatch.setattr(bench, "tiny", small_llama)
+    monkeypatch.setattr(bench, "PLANS", plans)
+    size = ["--steps", "3", "--seq", "64", "--out", str(out), "--plans", *plans]
+    run(bench, monkeypatch, *size, "--seeds", "1")
+    run(bench, monkeypatch, *size, "--seeds", "2")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(x["seed"], x["plan"]) for x in lines] == [(s, p) for s in (0, 1) for p in plans]
+    for exact, int8, int4 in (lines[:3], lines[3:]):
+        # the first forward is of the same weights on the same batch, what is held out comes later
+        assert exact["losses"][0] == int8["losses"][0] == int4["losses"][0]
+        assert len({each["heldout"][1] for each in (exact, int8, int4)}) == 3
+        assert exact["cosine"] == pytest.approx([1, 1], abs=1e-9)
+        assert 0.999 < min(int8["cosine"]) <= max(int8["cosine"]) < 1 - 1e-8
+        assert int4["cosine"][0] < int8["cosine"][0]
+        assert int4["activations"] <= int8["activations"] < 0.9
+        assert exact["heldout"][1] < exact["heldout"][0] == int8["heldout"][0]
+    assert lines[0]["losses"][0] != lines[3]["losses"][0]
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [row.split("|")[1].strip() for row in table] == ["plan", "---", *plans]
+    with pytest.raises(ValueError, match=r"has runs of \{'lr': 0.0003\}: name another --out"):
+        run(bench, monkeypatch, *size, "--lr", "0.01")
+
+
+def test_losses_are_drawn_about_those_of_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = loaded("finetune_plot", monkeypatch)
+    common = {"heldout": [2.0, 1.25]}
+    lines = [
+        {"plan": plan, "seed": seed, "losses": [3.0 - i / 100 + seed + off for i in range(100)]}
+        | common
+        for plan, off in (("exact", 0.0), ("lossy", 0.5))
+        for seed in (0, 1)
+    ]
+    root = ElementTree.fromstring(plot.svg(lines))
+    drawn = [p for p in root.iter(f"{SVG}path") if p.find(f"{SVG}title") is not None]
+    assert ["".join(p.itertext()) for p in drawn] == ["exact", "lossy", "lossy"]
+    heights = [[float(xy.split()[1]) for xy in p.get("d", "")[1:].split("L")] for p in drawn]
+    assert len(heights[0]) == 100 - plot.WINDOW + 1
+    # the mean of both seeds falls, and what is off exact under the same seed stays at its most
+    assert heights[0][0] < heights[0][-1]
+    assert set(heights[2]) == {float(plot.BORDER + plot.GAP)}
+    assert "lossy: 1.250" in "".join(root.itertext())
+    with pytest.raises(ValueError, match="seeds and steps of exact"):
+        plot.svg(lines[:3])

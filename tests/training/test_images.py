@@ -23,6 +23,7 @@ from fxopt.kernels.pack_activation import pack_activation, unpack_activation
 from fxopt.passes.activation.approximate_backward import ApproximateBackward
 from fxopt.passes.activation.offload import Offload
 from fxopt.passes.activation.packed_mask import PackedMask
+from fxopt.passes.activation.quantized_offload import QuantizedOffload
 from fxopt.passes.activation.quantized_saved import QuantizedSaved
 from fxopt.passes.activation.recompute import Recompute
 from fxopt.training import measure
@@ -49,8 +50,18 @@ class Anywhere(Offload):
         return Match(site) if site.info.whole else Refusal("not whole")
 
 
+@dataclass(frozen=True)
+class RoundedAnywhere(QuantizedOffload):
+    """The same, of codes."""
+
+    @property
+    def _host(self) -> Offload:
+        return Anywhere()
+
+
 REWRITES: tuple[Any, ...] = (
-    Recompute(), Anywhere(), PackedMask(), ApproximateBackward(), QuantizedSaved()
+    Recompute(), Anywhere(), PackedMask(), ApproximateBackward(), QuantizedSaved(),
+    RoundedAnywhere(),
 )  # fmt: skip
 
 
@@ -102,8 +113,11 @@ def at_random(saved: Saved) -> Choices:
     """Any treatment of any tensor, but nothing computed again from what was rounded."""
     choices: dict[fx.Node, Any] = {}
     for owner in random.sample(list(saved.offers), len(saved.offers)):
-        offers = [None, *(offer.treatment for offer in saved.offers[owner])]
-        trial = {**choices, owner: random.choice(offers)}
+        offered = [offer.treatment for offer in saved.offers[owner]]
+        forms = [treatment for treatment in offered if isinstance(treatment, Form)]
+        # however many forms there are
+        kinds = [None, *(t for t in offered if t == AGAIN), *random.sample(forms, bool(forms))]
+        trial = {**choices, owner: random.choice(kinds)}
         trial = {o: t for o, t in trial.items() if t is not None}
         laid = schedule(saved.step, again(trial), (), images(trial))
         if not laid.starts() & {o for o, form in images(trial).items() if not form.restores}:
@@ -191,7 +205,23 @@ def test_offloaded_steps_are_eager_ones(example: Example) -> None:
     assert measure.peak(module, example[1]) == pytest.approx(plan.peak, rel=1e-4, abs=128)
 
 
-@pytest.mark.parametrize("label", ["int8", "host"])
+def test_codes_in_host_memory_are_those_that_would_stay(example: Example) -> None:
+    """The gradients of `quantized_saved` to the bit, and every byte of the way is counted."""
+    there, plan, saved = treated(example, all_in("int8-host"))
+    here, other, _ = treated(example, all_in("int8"))
+    assert len(plan.images) == len(other.images) > 3
+    assert plan.error == other.error > 0
+    outcome = measure.outcome(there, example[1])
+    assert outcome.difference(measure.outcome(here, example[1])) == ("", 0.0)
+    assert outcome.gradient_error(measure.outcome(*example)) > 0
+    assert measure.peak(there, example[1]) == pytest.approx(plan.peak, rel=1e-4, abs=256)
+    laid = schedule(saved.step, (), (), plan.images)
+    owner = next(iter(plan.images))
+    kinds = [item.kind for item in laid.items if item.node is owner and item.kind != "run"]
+    assert kinds == ["pack", "send", "release", "fetch", "arrive", "unpack"]
+
+
+@pytest.mark.parametrize("label", ["int8", "host", "int8-host"])
 def test_graphs_are_kept_and_accumulate(label: str) -> None:
     model, x = Layers().train(), torch.randn(37, 24)
     module, _, _ = treated((model, {"x": x}), all_in(label))
@@ -342,7 +372,9 @@ def test_refusals_say_why(example: Example) -> None:
         if not value.is_floating_point():
             assert "do not round" in refused[key]
         elif value.nbytes > 4096 and key not in refused:
-            assert [label for label in labels if "-bit" not in label] == ["host", "int8", "int4"]
+            assert [label for label in labels if "-bit" not in label] == [
+                "host", "int8", "int4", "int8-host",
+            ]  # fmt: skip
     assert saved.forms
 
 

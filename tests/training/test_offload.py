@@ -14,8 +14,10 @@ import torch
 import fxopt
 from fxopt.ir.cost import Cost
 from fxopt.ir.rewrite import Candidate, Match, Refusal
+from fxopt.ir.saved import Image
 from fxopt.ir.site import SavedInfo, Site
-from fxopt.passes.activation.offload import Offload
+from fxopt.kernels.pack_activation import pack_activation
+from fxopt.passes.activation.offload import HOST, Offload
 from fxopt.training import measure
 from fxopt.training.decisions import _taken
 from fxopt.training.forms import Form
@@ -46,8 +48,9 @@ def on_a_device(step: Step, rate: float) -> Saved:
 
 
 def away(treatment: Any, size: int, rate: float) -> Any:
-    if not isinstance(treatment, Form) or not treatment.image.fetch:
+    if not isinstance(treatment, Form) or not treatment.image.carrier:
         return treatment
+    size = treatment.packed or size
     return replace(treatment, bytes=0, host=size, transfer=size / rate)
 
 
@@ -87,11 +90,11 @@ def test_copies_run_beside_the_ops() -> None:
     owner = step.saved[len(step.saved) // 2]
     laid = schedule(step, (), (), {owner: forms[owner]})
     kinds = [item.kind for item in laid.items if item.node is owner]
-    assert kinds == ["run", "pack", "release", "fetch", "unpack"]
+    assert kinds == ["run", "send", "release", "fetch", "arrive"]
     at = {item.kind: i for i, item in enumerate(laid.items) if item.node is owner}
     pace = [step.pace.get(i.node, 0.0) if i.kind == "run" else 0.0 for i in laid.items]
     assert laid.wait == 0
-    for begin, end in (("pack", "release"), ("fetch", "unpack")):
+    for begin, end in (("send", "release"), ("fetch", "arrive")):
         assert sum(pace[at[begin] : at[end]]) >= forms[owner].transfer
     plain = schedule(step, ())
     gone = plain.live() - laid.live()
@@ -100,6 +103,31 @@ def test_copies_run_beside_the_ops() -> None:
     without = [n for n, i in enumerate(runs) if at["release"] < i < at["fetch"]]
     # the node before which it goes may take as much itself
     assert {*without[1:]} <= {*np.flatnonzero(gone)} <= {*without}
+
+
+def test_codes_cross_a_link_that_tensors_wait_for() -> None:
+    """Where the copies of all tensors take twice the forward, those of their codes take half."""
+    step = taken_apart((Expensive().train(), {"x": torch.randn(1024, 256)}))
+    saved = saved_of(step)
+    sizes = sum(step.bytes[owner] for owner in step.saved)
+    forward = sum(step.pace[node] for node in step.forward)
+    saved = on_a_device(step, sizes / (2 * forward))
+    laid = {
+        label: schedule(step, (), (), {
+            o: f for o, found in saved.forms.items() for f in found if f.label == label
+        })
+        for label in ("host", "int8-host")
+    }  # fmt: skip
+    whole, codes = laid["host"], laid["int8-host"]
+    assert [len(each.images) for each in laid.values()] == [len(step.saved)] * 2
+    assert codes.wait < 0.2 * whole.wait
+    assert codes.live().max() < whole.live().max()
+    found = frontier(step, saved.seconds, (), saved.forms, error=0.02)
+    labels = {form.label for plan in found for form in plan.images.values()}
+    assert "int8-host" in labels
+    exact = frontier(step, saved.seconds, (), saved.forms)
+    assert {form.label for plan in exact for form in plan.images.values()} == {"host"}
+    assert found[-1].peak < exact[-1].peak
 
 
 OFFLOADED = "activation.offload"
@@ -134,10 +162,15 @@ def test_an_offloaded_tensor_is_replayed_from_a_file(
 
 
 def test_reasons_say_where_a_tensor_waits() -> None:
-    form = Form(Offload.apply, "host", 0, host=2**21)  # pyright: ignore
+    form = Form(Image(carrier=HOST), "host", 0, host=2**21)
     offer: Any = SimpleNamespace(treatment=form, cost=Cost(seconds=0.002))
     assert _taken(offer, 2**21) == (
         "2 MiB wait in host memory; alone it takes 2 ms of standing still for copies"
+    )
+    offer.treatment = replace(form, image=Image(pack_activation, carrier=HOST))
+    assert _taken(offer, 2**22) == (
+        "2 MiB wait in host memory in place of 4 MiB; "
+        "alone it takes 2 ms of packing and standing still for copies"
     )
 
 
