@@ -4,7 +4,7 @@
 
 Plans of the trained examples/tiny_lm are predicted before any of them is realised, twice: as the
 sum of what single sites measured, and as the sum of what each layer's sites measured together,
-which is all that pairs within a layer could add. Then each is measured as a whole, on the sequence
+which is all that pairs within a layer could add. Then each is measured as a whole, on the sequences
 that sites were measured on and on all that a search chooses by. Then ten budgets are searched from
 these scores, and the choices tried until one held are counted.
 """
@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
 import fxopt
-from fxopt.compiler import Compiler
+from fxopt.compiler import ALONE, Compiler
 from fxopt.decide.search import Choice, Limits, Search, measure_swaps
 from fxopt.decide.solve import solve
 from fxopt.decide.table import Column, Table
@@ -125,11 +125,11 @@ def by_layer(columns: Iterable[Column]) -> list[list[Column]]:
 
 
 def alone(compiler: Compiler) -> Callable[[Sequence[Column]], float]:
-    """The error of some columns together, on the sequence that single sites are measured on."""
+    """The error of some columns together, on the sequences that single sites are measured on."""
 
     def measure(columns: Sequence[Column]) -> float:
         graph = compiler.realise([p for column in columns for p in column.proposals]).graph
-        return compiler.choose_reference.measure(graph, batches=1).mean
+        return compiler.choose_reference.measure(graph, batches=ALONE).mean
 
     return measure
 

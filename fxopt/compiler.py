@@ -59,6 +59,9 @@ SWAP_SECONDS = 30.0
 SWAPS, TRIALS = 96, 8
 """Time for measuring single sites in all, how many at most, and how many whole choices; the rest
 keep priors corrected by those measured."""
+ALONE = 2
+"""Sequences of the `choose` part on which single sites are measured: on one alone, what only others
+bring out is taken for no error, and the solver finds it."""
 
 
 class Compiler:
@@ -518,11 +521,11 @@ class Compiler:
         @cache
         def measured() -> Measurement:
             graph = self.realise(column.proposals).graph
-            return self.choose_reference.measure(graph, batches=1)
+            return self.choose_reference.measure(graph, batches=ALONE)
 
         key = key_of(column.proposals)
-        error = self.scores(f"swap:{key}", lambda: self.quality.additive(measured().mean))
-        within = self.scores(f"within:{key}", lambda: measured().within)
+        error = self.scores(f"swap{ALONE}:{key}", lambda: self.quality.additive(measured().mean))
+        within = self.scores(f"within{ALONE}:{key}", lambda: measured().within)
         return Swapped(error, within)
 
     def scored(self, proposals: Sequence[Proposal], measure: Callable[[], float]) -> float:

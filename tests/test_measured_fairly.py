@@ -220,3 +220,18 @@ def test_a_latency_that_nothing_limits_is_said_beside_the_original_of_its_own_ti
     )  # fmt: skip
     (row,) = [row for row in opt.report.rows if row.name == "latency"]
     assert (row.before, row.measured) == (4.0, 2.0)
+
+
+def test_a_site_is_measured_on_more_than_one_sequence() -> None:
+    """What only the second brings out is no less an error."""
+    data = [torch.randn(8, 128) for _ in range(6)]
+    request = resolve(
+        layers(), fxopt.Budget(relative_error=0.1), data[0], workload=None, calibration=data,
+        keep=(), rewrites=["linear.quantized"], at=None, seed=0, time_limit=None,
+    )  # fmt: skip
+    compiler = Compiler(request)
+    column = next(c for columns in compiler.table().columns for c in columns if c.proposals)
+    graph = compiler.realise(column.proposals).graph
+    each = [compiler.choose_reference.measure(graph, batches=n).mean for n in (1, 2)]
+    assert each[0] != each[1]
+    assert compiler.measure_column(column).error == compiler.quality.additive(each[1])
