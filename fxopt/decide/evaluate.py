@@ -9,17 +9,20 @@ from torch import Tensor, fx
 
 from ..ir.ops import attend, attend_as_decoded
 
+PROMPT_ONLY = ("top", "delta")
+"""Options of attention that decoded tokens know nothing of."""
+
 
 class _AsDecoded(fx.Interpreter):
     """Attention ops with a cache layout see the packed image of what lies behind `prompt`; those
-    that keep the most attended tiles leave none out from there on."""
+    that hide keys of prompts alone hide none from there on."""
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
         super().__init__(graph, garbage_collect_values=True)
         self.prompt = prompt
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        differs = kwargs.get("layout") or any(kwargs.get("top", ()))
+        differs = kwargs.get("layout") or any(any(kwargs.get(name, ())) for name in PROMPT_ONLY)
         if target is attend and differs and self.prompt > 0:
             return attend_as_decoded(*args, prompt=self.prompt, **kwargs)
         return super().call_function(target, args, kwargs)

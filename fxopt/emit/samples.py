@@ -73,7 +73,8 @@ class Samples:
             if fmt is not None
         ]
         lengths = [f.sink + f.residual + 2 * f.group for f in formats]
-        if any(any(node.kwargs.get("top", ())) for node in self.lowered.graph.nodes):
+        options = [node.kwargs for node in self.lowered.graph.nodes]
+        if any(any(o.get("top", ())) or any(o.get("delta", ())) for o in options):
             lengths.append((LEAST + SPARED + 1) * TILE)
         return max(lengths, default=2) + 3
 

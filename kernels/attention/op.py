@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._register import register
 from .._triton import AVAILABLE
 from . import reference
-from .blocks import TileLists
+from .blocks import TileLists, lists_of_every
+from .delta import EVERY, corrected
 from .spec import Attention, bind, pick, put, query_heads
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
-    "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0]) -> Tensor"
+    "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
+    "int[] delta=[0]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""
@@ -46,10 +49,11 @@ def attention_cuda(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_reference` by the fastest kernel that CUDA has for the call."""
     return _forward(
-        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta)
     )[0]
 
 
@@ -66,6 +70,7 @@ def _fake(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
@@ -102,7 +107,7 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-Way = Literal["library", "kernel", "kept tiles", "reference"]
+Way = Literal["library", "kernel", "kept tiles", "corrected", "reference"]
 
 
 def _shares(call: Attention) -> list[tuple[list[int], Way]]:
@@ -113,10 +118,11 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
         return [(heads, "library")]
     if not _has_kernel(call.q) or not call.k.shape[2] or not call.q.numel():
         return [(heads, "reference")]
-    kept = [h for h in heads if call.top[h]]
-    bounded = [h for h in heads if call.window[h]]
+    fixed = [h for h in heads if call.is_corrected(h)]
+    kept = [h for h in heads if call.top[h] and h not in fixed]
+    bounded = [h for h in heads if call.window[h] and h not in fixed]
     dense = [h for h in heads if not call.top[h] and not call.window[h]]
-    long = bool(kept) or call.q.shape[2] >= LEAST_QUERIES
+    long = bool(kept or fixed) or call.q.shape[2] >= LEAST_QUERIES
     shares: list[tuple[list[int], Way]] = []
     if dense and long and call.heads(dense).plain:
         shares.append((dense, "library"))
@@ -124,6 +130,8 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
         bounded = sorted(bounded + dense)
     if bounded:
         shares.append((bounded, "kernel"))
+    if fixed:
+        shares.extend((group, "corrected") for group in _alike(call, fixed))
     if not kept:
         return shares
     from fxopt.kernels.block_topk.triton import heads_at_once
@@ -131,6 +139,12 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     # As many at a time as the lists of tiles leave room for.
     most = heads_at_once(call)
     return shares + [(kept[i : i + most], "kept tiles") for i in range(0, len(kept), most)]
+
+
+def _alike(call: Attention, chosen: list[int]) -> list[list[int]]:
+    """The chosen KV heads, those that keep tiles apart."""
+    by_kind = [[h for h in chosen if bool(call.top[h]) == keeps] for keeps in (False, True)]
+    return [group for group in by_kind if group]
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -143,9 +157,20 @@ def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
             return reference.compute(call), None
     if way == "reference":
         return reference.compute(call), None
+    if way == "corrected":
+        return corrected(call, lambda part: _forward(part)[0], ask), None
     from .triton import attention_forward
 
     return attention_forward(call, _lists(call, way))
+
+
+def ask(call: Attention) -> Tensor:
+    """`ask_reference` by the kernel."""
+    from .triton import attention_forward
+
+    asked = replace(call, q=call.q[:, :, ::EVERY])
+    lists = lists_of_every(call, EVERY)
+    return attention_forward(asked, lists, first=call.offset, step=EVERY)[0]
 
 
 def _lists(call: Attention, way: Way) -> TileLists | None:
@@ -192,7 +217,7 @@ def _gradients(
 def _backward_of(
     gradient: Tensor, out: Tensor, lse: Tensor, call: Attention, way: Way
 ) -> dict[str, Tensor]:
-    if way in ("library", "reference"):
+    if way in ("library", "corrected", "reference"):
         with _backends(call):
             return _recomputed(gradient, call)
     from fxopt.kernels.attention_backward.triton import attention_gradients

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .delta import ask_reference, corrected
 from .spec import Attention, bind, pick, put
 from .tiles import (
     Tile,
@@ -40,6 +41,7 @@ def attention_reference(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -48,7 +50,7 @@ def attention_reference(
     Differentiable. Raises ValueError for head counts and lists that do not fit.
     """
     return compute(
-        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+        bind(q, k, v, mask, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta)
     )
 
 
@@ -90,6 +92,9 @@ def compute(call: Attention) -> Tensor:
         return plain(call)
     out = _empty(call)
     for part in parts(call):
+        if any(part.call.delta):
+            put(out, 2, part.heads, corrected(part.call, compute, ask_reference))
+            continue
         for start, stop in tiles(part):
             values = attend(tile(part, start, stop))
             put(out[:, start:stop], 2, part.heads, values.transpose(1, 2))
@@ -128,6 +133,11 @@ def gradients(gradient: Tensor, call: Attention) -> dict[str, Tensor]:
 
 def _tiled_backward(call: Attention, gradient: Tensor) -> None:
     for part in parts(call):
+        if any(part.call.delta):
+            # Not tile by tile: rows depend on others, and training does not ask for it.
+            out = corrected(part.call, compute, ask_reference)
+            out.backward(pick(gradient, 2, part.heads), retain_graph=True)
+            continue
         for start, stop in tiles(part):
             out = attend(tile(part, start, stop))
             if out.requires_grad:

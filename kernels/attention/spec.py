@@ -15,7 +15,8 @@ from fxopt.kernels.block_topk import reference as topk
 class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
-    `window`, `sink_tokens` and `top` have one entry a KV head here, 0 where a head sees all keys.
+    `window`, `sink_tokens` and `top` have one entry a KV head here, 0 where a head sees all keys,
+    and `delta` one a query head.
     """
 
     q: Tensor
@@ -30,6 +31,7 @@ class Attention:
     softcap: float
     sink_tokens: tuple[int, ...]
     top: tuple[int, ...]
+    delta: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -64,11 +66,24 @@ class Attention:
         )
 
     def head_groups(self) -> list[list[int]]:
-        """KV heads by equal window, sink and kept tiles."""
+        """KV heads by equal window, sink and kept tiles, corrected ones apart."""
         groups: dict[tuple[int, ...], list[int]] = {}
-        for head, choice in enumerate(zip(self.window, self.sink_tokens, self.top, strict=True)):
+        fixed = (self.is_corrected(head) for head in range(self.num_kv_heads))
+        for head, choice in enumerate(
+            zip(self.window, self.sink_tokens, self.top, fixed, strict=True)
+        ):
             groups.setdefault(choice, []).append(head)
         return list(groups.values())
+
+    def is_corrected(self, kv_head: int) -> bool:
+        """Whether the rows that miss keys in a KV head make up for some of it; see `delta`."""
+        group = self.group_size
+        return any(self.delta[kv_head * group : (kv_head + 1) * group])
+
+    def without_limits(self) -> Attention:
+        """The same call, all keys seen."""
+        none = (0,) * self.num_kv_heads
+        return replace(self, window=none, sink_tokens=none, top=none, delta=(0,) * self.q.shape[1])
 
     def heads(self, chosen: Sequence[int]) -> Attention:
         """The same call on some of the KV heads and their query heads."""
@@ -88,6 +103,7 @@ class Attention:
             window=tuple(self.window[h] for h in chosen),
             sink_tokens=tuple(self.sink_tokens[h] for h in chosen),
             top=tuple(self.top[h] for h in chosen),
+            delta=tuple(self.delta[h] for h in queries),
         )
 
 
@@ -104,11 +120,12 @@ def bind(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window or kept tiles.
 
-    Raises ValueError for head counts and list lengths that do not fit, and for `top` beside what
-    the choice of tiles does not know.
+    Raises ValueError for head counts and list lengths that do not fit, for `top` beside what
+    the choice of tiles does not know, and for `delta` where there is nothing to make up for.
     """
     heads, kv = q.shape[1], k.shape[1]
     if heads % kv:
@@ -122,10 +139,19 @@ def bind(
         _check_top(kept, q, k, bias, causal, per_head("window", window, kv))
     hides = topk.hides(q.shape[2], k.shape[2])
     kept = [t if hides and t < 1000 else 0 for t in kept]
+    added = per_head("delta", delta, heads, "query heads")
+    if any(added):
+        _check_delta(added, q, k, bias, causal)
+        long = topk.tiles(q.shape[2]) > topk.SPARED
+        for head in range(kv):
+            own = slice(head * heads // kv, (head + 1) * heads // kv)
+            windows[head] = windows[head] if long or not any(added[own]) else 0
+            if not long or not (windows[head] or kept[head]):
+                added[own] = [0] * (heads // kv)
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
-        tuple(kept),
+        tuple(kept), tuple(added),
     )  # fmt: skip
 
 
@@ -146,13 +172,30 @@ def _check_top(
             raise ValueError(f"attention: top {reason}; got top {list(top)}")
 
 
-def per_head(name: str, values: Sequence[int], num_kv_heads: int) -> list[int]:
-    """One value a KV head from a list with one entry or `num_kv_heads` entries."""
-    if len(values) not in (1, num_kv_heads):
+def _check_delta(
+    delta: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None, causal: bool
+) -> None:
+    wrong = {
+        "is per mille of what rows that see all keys find, from 0 to 1000": not all(
+            0 <= d <= 1000 for d in delta
+        ),
+        "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
+        "does not look at a bias": bias is not None,
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: delta {reason}; got delta {list(delta)}")
+
+
+def per_head(
+    name: str, values: Sequence[int], num_heads: int, heads: str = "KV heads"
+) -> list[int]:
+    """One value a head from a list with one entry or `num_heads` entries."""
+    if len(values) not in (1, num_heads):
         raise ValueError(
-            f"attention: {name} has {len(values)} entries; give 1 or {num_kv_heads}, the KV heads"
+            f"attention: {name} has {len(values)} entries; give 1 or {num_heads}, the {heads}"
         )
-    return list(values) * (num_kv_heads // len(values))
+    return list(values) * (num_heads // len(values))
 
 
 def query_heads(chosen: Sequence[int], group_size: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def decoded_attention(
     layout: str,
     prompt: int,
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     attention: Attend | None = None,
 ) -> Tensor:
     """The outputs of a prefill of `prompt` tokens and one decoding step for each further one.
@@ -35,9 +37,9 @@ def decoded_attention(
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
     the exact ones above; a query of the prompt sees every key exactly, or those of the tiles that
-    `top` keeps of the prompt. Beside the result it takes one copy of the keys and values of a head
-    class. Keys of another sequence (not `causal`) were all stored before: every query sees the
-    image of what `fill` packs of them.
+    `top` keeps of the prompt, and is corrected by `delta`. Beside the result it takes one copy of
+    the keys and values of a head class. Keys of another sequence (not `causal`) were all stored
+    before: every query sees the image of what `fill` packs of them.
     """
     if attention is None:
         from fxopt.kernels.attention.reference import attention_reference
@@ -53,13 +55,14 @@ def decoded_attention(
             "decoded_attention needs whole sequences of causal self-attention; got "
             f"{total} queries and {k.shape[2]} keys"
         )
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta)
     classes = parse(layout).resolve(num_kv_heads)
     outputs: list[Tensor] = []
     for heads, fmt in classes:
         chosen = arguments.select(heads, num_kv_heads)
         keys, values = take(k, heads, 1), take(v, heads, 1)
-        if (fmt is None or fmt.packed(total - 1) == 0) and not any(chosen.top):
+        alike = not any(chosen.top) and not any(chosen.delta)
+        if (fmt is None or fmt.packed(total - 1) == 0) and alike:
             outputs.append(chosen.attend(attention, keys, values, mask))
         else:
             outputs.append(_decode(chosen, keys, values, mask, fmt, min(prompt, total), attention))
@@ -91,10 +94,9 @@ def _decode(
         bias = arguments.bias
         if bias is not None:
             bias = (bias if bias.shape[2] == 1 else bias[:, :, low:high])[..., :high]
-        run = Arguments(
-            arguments.q[:, :, low:high], bias, arguments.sinks, arguments.scale, True,
-            arguments.window, arguments.softcap, arguments.sink_tokens,
-            arguments.top if high <= prompt else (0,),
+        run = replace(
+            arguments if high <= prompt else arguments.past_prompt(k.shape[1]),
+            q=arguments.q[:, :, low:high], bias=bias,
         )  # fmt: skip
         seen = None if mask is None else mask[:, :high]
         outputs.append(run.attend(attention, mixed_k[:, :, :high], mixed_v[:, :, :high], seen))

@@ -37,6 +37,7 @@ def cached_attention_functional(
     layout: str,
     attention: Attend | None = None,
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> tuple[Tensor, list[Tensor]]:
     """`fxopt::cached_attention` with the state as a value: (out, present).
 
@@ -50,7 +51,7 @@ def cached_attention_functional(
         attention = attention_traceable
     num_kv_heads = k.shape[1]
     _same_length([q, k, v])
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta)
     outputs: list[Tensor] = []
     present: list[Tensor] = []
     classes = split_state(parse(layout), num_kv_heads, past, growing=True)

@@ -38,6 +38,7 @@ def cached_attention_mutating(
     kernels: Kernels | None = None,
     length: int | None = None,
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::cached_attention` in plain PyTorch.
 
@@ -51,7 +52,7 @@ def cached_attention_mutating(
 
         attention = attention_reference
     num_kv_heads = k.shape[1]
-    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top)
+    arguments = Arguments(q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta)
     outputs: list[Tensor] = []
     classes = split_state(parse(layout), num_kv_heads, state)
     for heads, fmt, part in classes:

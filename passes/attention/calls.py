@@ -103,6 +103,25 @@ def kept_pairs(queries: int, length: int, top: int) -> int:
     return pairs
 
 
+def density(prompt: Scenario, window: int, sink_tokens: int) -> float:
+    """Part of the pairs of causal attention that a window leaves."""
+    left = visible_pairs(prompt.queries, prompt.length, True, window, sink_tokens)
+    return left / visible_pairs(prompt.queries, prompt.length, True, 0, 0)
+
+
+def priced_as(
+    call: OpCall, info: AttentionInfo, scenario: Scenario, near: str, window: int,
+    sink_tokens: int, top: int, delta: int,
+) -> OpCall:  # fmt: skip
+    """`call` under another name, run with these options."""
+    return replace(
+        call,
+        key=_key(info, scenario, near),
+        family=_family(info, near),
+        run=_runner(info, scenario, window, sink_tokens, top, delta),
+    )
+
+
 def _key(info: AttentionInfo, scenario: Scenario, near: str) -> str:
     """What makes two attention calls cost the same."""
     extras = "".join(
@@ -139,8 +158,9 @@ def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tok
 
 
 def _runner(
-    info: AttentionInfo, scenario: Scenario, window: int, sink_tokens: int, top: int = 0
-) -> Callable[[Any], Callable[[], Tensor]]:
+    info: AttentionInfo, scenario: Scenario, window: int, sink_tokens: int, top: int = 0,
+    delta: int = 0,
+) -> Callable[[Any], Callable[[], Tensor]]:  # fmt: skip
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
 
@@ -156,7 +176,7 @@ def _runner(
         scale = 1.0 / math.sqrt(info.head_dim)
         return lambda: attention(
             q, k, v, None, bias, sinks,
-            scale, info.causal, [window], info.softcap, [sink_tokens], [top],
+            scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
         )  # fmt: skip
 
     return run
