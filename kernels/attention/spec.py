@@ -142,12 +142,13 @@ def bind(
     added = per_head("delta", delta, heads, "query heads")
     if any(added):
         _check_delta(added, q, k, bias, causal)
-        long = topk.tiles(q.shape[2]) > topk.SPARED
-        for head in range(kv):
-            own = slice(head * heads // kv, (head + 1) * heads // kv)
-            windows[head] = windows[head] if long or not any(added[own]) else 0
-            if not long or not (windows[head] or kept[head]):
-                added[own] = [0] * (heads // kv)
+    group, long = heads // kv, topk.tiles(q.shape[2]) > topk.SPARED
+    for head in range(kv):
+        own = slice(head * group, (head + 1) * group)
+        if any(added[own]) and not long:
+            windows[head] = 0
+        if not long or not (windows[head] or kept[head]):
+            added[own] = [0] * group
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),

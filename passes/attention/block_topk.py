@@ -73,7 +73,7 @@ class BlockTopk:
         """Why there is no candidate for these scenarios, in numbers; None if there are some."""
         if self._fitting(scenarios):
             return None
-        prompt = corrected.longest_prompt(scenarios)
+        prompt = calls.longest_prompt(scenarios)
         if prompt is None:
             queries = max((scenario.queries for scenario in scenarios), default=0)
             return (
@@ -90,7 +90,7 @@ class BlockTopk:
     def _fitting(self, scenarios: Sequence[Scenario], most: float | None = None) -> list[int]:
         """The shares under which at most `most` of the longest prompt's pairs are computed."""
         most = self.most if most is None else most
-        prompt = corrected.longest_prompt(scenarios)
+        prompt = calls.longest_prompt(scenarios)
         if prompt is None:
             return []
         # Where LEAST tiles are more than any share, all shares are one candidate.
@@ -101,7 +101,7 @@ class BlockTopk:
         """Prompts by the pairs that are computed and the estimate; decoding is dense."""
         info, top = calls.attention_info(match), _top(candidate)
         if _is_corrected(candidate):
-            return [corrected.call(info, scenario, top=top)]
+            return [calls.corrected_call(info, scenario, top=top)]
         return [calls.kept_tiles_call(info, scenario, top)]
 
     def prepare(

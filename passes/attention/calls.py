@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,12 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.block_topk import reference as topk
+
+CORRECTION_LAUNCHES = 10
+"""The asked rows, their lists of tiles, and what they add."""
 
 
 def refusal(site: Site) -> Refusal | None:
@@ -103,23 +107,48 @@ def kept_pairs(queries: int, length: int, top: int) -> int:
     return pairs
 
 
-def density(prompt: Scenario, window: int, sink_tokens: int) -> float:
-    """Part of the pairs of causal attention that a window leaves."""
-    left = visible_pairs(prompt.queries, prompt.length, True, window, sink_tokens)
-    return left / visible_pairs(prompt.queries, prompt.length, True, 0, 0)
+def corrected_call(
+    info: AttentionInfo, scenario: Scenario, window: int = 0, sink_tokens: int = 0, top: int = 0
+) -> OpCall:
+    """One KV head under a window or a share of tiles, corrected by rows that see all keys.
 
-
-def priced_as(
-    call: OpCall, info: AttentionInfo, scenario: Scenario, near: str, window: int,
-    sink_tokens: int, top: int, delta: int,
-) -> OpCall:  # fmt: skip
-    """`call` under another name, run with these options."""
-    return replace(
-        call,
-        key=_key(info, scenario, near),
-        family=_family(info, near),
-        run=_runner(info, scenario, window, sink_tokens, top, delta),
+    Prompts cost the pairs that are computed, those of the asked rows among them, and reading and
+    writing outputs again; decoding is dense.
+    """
+    dense, early = attention_call(info, scenario), corrected_rows(scenario.queries)
+    if not early:
+        return dense
+    first = replace(scenario, queries=early)
+    last = replace(scenario, queries=scenario.queries - early, past=scenario.past + early)
+    near = f"top{top}" if top else f"w{window}s{sink_tokens}"
+    parts = (
+        [kept_tiles_call(info, scenario, top)]
+        if top
+        else [attention_call(info, first, window, sink_tokens), attention_call(info, last)]
     )
+    asked = early // EVERY
+    pairs = asked * (scenario.past + 1) + EVERY * asked * (asked - 1) // 2
+    heads = scenario.batch * info.num_heads // info.num_kv_heads
+    channels, size = info.head_dim + info.value_dim, info.dtype.itemsize
+    outputs = heads * early * info.value_dim * size
+    keys = scenario.batch * first.length * channels * size
+    return replace(
+        dense,
+        key=_key(info, scenario, f"{near}d{EVERY}"),
+        flops=sum(part.flops for part in parts) + 2.0 * heads * pairs * channels,
+        bytes_read=sum(part.bytes_read for part in parts) + keys + 2 * outputs,
+        bytes_written=sum(part.bytes_written for part in parts) + outputs,
+        temporary_bytes=max(part.temporary_bytes for part in parts) + outputs,
+        launches=sum(part.launches for part in parts) + CORRECTION_LAUNCHES,
+        family=_family(info, f"{near}d{EVERY}"),
+        run=_runner(info, scenario, window, sink_tokens, top, delta=1000),
+    )
+
+
+def longest_prompt(scenarios: Sequence[Scenario]) -> Scenario | None:
+    """The longest call of those that bring more tokens than see all keys in any case."""
+    prompts = [scenario for scenario in scenarios if corrected_rows(scenario.queries)]
+    return max(prompts, key=lambda scenario: scenario.length, default=None)
 
 
 def _key(info: AttentionInfo, scenario: Scenario, near: str) -> str:

@@ -9,20 +9,17 @@ Pays in heads that look everywhere in a long prompt, where no few keys stand for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Editor, SiteStatistics
 from fxopt.ir.site import AttentionInfo, Site
-from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.kernels.attention.spec import per_head
-from fxopt.passes.attention import calls, emulation
+from fxopt.passes.attention import emulation
 
 SUFFIX = f"+d{EVERY}"
 
@@ -52,46 +49,6 @@ def _prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
     prompt = dict(inputs) | {name: inputs[name][:, :, :length] for name in "qkv"}
     mask = inputs.get("mask")
     return prompt | {"mask": None if mask is None else mask[:, :length]}
-
-
-def longest_prompt(scenarios: Sequence[Scenario]) -> Scenario | None:
-    """The longest call of those that bring more tokens than see all keys in any case."""
-    prompts = [scenario for scenario in scenarios if corrected_rows(scenario.queries)]
-    return max(prompts, key=lambda scenario: scenario.length, default=None)
-
-
-def call(
-    info: AttentionInfo, scenario: Scenario, window: int = 0, sink_tokens: int = 0, top: int = 0
-) -> OpCall:
-    """One KV head: prompts by the pairs that are computed, the asked rows' among them, and by
-    what reading and writing outputs again moves; decoding is dense."""
-    dense, early = calls.attention_call(info, scenario), corrected_rows(scenario.queries)
-    if not early:
-        return dense
-    first = replace(scenario, queries=early)
-    if top:
-        parts = [calls.kept_tiles_call(info, scenario, top)]
-    else:
-        last = replace(scenario, queries=scenario.queries - early, past=scenario.past + early)
-        parts = [
-            calls.attention_call(info, first, window, sink_tokens),
-            calls.attention_call(info, last),
-        ]
-    asked = early // EVERY
-    pairs = asked * (scenario.past + 1) + EVERY * asked * (asked - 1) // 2
-    heads = scenario.batch * info.num_heads // info.num_kv_heads
-    channels, size = info.head_dim + info.value_dim, info.dtype.itemsize
-    outputs = heads * early * info.value_dim * size
-    keys = scenario.batch * first.length * channels * size
-    near = f"top{top}" if top else f"w{window}s{sink_tokens}"
-    return replace(
-        calls.priced_as(dense, info, scenario, near + SUFFIX, window, sink_tokens, top, delta=500),
-        flops=sum(part.flops for part in parts) + 2.0 * heads * pairs * channels,
-        bytes_read=sum(part.bytes_read for part in parts) + keys + 2 * outputs,
-        bytes_written=sum(part.bytes_written for part in parts) + outputs,
-        temporary_bytes=max(part.temporary_bytes for part in parts) + outputs,
-        launches=sum(part.launches for part in parts) + 10,
-    )
 
 
 def apply(site: Site, info: AttentionInfo, share: Tensor, editor: Editor) -> None:

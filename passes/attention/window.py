@@ -70,14 +70,18 @@ class Window:
                 {"prompt_window": window, "sink": sink},
             )
             for window in self._fitting(match, scenarios)
-            if self._is_corrected(match, scenarios, window)
+            if self._pays_corrected(match, scenarios, window)
         ]
 
-    def _is_corrected(self, match: Match, scenarios: Sequence[Scenario], window: int) -> bool:
-        info, prompt = calls.attention_info(match), corrected.longest_prompt(scenarios)
+    def _pays_corrected(self, match: Match, scenarios: Sequence[Scenario], window: int) -> bool:
+        info, prompt = calls.attention_info(match), calls.longest_prompt(scenarios)
         if prompt is None or not info.causal or info.window:
             return False
-        return calls.density(prompt, window, self.sink) <= self.corrected
+        every, left = (
+            calls.visible_pairs(prompt.queries, prompt.length, True, reach, self.sink)
+            for reach in (0, window)
+        )
+        return left <= self.corrected * every
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         """Why there is no candidate for these scenarios, in numbers; None if there are some."""
@@ -96,7 +100,7 @@ class Window:
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """A corrected window by what it computes of prompts; decoding is dense then."""
         info = calls.attention_info(match)
-        price = corrected.call if _is_corrected(candidate) else calls.attention_call
+        price = calls.corrected_call if _is_corrected(candidate) else calls.attention_call
         return [price(info, scenario, *_choice(candidate))]
 
     def prepare(

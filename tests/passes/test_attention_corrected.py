@@ -19,7 +19,12 @@ from fxopt.ir.workload import Forward, Generate, Scenario, scenarios
 from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.passes.attention import corrected
 from fxopt.passes.attention.block_topk import BlockTopk
-from fxopt.passes.attention.calls import attention_call, kept_tiles_call, visible_pairs
+from fxopt.passes.attention.calls import (
+    attention_call,
+    corrected_call,
+    kept_tiles_call,
+    visible_pairs,
+)
 from fxopt.passes.attention.window import Window
 
 INFO = AttentionInfo(
@@ -72,7 +77,7 @@ def test_it_is_not_offered(workload: Forward | Generate, changes: dict[str, Any]
 def test_the_price_counts_every_pair(past: int) -> None:
     queries = 5000
     scenario = Scenario("prefill", 2, queries, past)
-    call = corrected.call(INFO, scenario, 300, 16)
+    call = corrected_call(INFO, scenario, 300, 16)
     early = corrected_rows(queries)
     rows = torch.arange(queries)[:, None] + past
     columns = torch.arange(past + queries)
@@ -84,7 +89,7 @@ def test_the_price_counts_every_pair(past: int) -> None:
     assert dense.key != call.key != attention_call(INFO, scenario, 300, 16).key
     assert call.flops < 0.5 * dense.flops
     kept = kept_tiles_call(INFO, scenario, 100)
-    both = corrected.call(INFO, scenario, top=100)
+    both = corrected_call(INFO, scenario, top=100)
     assert both.flops - kept.flops == 2 * 2 * 2 * 32 * asked
     assert both.bytes_read > kept.bytes_read
     assert visible_pairs(queries, past + queries, True, 0, 0) / asked > 60
@@ -92,7 +97,7 @@ def test_the_price_counts_every_pair(past: int) -> None:
 
 def test_decoding_is_dense_and_priced_so() -> None:
     decode = Scenario("decode", 2, 1, 9000)
-    assert corrected.call(INFO, decode, 300, 16) == attention_call(INFO, decode)
+    assert corrected_call(INFO, decode, 300, 16) == attention_call(INFO, decode)
     for rewrite in (Window(), BlockTopk()):
         candidate = offered(rewrite, Generate(2, 9000, 10))[0]
         (call,) = rewrite.lower(matched(rewrite), candidate, decode)
