@@ -25,8 +25,8 @@ SUFFIX = f"+d{EVERY}"
 
 
 def shares(statistics: SiteStatistics, **options: Any) -> dict[str, Tensor]:
-    """ "share", int32 [H]: per mille of what asked rows find that their followers add, by least
-    squares over the recorded prompts under `options` of `attend`, from 1 to 1000."""
+    """Per mille of what asked rows find that their followers add, as "share", int32 [H], from 1 to
+    1000: by least squares over the recorded prompts under `options` of `attend`."""
     prompt = _prompt(statistics.inputs)
     early = corrected_rows(prompt["q"].shape[2])
     dense = statistics.once("dense prompt", lambda: emulation.attended(prompt))
