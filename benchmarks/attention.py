@@ -301,7 +301,7 @@ def windows_of_grids(report: Report) -> None:
             if part > 0.6:
                 continue
             options = (
-                None, None, None, dim**-0.5, False, [0], 0.0, [0], [0], list(grid), [near],
+                None, None, None, dim**-0.5, False, [0], 0.0, [0], [0], [0], list(grid), [near],
             )  # fmt: skip
             ours = seconds(partial(attention, q, k, v, *options))
             call = in_order(bind(q, k, v, *options))

@@ -294,7 +294,7 @@ class Compiler:
     def kept_mass(self, proposal: Proposal) -> KeptMass | None:
         """What a mask leaves of a head's attention on the `fit` part; None of what is no mask."""
         rewrite = proposal.rewrite
-        if not isinstance(rewrite, Masking):
+        if not isinstance(rewrite, Masking) or not rewrite.is_mask(proposal.candidate):
             return None
         low, mean, high = (
             self.scores(f"mass{i}:{key_of([proposal])}", lambda i=i: self._masses(proposal)[i])

@@ -127,6 +127,7 @@ class _Walk(fx.Interpreter):
         softcap: float = 0.0,
         sink_tokens: Sequence[int] = (0,),
         top: Sequence[int] = (0,),
+        delta: Sequence[int] = (0,),
         layout: str = "",
         grid: Sequence[int] = (),
         near: Sequence[int] = (0,),
@@ -160,7 +161,7 @@ class _Walk(fx.Interpreter):
             share = attention_reference(
                 q[:, :, row : row + 1], k[:, :, :seen], marks,
                 None if mask is None else mask[:, :seen], _row(bias, row, seen), sinks,
-                scale, causal, window, softcap, sink_tokens,
+                scale, causal, window, softcap, sink_tokens, delta=delta,
             )  # fmt: skip
             shares.append(share.flatten().view(heads, -1).mean(1))
         mean = torch.stack(shares).mean(0).tolist()

@@ -9,10 +9,13 @@ from torch import Tensor, fx
 
 from ..ir.ops import attend, attend_as_decoded
 
+PROMPT_ONLY = ("top", "delta")
+"""Options of attention that decoded tokens know nothing of."""
+
 
 class _AsDecoded(fx.Interpreter):
     """Attention ops with a cache layout see, from `prompt` on, what decoding reads of it: the image
-    of packed keys, the tiles that are kept. Those that keep tiles of prompts leave none out there.
+    of packed keys, the tiles that are kept. Those that hide keys of prompts alone hide none there.
     """
 
     def __init__(self, graph: fx.GraphModule, prompt: int) -> None:
@@ -20,7 +23,7 @@ class _AsDecoded(fx.Interpreter):
         self.prompt = prompt
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        differs = kwargs.get("layout") or any(kwargs.get("top", ()))
+        differs = kwargs.get("layout") or any(any(kwargs.get(name, ())) for name in PROMPT_ONLY)
         if target is attend and differs and self.prompt > 0:
             return attend_as_decoded(*args, prompt=self.prompt, **kwargs)
         return super().call_function(target, args, kwargs)

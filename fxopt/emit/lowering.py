@@ -249,15 +249,15 @@ def _attend_arguments(
     q: Tensor, k: Tensor, v: Tensor, mask: Any = None, bias: Any = None, sinks: Any = None,
     state: Any = None, start: Any = None, *, scale: float, causal: bool = False,
     window: Sequence[int] = (0,), softcap: float = 0.0, sink_tokens: Sequence[int] = (0,),
-    top: Sequence[int] = (0,), layout: str = "", grid: Sequence[int] = (),
-    near: Sequence[int] = (0,),
+    top: Sequence[int] = (0,), delta: Sequence[int] = (0,), layout: str = "",
+    grid: Sequence[int] = (), near: Sequence[int] = (0,),
 ) -> dict[str, Any]:  # fmt: skip
     """The arguments of `attend` by name, defaults filled in."""
     return {
         "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks, "state": state,
         "start": start, "scale": scale, "causal": causal, "window": list(window),
-        "softcap": softcap, "sink_tokens": list(sink_tokens), "top": list(top), "layout": layout,
-        "grid": list(grid), "near": list(near),
+        "softcap": softcap, "sink_tokens": list(sink_tokens), "top": list(top),
+        "delta": list(delta), "layout": layout, "grid": list(grid), "near": list(near),
     }  # fmt: skip
 
 

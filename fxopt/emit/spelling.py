@@ -85,8 +85,8 @@ _TORCH = {
 }  # fmt: skip
 _DEFAULTS = {"pin_memory": (False, None), "layout": (None, torch.strided)}
 _ATTEND_DEFAULTS: dict[str, Any] = {
-    "causal": False, "window": (0,), "softcap": 0.0, "sink_tokens": (0,), "top": (0,), "layout": "",
-    "grid": (), "near": (0,),
+    "causal": False, "window": (0,), "softcap": 0.0, "sink_tokens": (0,), "top": (0,),
+    "delta": (0,), "layout": "", "grid": (), "near": (0,),
 }  # fmt: skip
 _MAX = 2**63 - 1
 _SIMPLE = re.compile(r"-?[\w.]+$")

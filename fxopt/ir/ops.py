@@ -39,6 +39,7 @@ def attend(
     softcap: float = 0.0,
     sink_tokens: Sequence[int] = (0,),
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     layout: str = "",
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
@@ -53,10 +54,13 @@ def attend(
     c * tanh(score / c); `top` t > 0 (one number, or one a KV head): each tile of 128 queries
     visits, of the tiles of 128 keys before it, the t per mille of the most estimated attention
     (at least 8), its own, the one before and the first among them; the last two tiles of queries,
-    and so all queries of a call that decodes, see all keys. `near` n > 0 (one number, or one a KV
-    head) needs a `grid` (p, n1, n2, ...): the tokens are p of no place, which see all and are seen
-    by all, and n1 x n2 x ... that see what is nearer than n along each axis, and whole tiles of 64
-    of these; calls with another number of tokens, all. A query that sees no key returns 0.
+    and so all queries of a call that decodes, see all keys. `delta` d > 0 (one number, or one a
+    query head), where a window or `top` hides keys: every 64th query sees all keys, and its
+    followers add d per mille of what that changes in it; with a window, too, the last two tiles
+    and decoded tokens see all keys then. `near` n > 0 (one number, or one a KV head) needs a `grid`
+    (p, n1, n2, ...): the tokens are p of no place, which see all and are seen by all, and
+    n1 x n2 x ... that see what is nearer than n along each axis, and whole tiles of 64 of these;
+    calls with another number of tokens, all. A query that sees no key returns 0.
 
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
@@ -72,7 +76,7 @@ def attend(
     if state is None:
         return torch.ops.fxopt.attention.default(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
         )  # fmt: skip
     length = None
     if start is not None and not isinstance(start, Tensor):
@@ -80,7 +84,7 @@ def attend(
         start = start.start
     return torch.ops.fxopt.cached_attention.default(
         q, k, v, state, start, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, layout, length, top,
+        scale, causal, window, softcap, sink_tokens, layout, length, top, delta,
     )  # fmt: skip
 
 
@@ -171,6 +175,7 @@ def attend_as_decoded(
     softcap: float = 0.0,
     sink_tokens: Sequence[int] = (0,),
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     layout: str = "",
 ) -> Tensor:
     """What `attend` would return for each query, had the tokens from `prompt` on been decoded
@@ -178,4 +183,5 @@ def attend_as_decoded(
     return torch.ops.fxopt.decoded_attention(
         q, k, v, mask, bias, sinks,
         scale, causal, list(window), softcap, list(sink_tokens), layout, prompt, list(top),
+        list(delta),
     )  # fmt: skip

@@ -173,11 +173,15 @@ class Rewrite(Protocol):
 
 @runtime_checkable
 class Masking(Protocol):
-    """What a rewrite of attention that hides keys, and changes nothing else, may have besides."""
+    """What a rewrite of attention that hides keys may have besides."""
 
     @property
     def near(self) -> bool:
         """Whether keys are hidden by how far they are, not by what they hold."""
+        ...
+
+    def is_mask(self, candidate: Candidate) -> bool:
+        """Whether the candidate hides keys and changes nothing else: others have no kept mass."""
         ...
 
     def kept_mass(

@@ -83,6 +83,22 @@ def lists_of_window(
     return TileLists(*_pack(partial, device), *_pack(full, device), query_tile, key_tile)
 
 
+def lists_of_every(call: Attention, step: int, tile: int = 128) -> TileLists:
+    """What every `step`-th query of a causal call sees, `tile` of these and of the keys a tile.
+    Under a mask all tiles are partial."""
+    keys, device = call.k.shape[2], call.q.device
+    starts = torch.arange(0, call.q.shape[2], step * tile, device=device) + call.offset
+    last = (starts + step * tile).clamp(max=keys) - 1
+    whole = torch.zeros_like(starts) if call.mask is not None else (starts + 1) // tile
+    seen = last // tile + 1
+    every = torch.arange(-(-keys // tile), device=device, dtype=torch.int32)
+    full = every.expand(1, 1, len(starts), -1).contiguous()
+    partial = (full + whole[:, None]).to(torch.int32)
+    counts = (count.to(torch.int32)[None, None] for count in (seen - whole, whole))
+    partial_count, full_count = counts
+    return TileLists(partial_count, partial, full_count, full, tile, tile)
+
+
 def _window_tiles(
     queries: int, keys: int, window: int, sink: int, causal: bool, query_tile: int, key_tile: int
 ) -> Iterator[tuple[list[int], list[int]]]:

@@ -108,8 +108,11 @@ def places(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         return there.to(device), there.argsort().to(device)
 
 
-def near_keys(length: int, grid: Grid, near: Sequence[int], device: torch.device) -> Tensor:
-    """Which of the tokens see each other, in the order of the sequence: [1, KV, 1, N, N].
+def near_keys(
+    length: int, grid: Grid, near: Sequence[int], device: torch.device, rows: Tensor | None = None
+) -> Tensor:
+    """Which of the tokens see each other, in the order of the sequence: [1, KV, 1, N, N]; with
+    `rows` [R], what these see alone: [1, KV, 1, R, N].
 
     `near` has one entry a KV head, 0 where a head sees all keys; so do all heads where `length`
     is not that of the grid. Traceable for any length.
@@ -117,7 +120,8 @@ def near_keys(length: int, grid: Grid, near: Sequence[int], device: torch.device
     tile = torch.tensor((np.argsort(order(grid)) // TILE).tolist(), device=device)
     at = tile.index_select(0, torch.arange(length, device=device).clamp(max=tokens(grid) - 1))
     table = torch.tensor(seen_by_heads(grid, near).tolist(), device=device)
-    seen = table.index_select(1, at).index_select(2, at)
+    by = at if rows is None else at.index_select(0, rows)
+    seen = table.index_select(1, by).index_select(2, at)
     other = torch.full((1,), length, device=device) != tokens(grid)
     return (seen | other)[None, :, None]
 

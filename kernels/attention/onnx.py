@@ -29,19 +29,21 @@ def attention_onnx(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
     The operator knows neither the logits of sinks nor, in all runtimes alike, a cap before the
-    mask: such calls, and dtypes that onnxruntime's does not take, stay as they were.
+    mask: such calls, those of several masks (`delta`), and dtypes that onnxruntime's does not take
+    stay as they were.
     """
-    exporting = torch.compiler.is_exporting()
-    if not exporting or sinks is not None or softcap > 0 or q.dtype not in DTYPES:
+    exporting = torch.compiler.is_exporting() and q.dtype in DTYPES
+    if not exporting or sinks is not None or softcap > 0 or any(delta):
         return attention_traceable(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
         )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,14 @@ from .._register import register
 from .._triton import AVAILABLE
 from . import grid as grids
 from . import reference
-from .blocks import TileLists, lists_of_grid
+from .blocks import TileLists, lists_of_every, lists_of_grid
+from .delta import EVERY, corrected
 from .spec import Attention, bind, in_order, pick, put, query_heads
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
     "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
-    "int[] grid=[], int[] near=[0]) -> Tensor"
+    "int[] delta=[0], int[] grid=[], int[] near=[0]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""
@@ -48,6 +50,7 @@ def attention_cuda(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> Tensor:
@@ -55,7 +58,7 @@ def attention_cuda(
     return _forward(
         bind(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
         )
     )[0]  # fmt: skip
 
@@ -73,6 +76,7 @@ def _fake(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> Tensor:
@@ -111,7 +115,7 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-Way = Literal["library", "kernel", "kept tiles", "neighborhood", "reference"]
+Way = Literal["library", "kernel", "kept tiles", "corrected", "neighborhood", "reference"]
 
 
 def _shares(call: Attention) -> list[tuple[list[int], Way]]:
@@ -122,11 +126,12 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
         return [(heads, "library")]
     if not _has_kernel(call.q) or not call.k.shape[2] or not call.q.numel():
         return [(heads, "reference")]
-    kept = [h for h in heads if call.top[h]]
+    fixed = [h for h in heads if call.is_corrected(h)]
+    kept = [h for h in heads if call.top[h] and h not in fixed]
     local = [h for h in heads if call.near[h]]
-    bounded = [h for h in heads if call.window[h]]
-    dense = sorted({*heads}.difference(kept, local, bounded))
-    long = bool(kept) or call.q.shape[2] >= LEAST_QUERIES
+    bounded = [h for h in heads if call.window[h] and h not in fixed]
+    dense = sorted({*heads}.difference(fixed, kept, local, bounded))
+    long = bool(kept or fixed) or call.q.shape[2] >= LEAST_QUERIES
     shares: list[tuple[list[int], Way]] = [(local, "neighborhood")] if local else []
     if dense and long and call.heads(dense).plain:
         shares.append((dense, "library"))
@@ -134,6 +139,8 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
         bounded = sorted(bounded + dense)
     if bounded:
         shares.append((bounded, "kernel"))
+    if fixed:
+        shares.extend((group, "corrected") for group in _alike(call, fixed))
     if not kept:
         return shares
     from fxopt.kernels.block_topk.triton import heads_at_once
@@ -141,6 +148,12 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     # As many at a time as the lists of tiles leave room for.
     most = heads_at_once(call)
     return shares + [(kept[i : i + most], "kept tiles") for i in range(0, len(kept), most)]
+
+
+def _alike(call: Attention, chosen: list[int]) -> list[list[int]]:
+    """The chosen KV heads, those that keep tiles apart."""
+    by_kind = [[h for h in chosen if bool(call.top[h]) == keeps] for keeps in (False, True)]
+    return [group for group in by_kind if group]
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -153,6 +166,8 @@ def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
             return reference.compute(call), None
     if way == "reference":
         return reference.compute(call), None
+    if way == "corrected":
+        return corrected(call, lambda part: _forward(part)[0], ask), None
     from .triton import attention_forward
 
     if way != "neighborhood":
@@ -160,6 +175,15 @@ def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
     _, places = grids.places(call.grid, call.q.device)
     out, lse = attention_forward(in_order(call), _lists(call, way))
     return out.index_select(1, places), lse.index_select(2, places)
+
+
+def ask(call: Attention) -> Tensor:
+    """`ask_reference` by the kernel."""
+    from .triton import attention_forward
+
+    asked = replace(call, q=call.q[:, :, ::EVERY])
+    lists = lists_of_every(call, EVERY)
+    return attention_forward(asked, lists, first=call.offset, step=EVERY)[0]
 
 
 def _lists(call: Attention, way: Way) -> TileLists | None:
@@ -208,7 +232,7 @@ def _gradients(
 def _backward_of(
     gradient: Tensor, out: Tensor, lse: Tensor, call: Attention, way: Way
 ) -> dict[str, Tensor]:
-    if way in ("library", "reference"):
+    if way in ("library", "corrected", "reference"):
         with _backends(call):
             return _recomputed(gradient, call)
     from fxopt.kernels.attention_backward.triton import attention_gradients

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .delta import ask_reference, corrected
 from .spec import Attention, bind
 from .tiles import (
     Tile,
@@ -40,6 +41,7 @@ def attention_reference(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> Tensor:
@@ -52,7 +54,7 @@ def attention_reference(
     return compute(
         bind(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
         )
     )  # fmt: skip
 
@@ -70,6 +72,7 @@ def attention_with_lse(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> tuple[Tensor, Tensor]:
@@ -78,11 +81,14 @@ def attention_with_lse(
     Returns ([B, N, H, Dv], lse [B, H, N] in float32, or float64 for float64 inputs). lse counts
     the sink logit; it is -inf where a query sees no key. For a subset S of the keys,
     o - o_S = (1 - exp(lse_S - lse)) * (mean of v under the dropped weights - o_S).
+    Raises ValueError where rows are corrected: theirs is no sum over keys.
     """
     call = bind(
         q, k, v, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, top, grid, near,
+        scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
     )  # fmt: skip
+    if any(call.delta):
+        raise ValueError("attention: rows that delta corrects have no log-sum-exp")
     out = _empty(call)
     lse = torch.empty(q.shape[:3], dtype=sum_dtype(q), device=q.device)
     for part in parts(without_idle_mask(call)):
@@ -100,6 +106,10 @@ def compute(call: Attention) -> Tensor:
         return plain(call)
     out = _empty(call)
     for part in parts(call):
+        if any(part.call.delta):
+            values = corrected(part.call, compute, ask_reference)
+            part.put(out, 0, call.q.shape[2], values)
+            continue
         for start, stop in tiles(part):
             values = attend(tile(part, start, stop))
             part.put(out, start, stop, values.transpose(1, 2))
@@ -138,6 +148,12 @@ def gradients(gradient: Tensor, call: Attention) -> dict[str, Tensor]:
 
 def _tiled_backward(call: Attention, gradient: Tensor) -> None:
     for part in parts(call):
+        if any(part.call.delta):
+            # Not tile by tile: rows depend on others, and training does not ask for it.
+            out = corrected(part.call, compute, ask_reference)
+            rows = part.pick(gradient, 0, call.q.shape[2])
+            out.backward(rows, retain_graph=True)
+            continue
         for start, stop in tiles(part):
             out = attend(tile(part, start, stop))
             if out.requires_grad:

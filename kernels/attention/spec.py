@@ -18,7 +18,7 @@ class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
-    keys.
+    keys, and `delta` one a query head.
     """
 
     q: Tensor
@@ -33,6 +33,7 @@ class Attention:
     softcap: float
     sink_tokens: tuple[int, ...]
     top: tuple[int, ...]
+    delta: tuple[int, ...]
     grid: tuple[int, ...]
     near: tuple[int, ...]
 
@@ -69,12 +70,24 @@ class Attention:
         )
 
     def head_groups(self) -> list[list[int]]:
-        """KV heads by equal window, sink, kept tiles and neighbourhood."""
+        """KV heads by equal window, sink, kept tiles and neighbourhood, corrected ones apart."""
         groups: dict[tuple[int, ...], list[int]] = {}
-        choices = zip(self.window, self.sink_tokens, self.top, self.near, strict=True)
+        fixed = map(self.is_corrected, range(self.num_kv_heads))
+        choices = zip(self.window, self.sink_tokens, self.top, fixed, self.near, strict=True)
         for head, choice in enumerate(choices):
             groups.setdefault(choice, []).append(head)
         return list(groups.values())
+
+    def is_corrected(self, kv_head: int) -> bool:
+        """Whether the rows that miss keys in a KV head make up for some of it; see `delta`."""
+        group = self.group_size
+        return any(self.delta[kv_head * group : (kv_head + 1) * group])
+
+    def without_limits(self) -> Attention:
+        """The same call, all keys seen."""
+        none = (0,) * self.num_kv_heads
+        whole = {"window": none, "sink_tokens": none, "top": none, "near": none}
+        return replace(self, **whole, delta=(0,) * self.q.shape[1])
 
     def heads(self, chosen: Sequence[int]) -> Attention:
         """The same call on some of the KV heads and their query heads."""
@@ -94,6 +107,7 @@ class Attention:
             window=tuple(self.window[h] for h in chosen),
             sink_tokens=tuple(self.sink_tokens[h] for h in chosen),
             top=tuple(self.top[h] for h in chosen),
+            delta=tuple(self.delta[h] for h in queries),
             near=tuple(self.near[h] for h in chosen),
         )
 
@@ -111,14 +125,15 @@ def bind(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
     neighbourhood.
 
-    Raises ValueError for head counts and list lengths that do not fit, and for `top` and `near`
-    beside what the choice of tiles does not know.
+    Raises ValueError for head counts and list lengths that do not fit, for `top` and `near` beside
+    what the choice of tiles does not know, and for `delta` where there is nothing to make up for.
     """
     heads, kv = q.shape[1], k.shape[1]
     if heads % kv:
@@ -133,6 +148,16 @@ def bind(
         _check_top(kept, q, k, bias, causal, asked)
     hides = topk.hides(q.shape[2], k.shape[2])
     kept = [t if hides and t < 1000 else 0 for t in kept]
+    added = per_head("delta", delta, heads, "query heads")
+    if any(added):
+        _check_delta(added, q, k, bias, causal)
+    group, long = heads // kv, topk.tiles(q.shape[2]) > topk.SPARED
+    for head in range(kv):
+        own = slice(head * group, (head + 1) * group)
+        if any(added[own]) and not long:
+            windows[head] = 0
+        if not long or not (windows[head] or kept[head]):
+            added[own] = [0] * group
     grid, reaches = tuple(grid), per_head("near", near, kv)
     if any(reaches):
         _check_near(reaches, grid, mask, bias, causal, asked)
@@ -140,7 +165,8 @@ def bind(
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
-        tuple(kept), grid, tuple(n if whole and grids.hides(grid, n) else 0 for n in reaches),
+        tuple(kept), tuple(added),
+        grid, tuple(n if whole and grids.hides(grid, n) else 0 for n in reaches),
     )  # fmt: skip
 
 
@@ -159,6 +185,21 @@ def _check_top(
     for reason, holds in wrong.items():
         if holds:
             raise ValueError(f"attention: top {reason}; got top {list(top)}")
+
+
+def _check_delta(
+    delta: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None, causal: bool
+) -> None:
+    wrong = {
+        "is per mille of what rows that see all keys find, from 0 to 1000": not all(
+            0 <= d <= 1000 for d in delta
+        ),
+        "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
+        "does not look at a bias": bias is not None,
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: delta {reason}; got delta {list(delta)}")
 
 
 def _check_near(
@@ -185,13 +226,15 @@ def in_order(call: Attention) -> Attention:
     return replace(call, q=q, k=k, v=v)
 
 
-def per_head(name: str, values: Sequence[int], num_kv_heads: int) -> list[int]:
-    """One value a KV head from a list with one entry or `num_kv_heads` entries."""
-    if len(values) not in (1, num_kv_heads):
+def per_head(
+    name: str, values: Sequence[int], num_heads: int, heads: str = "KV heads"
+) -> list[int]:
+    """One value a head from a list with one entry or `num_heads` entries."""
+    if len(values) not in (1, num_heads):
         raise ValueError(
-            f"attention: {name} has {len(values)} entries; give 1 or {num_kv_heads}, the KV heads"
+            f"attention: {name} has {len(values)} entries; give 1 or {num_heads}, the {heads}"
         )
-    return list(values) * (num_kv_heads // len(values))
+    return list(values) * (num_heads // len(values))
 
 
 def query_heads(chosen: Sequence[int], group_size: int) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
 
+from .delta import EVERY
 from .grid import near_keys
 from .spec import per_head
 from .tiles import softmax, sum_dtype
@@ -27,6 +28,7 @@ def attention_traceable(
     softcap: float,
     sink_tokens: Sequence[int],
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
 ) -> Tensor:
@@ -54,12 +56,29 @@ def attention_traceable(
     if any(near):
         close = near_keys(queries, tuple(grid), per_head("near", near, kv), q.device)
         seen = close if seen is None else seen & close
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
-    weights, _ = softmax(scores, logit)
-    out = (weights @ v.to(dtype).unsqueeze(2)).reshape(batch, heads, queries, v.shape[3])
+
+    def attended(shown: Tensor | None) -> Tensor:
+        hidden = scores if shown is None else scores.masked_fill(~shown, -torch.inf)
+        return softmax(hidden, logit)[0] @ v.to(dtype).unsqueeze(2)
+
+    out = attended(seen)
+    if any(delta):
+        every = visible(queries, keys, mask, causal, [0], [0], q.device)
+        shares = torch.tensor(per_head("delta", delta, heads, "query heads"), device=q.device)
+        out = _corrected(out, attended(every), shares.to(dtype).reshape(kv, heads // kv, 1, 1))
+    out = out.reshape(batch, heads, queries, v.shape[3])
     return out.transpose(1, 2).contiguous().to(q.dtype)
+
+
+def _corrected(sparse: Tensor, dense: Tensor, per_mille: Tensor) -> Tensor:
+    """What `delta` makes of outputs [B, KV, H / KV, N, Dv], for heads with a share [KV, H / KV]."""
+    rows = torch.arange(sparse.shape[3], device=sparse.device)
+    late = rows // topk.TILE >= topk.tiles(sparse.shape[3]) - topk.SPARED
+    asked = late | (rows % EVERY == 0)
+    missed = (dense - sparse).index_select(3, rows // EVERY * EVERY)
+    out = torch.where(asked[:, None], dense, sparse + missed * (per_mille / 1000))
+    return torch.where((per_mille > 0).any(1, keepdim=True), out, sparse)
 
 
 def kept_keys(

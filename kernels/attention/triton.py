@@ -99,7 +99,7 @@ def _attention_forward(
     partial_count_ptr, partial_ptr, full_count_ptr, full_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     bias_b, bias_h, bias_n, bias_t, list_b, list_h, partial_max, full_max,
-    num_heads, num_kv_heads, list_group, queries, keys, scale, softcap,
+    num_heads, num_kv_heads, list_group, queries, keys, first_position, row_step, scale, softcap,
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LIST_M: tl.constexpr, LIST_N: tl.constexpr,
@@ -122,7 +122,7 @@ def _attention_forward(
     if HAS_WINDOW:
         window = tl.load(window_ptr + 2 * kv_head)
         sink_tokens = tl.load(window_ptr + 2 * kv_head + 1)
-    lower, upper, last = limits(rows + (keys - queries), keys, window, CAUSAL, HAS_WINDOW)
+    lower, upper, last = limits(first_position + rows * row_step, keys, window, CAUSAL, HAS_WINDOW)
 
     steps, partial, a, b, c, d, e, f = visits(
         query_tile, batch, head, kv_head, window, sink_tokens, span_ptr,
@@ -171,12 +171,14 @@ def _attention_forward(
 
 
 def attention_forward(
-    call: Attention, lists: TileLists | None = None, **sizes: int
-) -> tuple[Tensor, Tensor]:
+    call: Attention, lists: TileLists | None = None, first: int | None = None, step: int = 1,
+    **sizes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, N, H, Dv] in q's dtype and log-sum-exp [B, H, N] in float32.
 
     Takes float32, float16 and bfloat16, any strides, head sizes up to 256; at least one key.
-    With `lists`, only their tiles are visited. `sizes` replace those of `tiles_for`.
+    With `lists`, only their tiles are visited; query i may then stand at position
+    `first` + i * `step` instead of i + T - N. `sizes` replace those of `tiles_for`.
     """
     call = with_positive_scale(call)
     q, k, v = call.q, call.k, call.v
@@ -212,7 +214,8 @@ def attention_forward(
         *q.stride(), *k.stride(), *v.stride(), *((0, 0, 0, 0) if bias is None else bias.stride()),
         *((0, 0, 0, 0) if lists is None else lists.strides()),
         heads, kv, heads if lists is None else heads // lists.num_heads,
-        queries, keys, float(call.scale), float(call.softcap),
+        queries, keys, call.offset if first is None else first, step,
+        float(call.scale), float(call.softcap),
         CAUSAL=call.causal, HAS_MASK=rank is not None, HAS_BIAS=bias is not None,
         HAS_SINKS=call.sinks is not None, HAS_WINDOW=has_window, HAS_SOFTCAP=call.softcap > 0,
         LIST_M=0 if lists is None else lists.query_tile,

@@ -43,6 +43,7 @@ def decoded_attention(
     layout: str,
     prompt: int,
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
     attention: Attend | None = None,
 ) -> Tensor:
     """The outputs of a prefill of `prompt` tokens and one decoding step for each further one.
@@ -50,9 +51,10 @@ def decoded_attention(
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
     the exact ones above, in heads that read some tiles of both alone those; a query of the prompt
-    sees every key exactly, or those of the tiles that `top` keeps of the prompt. Beside the result
-    it takes one copy of the keys and values of a head class. Keys of another sequence (not
-    `causal`) were all stored before: every query sees the image of what `fill` packs of them.
+    sees every key exactly, or those of the tiles that `top` keeps of the prompt, and is corrected
+    by `delta`. Beside the result it takes one copy of the keys and values of a head class. Keys of
+    another sequence (not `causal`) were all stored before: every query sees the image of what
+    `fill` packs of them.
     """
     if attention is None:
         from fxopt.kernels.attention.reference import attention_reference
@@ -71,7 +73,7 @@ def decoded_attention(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, top_keys
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys
     )  # fmt: skip
     classes = parsed.resolve(num_kv_heads)
     outputs: list[Tensor] = []
@@ -79,8 +81,8 @@ def decoded_attention(
         chosen = arguments.select(heads, num_kv_heads)
         check(chosen)
         keys, values = take(k, heads, 1), take(v, heads, 1)
-        whole = fmt is None or fmt.packed(total - 1) == 0
-        if whole and not any(chosen.top) and not any(chosen.top_keys):
+        alike = not any(chosen.top) and not any(chosen.delta) and not any(chosen.top_keys)
+        if (fmt is None or fmt.packed(total - 1) == 0) and alike:
             outputs.append(chosen.attend(attention, keys, values, mask))
         else:
             outputs.append(_decode(chosen, keys, values, mask, fmt, min(prompt, total), attention))
@@ -117,8 +119,8 @@ def _decode(
         if bias is not None:
             bias = (bias if bias.shape[2] == 1 else bias[:, :, low:high])[..., :high]
         run = replace(
-            arguments, q=arguments.q[:, :, low:high], bias=bias,
-            top=arguments.top if high <= prompt else (0,),
+            arguments if high <= prompt else arguments.past_prompt(k.shape[1]),
+            q=arguments.q[:, :, low:high], bias=bias,
         )  # fmt: skip
         seen = None if mask is None else mask[:, :high]
         keys, values = mixed_k[:, :, :high], mixed_v[:, :, :high]

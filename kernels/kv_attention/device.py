@@ -34,6 +34,8 @@ def attend_and_append(
     where it follows tokens that are packed."""
     queries = new["key"].shape[2]
     decoding = arguments.q.shape[1] // new["key"].shape[1] * queries <= MOST_ROWS
+    if decoding:
+        arguments = arguments.past_prompt(new["key"].shape[1])
     if fmt is None and not (decoding and _reads_lengths(arguments, mask, length)):
         begin = tokens_before(queries, start, mask, length)
         return attend_exact(attention, arguments, new, part, mask, begin)

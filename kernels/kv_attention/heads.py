@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,19 @@ class Arguments:
     softcap: float
     sink_tokens: Sequence[int]
     top: Sequence[int] = (0,)
+    delta: Sequence[int] = (0,)
     top_keys: Sequence[int] = (0,)
+
+    def past_prompt(self, num_kv_heads: int) -> Arguments:
+        """What decoded tokens get: all keys in heads that keep tiles or are corrected."""
+        if not any(self.top) and not any(self.delta):
+            return self
+        group = self.q.shape[1] // num_kv_heads
+        delta = list(self.delta) * (self.q.shape[1] // len(self.delta))
+        fixed = [any(delta[h * group : (h + 1) * group]) for h in range(num_kv_heads)]
+        window = list(self.window) * (num_kv_heads // len(self.window))
+        window = [0 if alters else w for w, alters in zip(window, fixed, strict=True)]
+        return replace(self, window=window, top=(0,), delta=(0,))
 
     def select(self, heads: Sequence[int], num_kv_heads: int) -> Arguments:
         """The arguments of the query heads that read the KV heads `heads`."""
@@ -45,6 +57,9 @@ class Arguments:
             self.softcap,
             _of_heads(self.sink_tokens, heads),
             _of_heads(self.top, heads),
+            [self.delta[h * group + i] for h in heads for i in range(group)]
+            if len(self.delta) > 1
+            else self.delta,
             _of_heads(self.top_keys, heads),
         )
 
@@ -52,7 +67,7 @@ class Arguments:
         return attention(
             self.q, k, v, mask, self.bias, self.sinks,
             self.scale, self.causal, list(self.window), self.softcap, list(self.sink_tokens),
-            list(self.top),
+            list(self.top), list(self.delta),
         )  # fmt: skip
 
 

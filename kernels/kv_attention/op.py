@@ -40,6 +40,7 @@ def _cached(
     layout: str,
     length: int | None = None,
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention over the cache `state`, to which the new tokens are appended in place.
 
@@ -51,6 +52,7 @@ def _cached(
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, length=length, top=top,
+        delta=delta,
     )  # fmt: skip
 
 
@@ -71,6 +73,7 @@ def _cached_cuda(
     layout: str,
     length: int | None = None,
     top: Sequence[int] = (0,),
+    delta: Sequence[int] = (0,),
 ) -> Tensor:
     kernels = None
     if _served(q.dtype, (q.shape[3], v.shape[3])):
@@ -80,6 +83,7 @@ def _cached_cuda(
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length, top,
+        delta,
     )  # fmt: skip
 
 
@@ -120,14 +124,15 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 cached_attention = register(
     "cached_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor(a!)[] state, Tensor start, {_ATTENTION}, "
-    "SymInt? length=None, int[] top=[0]) -> Tensor",
+    "SymInt? length=None, int[] top=[0], int[] delta=[0]) -> Tensor",
     _cached,
     cuda=_cached_cuda,
     fake=_fake,
 )
 decoded_attention = register(
     "decoded_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt, int[] top=[0]) -> Tensor",
+    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt, int[] top=[0], "
+    "int[] delta=[0]) -> Tensor",
     reference.decoded_attention,
     fake=_fake,
 )

@@ -22,6 +22,7 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.delta import EVERY
 from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk.reference import (
     LEAST,
@@ -31,17 +32,19 @@ from fxopt.kernels.block_topk.reference import (
     hides,
     tiles,
 )
-from fxopt.passes.attention import calls, emulation, mass
+from fxopt.passes.attention import calls, corrected, emulation, mass
 
 
 @dataclass(frozen=True)
 class BlockTopk:
     """`shares` are per mille of the key tiles before a query; one is offered where the workload's
     longest prompt computes at most `most` of its pairs under it, and fewer than under the next
-    larger share."""
+    larger share. Where these are at most `corrected`, it is offered corrected as well, by rows that
+    see all keys; see `corrected.py`."""
 
     shares: tuple[int, ...] = (50, 100, 200)
     most: float = 0.6
+    corrected: float = 0.3
 
     name: ClassVar[str] = "attention.block_topk"
     family: ClassVar[Family] = "attention"
@@ -68,13 +71,18 @@ class BlockTopk:
         return [
             Candidate(self.name, f"top{share / 10:g}%", {"top": share})
             for share in self._fitting(scenarios)
+        ] + [
+            Candidate(
+                self.name, f"top{share / 10:g}%{corrected.SUFFIX}", {"top": share, "delta": EVERY}
+            )
+            for share in self._fitting(scenarios, self.corrected)
         ]
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         """Why there is no candidate for these scenarios, in numbers; None if there are some."""
         if self._fitting(scenarios):
             return None
-        prompt = _longest(scenarios)
+        prompt = calls.longest_prompt(scenarios)
         if prompt is None:
             queries = max((scenario.queries for scenario in scenarios), default=0)
             return (
@@ -88,22 +96,29 @@ class BlockTopk:
             f"computed, and it pays below {self.most:.0%}"
         )
 
-    def _fitting(self, scenarios: Sequence[Scenario]) -> list[int]:
-        prompt = _longest(scenarios)
+    def _fitting(self, scenarios: Sequence[Scenario], most: float | None = None) -> list[int]:
+        """The shares under which at most `most` of the longest prompt's pairs are computed."""
+        most = self.most if most is None else most
+        prompt = calls.longest_prompt(scenarios)
         if prompt is None:
             return []
         # Where LEAST tiles are more than any share, all shares are one candidate.
         by_density = {_density(prompt, share): share for share in sorted(self.shares)}
-        return sorted(share for density, share in by_density.items() if density <= self.most)
+        return sorted(share for density, share in by_density.items() if density <= most)
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """Prompts by the pairs that are computed and the estimate; decoding is dense."""
-        return [calls.kept_tiles_call(calls.attention_info(match), scenario, _top(candidate))]
+        info, top = calls.attention_info(match), _top(candidate)
+        if _is_corrected(candidate):
+            return [calls.corrected_call(info, scenario, top=top)]
+        return [calls.kept_tiles_call(info, scenario, top)]
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
-        return {}
+        if not _is_corrected(candidate):
+            return {}
+        return corrected.shares(statistics, top=[_top(candidate)])
 
     def emulate(
         self,
@@ -113,7 +128,11 @@ class BlockTopk:
         inputs: Mapping[str, Any],
     ) -> Tensor:
         """Every head of the op under this share, tokens past the prompt seeing all keys."""
-        return emulation.attended_as_decoded(inputs, top=[_top(candidate)])
+        delta = tensors["share"].tolist() if _is_corrected(candidate) else [0]
+        return emulation.attended_as_decoded(inputs, top=[_top(candidate)], delta=delta)
+
+    def is_mask(self, candidate: Candidate) -> bool:
+        return not _is_corrected(candidate)
 
     def kept_mass(
         self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
@@ -129,10 +148,16 @@ class BlockTopk:
         for head in range(count) if site.head is None else (site.head,):
             values[head] = _top(candidate)
         editor.update(site, top=tuple(values))
+        if _is_corrected(candidate):
+            corrected.apply(site, calls.attention_info(match), tensors["share"], editor)
 
 
 def _top(candidate: Candidate) -> int:
     return int(candidate.parameters["top"])
+
+
+def _is_corrected(candidate: Candidate) -> bool:
+    return "delta" in candidate.parameters
 
 
 def _visible(inputs: Mapping[str, Any], rows: Tensor, top: int) -> Tensor:
@@ -158,12 +183,6 @@ def _visible(inputs: Mapping[str, Any], rows: Tensor, top: int) -> Tensor:
         kept = chosen.flatten(1, 3).repeat_interleave(TILE, 2)[:, :, :end]
         visible[:, :, rows // TILE == number, :end] = kept[:, :, None]
     return visible
-
-
-def _longest(scenarios: Sequence[Scenario]) -> Scenario | None:
-    """The longest call of those that bring more tokens than are spared."""
-    prompts = [scenario for scenario in scenarios if scenario.queries > SPARED * TILE]
-    return max(prompts, key=lambda scenario: scenario.length, default=None)
 
 
 def _density(prompt: Scenario, share: int) -> float:

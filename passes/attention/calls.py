@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,13 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.kernels.attention.grid import density
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.block_topk import reference as topk
+
+CORRECTION_LAUNCHES = 10
+"""The asked rows, their lists of tiles, and what they add."""
 
 
 def refusal(site: Site) -> Refusal | None:
@@ -125,6 +129,50 @@ def kept_pairs(queries: int, length: int, top: int) -> int:
     return pairs
 
 
+def corrected_call(
+    info: AttentionInfo, scenario: Scenario, window: int = 0, sink_tokens: int = 0, top: int = 0
+) -> OpCall:
+    """One KV head under a window or a share of tiles, corrected by rows that see all keys.
+
+    Prompts cost the pairs that are computed, those of the asked rows among them, and reading and
+    writing outputs again; decoding is dense.
+    """
+    dense, early = attention_call(info, scenario), corrected_rows(scenario.queries)
+    if not early:
+        return dense
+    first = replace(scenario, queries=early)
+    last = replace(scenario, queries=scenario.queries - early, past=scenario.past + early)
+    near = f"top{top}" if top else f"w{window}s{sink_tokens}"
+    parts = (
+        [kept_tiles_call(info, scenario, top)]
+        if top
+        else [attention_call(info, first, window, sink_tokens), attention_call(info, last)]
+    )
+    asked = early // EVERY
+    pairs = asked * (scenario.past + 1) + EVERY * asked * (asked - 1) // 2
+    heads = scenario.batch * info.num_heads // info.num_kv_heads
+    channels, size = info.head_dim + info.value_dim, info.dtype.itemsize
+    outputs = heads * early * info.value_dim * size
+    keys = scenario.batch * first.length * channels * size
+    return replace(
+        dense,
+        key=_key(info, scenario, f"{near}d{EVERY}"),
+        flops=sum(part.flops for part in parts) + 2.0 * heads * pairs * channels,
+        bytes_read=sum(part.bytes_read for part in parts) + keys + 2 * outputs,
+        bytes_written=sum(part.bytes_written for part in parts) + outputs,
+        temporary_bytes=max(part.temporary_bytes for part in parts) + outputs,
+        launches=sum(part.launches for part in parts) + CORRECTION_LAUNCHES,
+        family=_family(info, f"{near}d{EVERY}"),
+        run=_runner(info, scenario, window, sink_tokens, top, delta=1000),
+    )
+
+
+def longest_prompt(scenarios: Sequence[Scenario]) -> Scenario | None:
+    """The longest call of those that bring more tokens than see all keys in any case."""
+    prompts = [scenario for scenario in scenarios if corrected_rows(scenario.queries)]
+    return max(prompts, key=lambda scenario: scenario.length, default=None)
+
+
 def _key(info: AttentionInfo, scenario: Scenario, near: str) -> str:
     """What makes two attention calls cost the same."""
     extras = "".join(
@@ -166,6 +214,7 @@ def _runner(
     window: int,
     sink_tokens: int,
     top: int = 0,
+    delta: int = 0,
     near: int = 0,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
@@ -183,7 +232,7 @@ def _runner(
         scale = 1.0 / math.sqrt(info.head_dim)
         return lambda: attention(
             q, k, v, None, bias, sinks,
-            scale, info.causal, [window], info.softcap, [sink_tokens], [top],
+            scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
             info.grid, [near],
         )  # fmt: skip
 

@@ -21,9 +21,9 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
-from fxopt.kernels.attention.grid import density
+from fxopt.kernels.attention.grid import density, near_keys
 from fxopt.kernels.attention.spec import per_head
-from fxopt.passes.attention import calls, emulation
+from fxopt.passes.attention import calls, emulation, mass
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Neighborhood:
     exact: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.04690"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+    near: ClassVar[bool] = True
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):
@@ -101,6 +102,17 @@ class Neighborhood:
         """Every head of the op under this window."""
         grid = calls.attention_info(match).grid
         return emulation.attended(inputs, grid=grid, near=[_near(candidate)])
+
+    def is_mask(self, candidate: Candidate) -> bool:
+        return True
+
+    def kept_mass(
+        self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
+    ) -> Tensor:
+        """Of the tiles that each query sees."""
+        grid, queries = calls.attention_info(match).grid, inputs["q"].shape[2]
+        visible = near_keys(queries, grid, [_near(candidate)], rows.device, rows)
+        return mass.kept(inputs, rows, visible[:, 0])
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

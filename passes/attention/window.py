@@ -21,16 +21,19 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.spec import per_head
-from fxopt.passes.attention import calls, emulation, mass
+from fxopt.passes.attention import calls, corrected, emulation, mass
 
 
 @dataclass(frozen=True)
 class Window:
     """`windows` count keys, the query's own included; a window is offered where the longest call
-    is more than twice as long. `sink` first tokens stay visible to causal heads."""
+    is more than twice as long. `sink` first tokens stay visible to causal heads. Where a window
+    leaves at most `corrected` of the longest prompt's pairs, it is offered for prompts alone as
+    well, corrected by rows that see all keys; see `corrected.py`."""
 
     windows: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     sink: int = 16
+    corrected: float = 0.3
 
     name: ClassVar[str] = "attention.window"
     family: ClassVar[Family] = "attention"
@@ -60,7 +63,26 @@ class Window:
                 {"window": window, "sink": sink},
             )
             for window in self._fitting(match, scenarios)
+        ] + [
+            Candidate(
+                self.name,
+                f"w{window}+s{sink}{corrected.SUFFIX}",
+                # Not "window": decoded tokens see the whole cache.
+                {"prompt_window": window, "sink": sink},
+            )
+            for window in self._fitting(match, scenarios)
+            if self._pays_corrected(match, scenarios, window)
         ]
+
+    def _pays_corrected(self, match: Match, scenarios: Sequence[Scenario], window: int) -> bool:
+        info, prompt = calls.attention_info(match), calls.longest_prompt(scenarios)
+        if prompt is None or not info.causal or info.window:
+            return False
+        every, left = (
+            calls.visible_pairs(prompt.queries, prompt.length, True, reach, self.sink)
+            for reach in (0, window)
+        )
+        return left <= self.corrected * every
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         """Why there is no candidate for these scenarios, in numbers; None if there are some."""
@@ -77,13 +99,17 @@ class Window:
         return [window for window in sorted(self.windows) if 2 * window < reach]
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
+        """A corrected window by what it computes of prompts; decoding is dense then."""
         info = calls.attention_info(match)
-        return [calls.attention_call(info, scenario, *_choice(candidate))]
+        price = calls.corrected_call if _is_corrected(candidate) else calls.attention_call
+        return [price(info, scenario, *_choice(candidate))]
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
-        return {}
+        if not _is_corrected(candidate):
+            return {}
+        return corrected.shares(statistics, **_options(candidate))
 
     def emulate(
         self,
@@ -93,8 +119,13 @@ class Window:
         inputs: Mapping[str, Any],
     ) -> Tensor:
         """Every head of the op under this window."""
-        window, sink = _choice(candidate)
-        return emulation.attended(inputs, window=[window], sink_tokens=[sink])
+        if not _is_corrected(candidate):
+            return emulation.attended(inputs, **_options(candidate))
+        delta = tensors["share"].tolist()
+        return emulation.attended_as_decoded(inputs, **_options(candidate), delta=delta)
+
+    def is_mask(self, candidate: Candidate) -> bool:
+        return not _is_corrected(candidate)
 
     def kept_mass(
         self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
@@ -115,10 +146,23 @@ class Window:
                 values[head] = value
             updated[name] = tuple(values)
         editor.update(site, **updated)
+        if _is_corrected(candidate):
+            info = calls.attention_info(match)
+            corrected.apply(site, info, tensors["share"], editor)
+
+
+def _is_corrected(candidate: Candidate) -> bool:
+    return "prompt_window" in candidate.parameters
 
 
 def _choice(candidate: Candidate) -> tuple[int, int]:
-    return int(candidate.parameters["window"]), int(candidate.parameters["sink"])
+    name = "prompt_window" if _is_corrected(candidate) else "window"
+    return int(candidate.parameters[name]), int(candidate.parameters["sink"])
+
+
+def _options(candidate: Candidate) -> dict[str, list[int]]:
+    window, sink = _choice(candidate)
+    return {"window": [window], "sink_tokens": [sink]}
 
 
 def _longest(scenarios: Sequence[Scenario]) -> int:

@@ -70,14 +70,17 @@ def everywhere(
     workload: fxopt.Workload | None = None,
 ) -> tuple[OptimizedModule, list[Proposal]]:
     """`model` with the rewrite `name` at each site that takes it: by turns with each of its
-    candidates, or those alone whose label contains `label`. Nothing is priced or searched."""
+    candidates, or the one labelled `label`, or those whose labels contain it. Nothing is priced or
+    searched."""
     request = resolve(
         model, fxopt.Budget(weights="99%"), dict(example), workload=workload,
         calibration=[example] * 3, keep=(), rewrites=[name], at=None, seed=0, time_limit=None,
     )  # fmt: skip
     compiler, turns, chosen = Compiler(request), Counter[str](), list[Proposal]()
     for found in compiler.proposals.by_site.values():
-        offered = [proposal for proposal in found if label in proposal.candidate.label]
+        offered = [proposal for proposal in found if label == proposal.candidate.label] or [
+            proposal for proposal in found if label in proposal.candidate.label
+        ]
         if offered:
             chosen.append(offered[turns[name] % len(offered)])
             turns[name] += 1

@@ -84,7 +84,7 @@ def random(
 
 def call(grid: tuple[int, ...], near: Sequence[int]) -> tuple[Any, ...]:
     """What follows q, k, v in a call of the op."""
-    return (None, None, None, 0.25, False, [0], 0.0, [0], [0], list(grid), list(near))
+    return (None, None, None, 0.25, False, [0], 0.0, [0], [0], [0], list(grid), list(near))
 
 
 @given(sizes=SIZES, prefix=st.integers(0, 130))

@@ -76,7 +76,9 @@ def test_steps_are_those_of_the_reference(layout: str, dims: tuple[int, int], ma
 def read_tokens(layout: str, state: list[Tensor], q: Tensor, start: Tensor) -> list[int]:
     """How many tokens of tiles the lists of each head class name."""
     parsed, read = parse(layout), []
-    arguments = Arguments(q, None, None, 0.3, True, [0], 0.0, [0], [0], parsed.top_keys(KV))
+    arguments = Arguments(
+        q, None, None, 0.3, True, [0], 0.0, [0], top_keys=parsed.top_keys(KV)
+    )  # fmt: skip
     for heads, fmt, part in split_state(parsed, KV, state):
         kept = kept_list(arguments.select(heads, KV), part, start, None, fmt)
         assert kept is not None

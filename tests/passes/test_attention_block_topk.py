@@ -44,7 +44,8 @@ def matched(where: Site) -> Match:
 
 
 def labels(workload: Forward | Generate) -> list[str]:
-    return [c.label for c in REWRITE.candidates(matched(site()), scenarios(workload))]
+    found = REWRITE.candidates(matched(site()), scenarios(workload))
+    return [c.label for c in found if "+d" not in c.label]
 
 
 class GraphEditor:

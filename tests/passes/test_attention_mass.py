@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fxopt.ir.ops import attend
 from fxopt.ir.rewrite import Candidate, Masking, Match
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.passes.attention.block_topk import BlockTopk
+from fxopt.passes.attention.neighborhood import Neighborhood
 from fxopt.passes.attention.window import Window
 
 LENGTH = 1500
@@ -80,6 +82,39 @@ def _check_identity(weights: Tensor, masked: Tensor, kept: Tensor) -> None:
     torch.testing.assert_close(
         (weights - masked) @ values, tau * (tail - left), rtol=1e-9, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("near", [4, 9])
+def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(near: int) -> None:
+    site = match().site
+    assert isinstance(site.info, AttentionInfo)
+    place = Match(replace(site, info=replace(site.info, causal=False, grid=(4, 34, 44))))
+    inputs = {**recorded("sinks and softcap"), "causal": False}
+    rows = torch.tensor([0, 3, 4, 700, 1499])
+    rewrite = Neighborhood()
+    assert isinstance(rewrite, Masking)
+    candidate = Candidate(rewrite.name, "", {"near": near})
+    assert rewrite.is_mask(candidate)
+    found = rewrite.kept_mass(place, candidate, inputs, rows)
+    weights = attend(**inputs)[:, rows].transpose(1, 2)
+    masked = rewrite.emulate(place, candidate, {}, inputs)[:, rows].transpose(1, 2)
+    kept = (weights * (masked > 0)).sum(-1) + 1 - weights.sum(-1)
+    torch.testing.assert_close(found, kept, rtol=1e-9, atol=1e-12)
+    assert (found[..., :2] == 1).all()  # the prefix sees all
+    assert found[..., 2:].max() < 0.95
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "parameters"),
+    [
+        (Window(), {"prompt_window": 70, "sink": 5}),
+        (BlockTopk(), {"top": 50, "delta": 64}),
+    ],
+)
+def test_what_is_made_up_for_has_no_kept_mass(rewrite: Any, parameters: dict[str, Any]) -> None:
+    assert not rewrite.is_mask(Candidate(rewrite.name, "", parameters))
+    plain = next(p for r, p in CASES.values() if r == rewrite)
+    assert rewrite.is_mask(Candidate(rewrite.name, "", plain))
 
 
 def test_two_sided_windows_count_both_sides() -> None:

@@ -87,7 +87,9 @@ def test_windows_fit_the_workload() -> None:
     match = matched(Window(), site())
     long = scenarios(Generate(batch=1, prompt=3900, new_tokens=200))
     labels = [c.label for c in Window().candidates(match, long)]
-    assert labels == ["w256+s16", "w512+s16", "w1024+s16"]
+    assert [label for label in labels if "+d" not in label] == [
+        "w256+s16", "w512+s16", "w1024+s16",
+    ]  # fmt: skip
     short = scenarios(Generate(batch=1, prompt=400, new_tokens=100))
     assert Window().candidates(match, short) == []
     assert "longest sequence has 451 tokens" in str(Window().refusal(match, short))
