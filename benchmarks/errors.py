@@ -59,8 +59,8 @@ def main() -> None:
     print(f"{'sites':>10}{'layers':>10}{'whole':>10}{'on all':>10}")
     for row in sorted(zip(sites, layers, whole, chosen_by, strict=True)):
         print("".join(f"{value:>10.2e}" for value in row))
-    compared(sites, whole, "sum of sites, same sequence")
-    compared(layers, whole, "sum of layers, same sequence")
+    compared(sites, whole, "sum of sites, same sequences")
+    compared(layers, whole, "sum of layers, same sequences")
     compared(sites, chosen_by, "sum of sites, all sequences")
     compared(layers, chosen_by, "sum of layers, all sequences")
     rounds = [searched(compiler, table, limit) for limit in LIMITS]
