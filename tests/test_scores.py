@@ -53,6 +53,17 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 BUDGET = fxopt.Budget(weights="60%", relative_error=0.2)
 
 
+def test_other_data_to_choose_by_is_scored_anew(
+    model: nn.Module, data: list[torch.Tensor], scored: list[Any]
+) -> None:
+    """Of six sequences the fourth is the second to choose by, on which sites are measured too."""
+    fxopt.plan(model, BUDGET, data[0], calibration=data)
+    count = len(scored)
+    changed = [*data[:3], 2 * data[3], *data[4:]]
+    fxopt.plan(model, BUDGET, data[0], calibration=changed)
+    assert len(scored) == 2 * count
+
+
 def test_a_second_budget_scores_nothing_and_decides_alike(
     model: nn.Module, data: list[torch.Tensor], scored: list[Any]
 ) -> None:
