@@ -71,8 +71,7 @@ def optimize(
     check_recovery(recover)
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
-        if recover is not None:
-            raise FxoptError("recover: fxopt.Train rewrites steps exactly; leave recover out")
+        _check_exact(recover)
         with preserved(model):
             return training.optimize(
                 model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
@@ -95,6 +94,7 @@ def plan(
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,
     at: str | None = None,
+    recover: Distill | None = None,
     seed: int = 0,
     time_limit: float | None = None,
     progress: bool | None = None,
@@ -108,20 +108,27 @@ def plan(
     rewrites that are exact or round take part, chosen for the least rounding; a quality row is an
     FxoptError. `apply` puts such a plan on the model with its weights.
     """
+    check_recovery(recover)
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
+        _check_exact(recover)
         with preserved(model):
             return training.plan(
                 model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
             )
     request = resolve(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
-        rewrites=rewrites, at=at, seed=seed, time_limit=time_limit,
+        rewrites=rewrites, at=at, seed=seed, time_limit=time_limit, recover=recover,
     )  # fmt: skip
     with evaluated(model), showing(progress) as shown:
         if weightless(model):
             return Draft(_compiler(request, shown, Weightless)).plan()
         return Session(_compiler(request, shown)).plan()
+
+
+def _check_exact(recover: Distill | None) -> None:
+    if recover is not None:
+        raise FxoptError("recover: fxopt.Train rewrites steps exactly; leave recover out")
 
 
 def solve(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0) -> Plan:

@@ -168,6 +168,8 @@ def _check(request: Request) -> None:
             "Leave the row out: within the others the least rounding is chosen. Or plan with the "
             "weights once: fxopt.solve(plan, budget) then answers other budgets without them"
         )
+    if request.recover is not None:
+        raise FxoptError("recover: there are no weights to train (meta device); leave recover out")
     if request.at is not None:
         raise FxoptError(
             f"at={request.at!r}: the model around it is run, and it has no weights (meta device); "

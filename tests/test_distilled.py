@@ -107,6 +107,13 @@ def test_replayed_and_loaded_bit_for_bit(
     ):
         assert torch.equal(again(data[20]), opt(data[20]))
         assert again.report.distilled == opt.report.distilled
+    alone = fxopt.plan(
+        model, opt.plan.budget, data[0], calibration=data, rewrites=["linear.low_rank"],
+        keep=["0.down", "1.down"], recover=HOW,
+    )  # fmt: skip
+    assert alone.distilled == opt.plan.distilled
+    assert alone.tensors.keys() == opt.plan.tensors.keys()
+    assert all(torch.equal(t, opt.plan.tensors[name]) for name, t in alone.tensors.items())
     assert fxopt.verify(opt, model, data).kept
 
 

@@ -118,6 +118,7 @@ def test_masks_are_understood_and_seconds_predicted_for_the_device_of_the_inputs
         ({"budget": fxopt.Budget(kl=0.1)}, r"Budget.kl: the model is on the meta device"),
         ({"calibration": [torch.zeros(1, 8)]}, "calibration: the model is on the meta device"),
         ({"at": "model"}, "at='model': the model around it is run"),
+        ({"recover": fxopt.Distill()}, "recover: there are no weights to train"),
     ],
 )
 def test_what_needs_weights_is_refused(arguments: dict[str, Any], says: str) -> None:
