@@ -116,6 +116,7 @@ def test_what_a_projection_of_one_layer_cannot_know_is_found() -> None:
     assert after**2 < 0.3 * before**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rewrite",
     [
@@ -249,6 +250,7 @@ def test_no_block_is_worse_than_it_was(seed: int, rate: float, patience: int) ->
                 assert same == (block.after == block.before)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits() -> None:
     compiler = planted("linear.low_rank", depth=2)
     proposals = loud(compiler)

@@ -170,6 +170,7 @@ def test_prices_count_the_table_once() -> None:
         assert call.run(torch.device("cpu"))().shape[0] == scenario.batch * scenario.queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_generation_saving_exporting(build: Any, tmp_path: Path) -> None:
     model, data = build(), [text() for _ in range(4)]
@@ -212,6 +213,7 @@ def test_generation_saving_exporting(build: Any, tmp_path: Path) -> None:
     assert sum(len(i.raw_data) for i in packed) <= tensors["packed"].nbytes + 64
 
 
+@pytest.mark.slow
 def test_replay_is_bit_identical(tmp_path: Path) -> None:
     model, data = llama(), [text() for _ in range(4)]
     budget = fxopt.Budget(weights="92%")
