@@ -168,7 +168,7 @@ class Bench:
     def windows(self, width: int) -> Choice:
         made = self.made
         (window,) = (rewrite for rewrite in made.rewrites if rewrite.name == WINDOW)
-        one: Any = replace(window, windows=(width,))  # pyright: ignore[reportCallIssue]
+        one: Any = replace(window, windows=(width,), corrected=0.0)  # pyright: ignore[reportCallIssue]
         found = propose(made.sites, [one], (*made.scenarios, made.final), "forward")
         return [p for offered in found.by_site.values() for p in offered]
 

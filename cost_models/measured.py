@@ -109,6 +109,7 @@ class Measured:
             seconds, host = timing.seconds / call.share, timing.host / call.share
             point = Point(call.flops, _moved(call), prior.seconds, seconds, host, workspace)
             self._known[key] = point
+            self.__dict__.pop("_families", None)  # grouped anew where they are asked for next
             if timing.disturbed:
                 self.disturbed.add(call.key)
             if timing.disturbed or seconds > ABSURD * prior.seconds:
@@ -167,7 +168,7 @@ class Measured:
     def _family(self, call: OpCall) -> str:
         return f"{call.family}|{digest(call.op)}|{self._between}"
 
-    @property
+    @cached_property
     def _families(self) -> dict[str, list[Point]]:
         found: dict[str, list[Point]] = {}
         for key, point in self._known.items():

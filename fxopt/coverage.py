@@ -16,6 +16,7 @@ from .compiler import Compiler
 from .decide.quality import first_tensor
 from .ir.ops import attend
 from .kernels.attention import attention_reference
+from .kernels.attention.delta import corrected_rows
 from .kernels.attention.grid import hides, tokens
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
@@ -133,10 +134,15 @@ class _Walk(fx.Interpreter):
         near: Sequence[int] = (0,),
     ) -> None:
         heads, length = k.shape[1], k.shape[2]
+        prompt, group = self.prompt or q.shape[2], q.shape[1] // heads
+        deltas = per_head("delta", delta, q.shape[1], "query heads")
         windows = per_head("window", window, heads)
         hidden = zip(windows, per_head("sink_tokens", sink_tokens, heads), strict=True)
-        self.left |= {(name, h): length > w + s for h, (w, s) in enumerate(hidden) if w}
-        prompt = self.prompt or q.shape[2]
+        for h, (w, s) in enumerate(hidden):
+            # a window that is corrected is one of prompts without their last rows
+            rows = corrected_rows(prompt) if any(deltas[h * group :][:group]) else length
+            if w:
+                self.left[name, h] = rows > w + s
         tops = enumerate(per_head("top", top, heads))
         self.left |= {(name, h): hides_some(prompt, prompt, t) for h, t in tops if t}
         reaches = enumerate(per_head("near", near, heads))

@@ -94,5 +94,19 @@ def test_calibration_that_leaves_no_tile_out_is_noticed(layout: str) -> None:
         assert list(walk.left.values()) == [left, left]
 
 
+def test_calibration_that_a_corrected_window_hides_nothing_of_is_noticed() -> None:
+    """The last rows of a prompt see all keys then; the other head has the window alone."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in "qkv"]
+    options = {"scale": 0.3, "causal": True, "window": (256,), "sink_tokens": (16,)}
+    options["delta"] = (300, 300, 0, 0)
+    graph.output(graph.call_function(attend, tuple(inputs), options))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    for length, left in ((270, [False, False]), (500, [False, True]), (520, [True, True])):
+        walk = _Walk(module, 0)
+        walk.run_flat([torch.randn(1, heads, length, 8) for heads in (4, 2, 2)])
+        assert list(walk.left.values()) == left
+
+
 def test_p99_is_reported() -> None:
     assert any(note.startswith("kl: 99% of ") for note in optimised(220).report.notes)

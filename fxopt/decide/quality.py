@@ -28,8 +28,8 @@ QUALITIES: dict[str, Kind] = {
 """By the budget's row."""
 IGNORED = -100
 """A label that does not count, as in torch's own cross entropy."""
-RUNS, SHORTEST = 16, 4
-"""Runs of positions that an interval is told by, and positions of one at least."""
+RUNS, LEAST_RUNS, SHORTEST = 16, 4, 4
+"""Runs of positions that an interval is told by, at best and at least; positions of one."""
 Evaluate = Callable[[Any, Batch, Tensor | None], Tensor]
 """(module, batch, positions [P] or None) -> output of interest; logits of those positions."""
 
@@ -191,7 +191,8 @@ class Reference:
         upper = upper_bound([(e.double().mean().item(), len(e)) for e in errors])
         if upper is not None:
             upper = self.quality.measured(upper)
-        within = half_width([(run.mean().item(), len(run)) for run in runs(errors)])
+        parts = [(run.mean().item(), len(run)) for run in runs(errors)]
+        within = half_width(parts) if len(parts) >= LEAST_RUNS else None
         return Measurement(mean, p99, len(values), upper, len(errors), within)
 
     def _nothing(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import operator
 import re
 from collections import Counter
@@ -255,6 +256,7 @@ class Writer:
         waiting = [node for node, _, _ in self.pending]
         wanted = [node for node in operands if node in waiting]
         nests = statement.loop is None and wanted == waiting[len(waiting) - len(wanted) :]
+        nests = nests and not self._would_hold(statement, wanted)
         if wanted and nests:
             expr, used = self._build(statement, wanted)
             nests = self._fits(statement, expr, prefix)
@@ -274,6 +276,15 @@ class Writer:
             return
         self._flush()
         self._emit(statement.outputs, expr, used, prefix)
+
+    def _would_hold(self, statement: Statement, nested: list[fx.Node]) -> bool:
+        """Whether names that the `nested` ops read last keep as much memory, while the statement
+        makes its result, as that takes. Inner modules took more while they ran."""
+        made = [node for node in statement.outputs if node is not None and root(node) is node]
+        ops = [node for node in nested if node in self.frame.own]
+        read = [u for node, _, used in self.pending if node in ops for u in used]
+        last = [u for u in set(read) if self.left[u] == read.count(u) and self._is_computed_here(u)]
+        return bool(made and last) and sum(map(_width, last)) >= sum(map(_width, made))
 
     def _fits(self, statement: Statement, expr: Expr, prefix: str) -> bool:
         names = (self._hint(node) if node else "_" for node in statement.outputs)
@@ -354,6 +365,13 @@ class Writer:
             count += 1
             name = f"{base}_{count}"
         return name
+
+
+def _width(node: fx.Node) -> int:
+    """The sizes of a value that are known, multiplied."""
+    known = tensor_facts(node)
+    sizes = [] if known is None else [size for size in known.shape if isinstance(size, int)]
+    return math.prod(sizes)
 
 
 def size_source(frame: Frame, inputs: Sequence[fx.Node], node: fx.Node) -> tuple[fx.Node, str]:

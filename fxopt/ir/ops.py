@@ -78,6 +78,8 @@ def attend(
             q, k, v, mask, bias, sinks,
             scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
         )  # fmt: skip
+    if any(near):
+        raise ValueError("attend: near has no meaning where keys come one by one, from a state")
     length = None
     if start is not None and not isinstance(start, Tensor):
         length = None if is_recorded(start.start) else start.value
@@ -104,9 +106,10 @@ def mix_channels(x: Tensor, matrices: Tensor) -> Tensor:
     """The channels of each head times the matrix of its KV head.
 
     x [B, H, N, D] and matrices [KV, D, E], of one dtype, H a multiple of KV; returns [B, H, N, E].
+    The matrices have no gradients: apart, those of queries and keys would change scores.
     """
     grouped = x.unflatten(1, (matrices.shape[0], -1))
-    return torch.einsum("bkgnd,kde->bkgne", grouped, matrices).flatten(1, 2)
+    return torch.einsum("bkgnd,kde->bkgne", grouped, matrices.detach()).flatten(1, 2)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -20,6 +20,7 @@ WIDTH, HEIGHT, LETTER = 104, 18, 7
 LEAST_SHADE, LEAST_MASS = 0.25, 0.5
 """The palest shade, and the kept mass from which on down it is that."""
 BY_MASS = "the paler, the less of its attention falls on the keys that it still sees"
+"""Of heads without a percentage, of which that is not known, by time."""
 BY_TIME = "the paler, the less of its time it still takes"
 TOP, MARGIN = 62, 12
 """Pixels above the map in a drawing of its own, and around it."""
@@ -78,7 +79,7 @@ def head_map(plan: Plan) -> HeadMap | None:
             label=_label(attention),
             text=_label(attention) + (f" {mass.mean:.0%}" if (mass := attention.kept_mass) else ""),
             title=_title(head, attention),
-            shade=round(_of_mass(attention) if by_mass else _of_time(head, attention), 2),
+            shade=round(_of_mass(head, attention) if by_mass else _of_time(head, attention), 2),
         )
         for head, attention in heads
     ]
@@ -100,11 +101,14 @@ def roles(plan: Plan) -> str:
     local: list[float] = []
     retrieving: list[float] = []
     dense: list[float] = []
+    others = 0
     for _, head in _heads(plan):
         if head.kept_mass is not None:
             (local if head.kept_mass.near else retrieving).append(head.kept_mass.mean)
         elif not head.rewritten and (masses := _offered(head)):
             dense.append(max(mass.mean for mass in masses))
+        elif head.rewritten and head.error:
+            others += 1
     said = [
         f"{len(masses)} {name} ({_span(masses)} of their attention kept)"
         for name, masses in (("local", local), ("retrieving", retrieving))
@@ -112,6 +116,8 @@ def roles(plan: Plan) -> str:
     ]
     if dense:
         said.append(f"{len(dense)} dense (masks would keep {_span(dense)} at most)")
+    if said and others:
+        said.append(f"{others} by other means")
     return f"Heads by what they attend to: {', '.join(said)}." if said else ""
 
 
@@ -170,8 +176,10 @@ def _title(head: Decision, attention: Decision) -> str:
     return "; ".join(said)
 
 
-def _of_mass(attention: Decision) -> float:
-    """What hides no keys keeps all."""
+def _of_mass(head: Decision, attention: Decision) -> float:
+    """By time where keys are hidden and no mass is known; what changes nothing keeps all."""
+    if attention.kept_mass is None and attention.rewritten and attention.error:
+        return _of_time(head, attention)
     mass = 1.0 if attention.kept_mass is None else attention.kept_mass.mean
     part = (mass - LEAST_MASS) / (1 - LEAST_MASS)
     return LEAST_SHADE + (1 - LEAST_SHADE) * max(part, 0.0)

@@ -49,6 +49,7 @@ def check(arguments: Arguments) -> None:
         "needs causal attention": not arguments.causal,
         "does not look at a bias": arguments.bias is not None,
         "and window exclude each other in one head": any(arguments.window),
+        "and tiles kept in prompts exclude each other in one head": any(arguments.top),
     }
     for reason, holds in wrong.items():
         if holds:

@@ -26,7 +26,8 @@ SUFFIX = f"+d{EVERY}"
 
 def shares(statistics: SiteStatistics, **options: Any) -> dict[str, Tensor]:
     """Per mille of what asked rows find that their followers add, as "share", int32 [H], from 1 to
-    1000: by least squares over the recorded prompts under `options` of `attend`."""
+    1000: by least squares over the recorded prompts under `options` of `attend`. It is 1 where
+    these are too short to hide a key; calibration that short is noted (`fxopt.coverage`)."""
     prompt = _prompt(statistics.inputs)
     early = corrected_rows(prompt["q"].shape[2])
     dense = statistics.once("dense prompt", lambda: emulation.attended(prompt))

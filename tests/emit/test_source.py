@@ -55,6 +55,20 @@ def test_a_rewritten_model_equals_its_graph_to_the_bit(case, rewritten):
     assert torch.equal(want[0], got[0])
 
 
+class Wide(nn.Module):
+    """What is read last stands within the call that follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_projection_of_the_tokens = nn.Linear(6, 50)
+        self.gate_projection_of_the_tokens = nn.Linear(6, 50)
+        self.down = nn.Linear(50, 6)
+
+    def forward(self, x):
+        gate = self.gate_projection_of_the_tokens(x)
+        return self.down(gate * self.up_projection_of_the_tokens(x))
+
+
 class Hourglass(nn.Module):
     def __init__(self):
         super().__init__()
@@ -65,10 +79,11 @@ class Hourglass(nn.Module):
         return self.out(self.down(wide * wide.tanh()))
 
 
-def test_no_value_outlives_its_last_reader():
+@pytest.mark.parametrize("model", [Hourglass(), Wide()], ids=["hourglass", "wide"])
+def test_no_value_outlives_its_last_reader(model):
     """As much is alive as in a walk of the graph that frees each value after its last reader."""
     x = torch.randn(50, 6)
-    opt, captured = optimised(Hourglass(), x)
+    opt, captured = optimised(model, x)
     walk, device = torch.fx.Interpreter(captured.graph), torch.device("cpu")
     with torch.no_grad():
         least = peak_live_bytes(lambda: walk.run(x), device)

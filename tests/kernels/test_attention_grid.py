@@ -260,3 +260,9 @@ def test_wrong_calls_are_refused(change: dict[str, Any], reason: str) -> None:
     options: dict[str, Any] = {"scale": 0.25, "grid": (1, 12, 12), "near": (2,)}
     with pytest.raises(ValueError, match=reason):
         attend(*random((1, 12, 12), dtype=torch.float32), **options | change)
+
+
+def test_a_cache_has_no_grid() -> None:
+    x = random((1, 12, 12), dtype=torch.float32)
+    with pytest.raises(ValueError, match="near has no meaning"):
+        attend(*x, state=[], start=0, scale=0.25, grid=(1, 12, 12), near=(2,))

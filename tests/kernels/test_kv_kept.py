@@ -164,9 +164,14 @@ def test_a_short_row_reads_all_that_it_sees(layout: str) -> None:
 def test_what_the_choice_does_not_know_is_an_error() -> None:
     x = draw(8)
     bias = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
-    for given, window, reason in ((bias, 0, "does not look at a bias"), (None, 4, "and window")):
+    for given, window, top, reason in (
+        (bias, 0, 0, "does not look at a bias"),
+        (None, 4, 0, "and window"),
+        (None, 0, 100, "and tiles kept in prompts"),
+    ):
         state = allocate(parse("exact+t64"), 2, KV, D, DV, 8, torch.float64)
         options = (None, given, None, SCALE, True, [window], 0.0, [0], "exact+t64")
+        options = (*options, None, [top])
         with pytest.raises(ValueError, match=f"reads some tiles {reason}"):
             cached_attention(*x, state, torch.tensor(0), *options)
 

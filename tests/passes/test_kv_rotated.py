@@ -112,6 +112,14 @@ def test_what_queries_make_up_for_is_made_up_for_before(powers: list[int], seed:
     assert (near - near.median()).abs().max() <= 1
 
 
+def test_matrices_have_no_gradients() -> None:
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    matrices = torch.randn(1, 8, 8, requires_grad=True)
+    mix_channels(x, matrices).square().sum().backward()
+    assert x.grad is not None
+    assert matrices.grad is None
+
+
 def test_padding_and_dead_channels_do_not_matter() -> None:
     q, k = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 70, 16)
     k[..., 5], q[..., 6] = 0, 0

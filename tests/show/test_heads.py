@@ -112,6 +112,30 @@ def test_shades_follow_kept_mass_where_it_is_known() -> None:
     )
 
 
+def test_heads_that_hide_keys_without_a_known_mass_are_drawn_by_time() -> None:
+    plan = masked()
+    other = plan.decisions[0]
+    other.kept_mass, other.error = None, 0.001
+    found = head_map(plan)
+    assert found is not None
+    assert found.cells[0].shade == pytest.approx(by_time(plan), abs=0.01)
+    assert found.cells[0].text == "<w9>"
+    assert roles(plan).endswith(", 1 by other means.")
+    other.error = 0.0  # what changes nothing keeps all
+    assert head_map(plan).cells[0].shade == 1.0
+    assert "other means" not in roles(plan)
+
+
+def by_time(plan: Plan) -> float:
+    """The shade of the first head in a map without masses."""
+    bare = plan.model_copy(deep=True)
+    for decision in bare.decisions:
+        decision.kept_mass, decision.alternatives = None, []
+    found = head_map(bare)
+    assert found is not None
+    return found.cells[0].shade
+
+
 def test_a_plan_says_which_heads_are_local_retrieve_or_are_dense() -> None:
     plan = masked()
     said = (
