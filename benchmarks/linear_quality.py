@@ -133,7 +133,7 @@ def choose(made: Compiler, part: float) -> tuple[list[Proposal], float]:
 
 def within(made: Compiler, table: Table, part: float) -> Search:
     """For the least error within `part` of the bytes of the layers that the rewrites serve."""
-    whole = denseweight_bytes(made)
+    whole = dense_bytes(made)
     kept = sum(columns[0].cost.weight_bytes for columns in table.columns)
     return Search(table, Limits({"weights": part * whole}, {"weights": whole - kept}, {"error": 1}))
 
@@ -146,10 +146,10 @@ def share(made: Compiler, proposals: Sequence[Proposal]) -> float:
         - weight_bytes(p.rewrite.lower(p.match, p.candidate, final))
         for p in proposals
     )
-    return 1 - freed / denseweight_bytes(made)
+    return 1 - freed / dense_bytes(made)
 
 
-def denseweight_bytes(made: Compiler) -> float:
+def dense_bytes(made: Compiler) -> float:
     """Of the layers that the rewrites serve, as they are."""
     offered = (proposals[0].site for proposals in made.proposals.by_site.values() if proposals)
     served = {

@@ -29,34 +29,31 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_the_solver_beats_every_uniform_plan_of_its_bytes(
+def test_the_solved_plan_stands_beside_the_best_uniform_one(
     bench: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     drawing = tmp_path / "curves.svg"
-    arguments = "--windows 6 --length 256 --low-rank 75 40 --all --svg"
+    arguments = "--windows 6 --length 256 --low-rank 75 --all --svg"
     monkeypatch.setattr(sys, "argv", ["linear_uniform.py", *arguments.split(), str(drawing)])
     bench.main()
-    shown = capsys.readouterr().out.splitlines()
-    plans = [json.loads(line) for line in shown if line[0] == "{"]
-    assert [(plan["within"], plan["solved"]) for plan in plans] == [
-        (0.75, False), (0.75, True), (0.4, False), (0.4, True),
-    ]  # fmt: skip
-    # ranks are multiples of 8: both come near to what they may take, and none above it
-    assert all(plan["within"] - 0.05 < plan["share"] <= plan["within"] for plan in plans)
-    heads, _, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in shown if line[0] == "|"
-    )
-    found = [dict(zip(heads, row, strict=True)) for row in rows]
-    for row, uniform, solved in zip(found, plans[::2], plans[1::2], strict=True):
-        assert row["best uniform plan"] == uniform["name"]
-        assert solved["loss"] < 0.9 * uniform["loss"]
-        assert float(row["ratio"]) == pytest.approx(solved["loss"] / uniform["loss"], abs=0.01)
-        assert float(row["KL, ratio"]) == pytest.approx(solved["kl"] / uniform["kl"], abs=0.01)
+    *plans, heads, _, row = capsys.readouterr().out.splitlines()
+    uniform, solved = map(json.loads, plans)
+    assert (uniform["solved"], solved["solved"]) == (False, True)
+    # ranks are multiples of 8: both come near to what they may take
+    assert all(0.72 < plan["share"] <= 0.75 for plan in (uniform, solved))
+    assert solved["kl"] < 0.8 * uniform["kl"]
+    cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (heads, row))
+    shown = dict(zip(*cells, strict=True))
+    assert shown["best uniform plan"] == uniform["name"]
+    assert float(shown["ratio"]) == pytest.approx(solved["loss"] / uniform["loss"], abs=0.01)
+    assert float(shown["KL, ratio"]) == pytest.approx(solved["kl"] / uniform["kl"], abs=0.01)
     page = ElementTree.parse(drawing)
-    assert sum(c.get("r") == "4" for c in page.iter("{http://www.w3.org/2000/svg}circle")) >= 4
+    titles = [t.text for t in page.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 2
+    assert f"{solved['share']:.1%} of the bytes, {solved['loss']:.2g} nats" in str(titles[1])
 
 
 def test_uniform_plans_have_one_setting_for_all_layers(bench: ModuleType) -> None:
