@@ -30,7 +30,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import attention_plot
+import curves_plot
 import torch
 import transformers
 
@@ -86,7 +86,14 @@ def main() -> None:
         print(f"| {name} | {found} |", flush=True)
     if args.svg:
         lines = [*bench.curves()]
-        args.svg.write_text(attention_plot.svg(lines, args.length))
+        words = curves_plot.Words(
+            up="KL on held-out text, nats a byte",
+            across=f"FLOPs of attention at {args.length:,} bytes, as a share of dense",
+            solved="solved head by head",
+            uniform="one size in all heads",
+            point="{:.1%} of the FLOPs, {:.2g} nats",
+        )
+        args.svg.write_text(curves_plot.svg(lines, words))
 
 
 class Counting(Compiler):
@@ -172,7 +179,7 @@ class Bench:
         found = propose(made.sites, [one], (*made.scenarios, made.final), "forward")
         return [p for offered in found.by_site.values() for p in offered]
 
-    def curves(self) -> Iterator[attention_plot.Line]:
+    def curves(self) -> Iterator[curves_plot.Line]:
         """A line a mask of one size in all heads, and one as solved; then all masks together."""
         names = list(dict.fromkeys(name for name, _ in self.uniform))
         for name in names:
@@ -181,9 +188,9 @@ class Bench:
             yield self.line(name, True, self.solved([name]))
         yield self.line("all masks", True, self.solved(names))
 
-    def line(self, name: str, solved: bool, plans: Sequence[Choice]) -> attention_plot.Line:
+    def line(self, name: str, solved: bool, plans: Sequence[Choice]) -> curves_plot.Line:
         points = sorted((self.share(plan), self.kl(plan)) for plan in plans)
-        line = attention_plot.Line(name, solved, points)
+        line = curves_plot.Line(name, solved, points)
         print(json.dumps({"mask": name, "solved": solved, "points": points}), flush=True)
         return line
 

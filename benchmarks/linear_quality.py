@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fxopt.decide.propose import Proposal
 from fxopt.decide.quality import Kind, Reference
 from fxopt.decide.recover import recover
 from fxopt.decide.search import Limits, Search
-from fxopt.decide.table import Priors, build, lowered
+from fxopt.decide.table import Priors, Table, build, lowered
 from fxopt.distilled import distilled
 from fxopt.ir.cost import Cost, OpCall
 from fxopt.ir.site import GroupInfo
@@ -58,15 +59,17 @@ def main() -> None:
         print(row(made, chosen, args.percent / 100, args.distill), flush=True)
 
 
-def compiler(rewrites: list[str], windows: int) -> Compiler:
+def compiler(
+    rewrites: list[str], windows: int, dtype: torch.dtype = torch.float32, length: int = LENGTH
+) -> Compiler:
     """The tiny model with `windows` sequences of held-out text, a third each to fit, choose and
     verify."""
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-    text = heldout_windows(LENGTH)[:windows]
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype)
+    text = heldout_windows(length)[:windows]
     request = resolve(
         model, fxopt.Budget(weights="50%"), {"input_ids": text[:1]},
-        workload=fxopt.Forward(1, LENGTH), calibration=[{"input_ids": w[None]} for w in text],
+        workload=fxopt.Forward(1, length), calibration=[{"input_ids": w[None]} for w in text],
         keep=(), rewrites=rewrites, at=None, seed=0, time_limit=None,
     )  # fmt: skip
     return Compiler(request)
@@ -122,20 +125,43 @@ def choose(made: Compiler, part: float) -> tuple[list[Proposal], float]:
     scenarios = (*made.scenarios, made.final)
     options = lowered(made.proposals, scenarios, baseline_calls)
     table = build(made.proposals, options, bytes_only, Priors(made.preparer))
+    search = within(made, table, part)
+    choice = search.next()
+    proposals = [] if choice is None else made.chosen(search, choice)
+    return proposals, share(made, proposals)
+
+
+def within(made: Compiler, table: Table, part: float) -> Search:
+    """For the least error within `part` of the bytes of the layers that the rewrites serve."""
+    whole = dense_bytes(made)
+    kept = sum(columns[0].cost.weight_bytes for columns in table.columns)
+    return Search(table, Limits({"weights": part * whole}, {"weights": whole - kept}, {"error": 1}))
+
+
+def share(made: Compiler, proposals: Sequence[Proposal]) -> float:
+    """What is left of those bytes."""
+    final = made.final
+    freed = sum(
+        weight_bytes(baseline_calls(p.site, final))
+        - weight_bytes(p.rewrite.lower(p.match, p.candidate, final))
+        for p in proposals
+    )
+    return 1 - freed / dense_bytes(made)
+
+
+def dense_bytes(made: Compiler) -> float:
+    """Of the layers that the rewrites serve, as they are."""
+    offered = (proposals[0].site for proposals in made.proposals.by_site.values() if proposals)
     served = {
         member
-        for (site,) in table.keys
+        for site in offered
         for member in (site.info.members if isinstance(site.info, GroupInfo) else [site])
     }
-    whole = sum(call.weight_bytes for site in served for call in baseline_calls(site, made.final))
-    kept = sum(columns[0].cost.weight_bytes for columns in table.columns)
-    limits = Limits({"weights": part * whole}, {"weights": whole - kept}, {"error": 1.0})
-    search = Search(table, limits)
-    choice = search.next()
-    if choice is None:
-        return [], 0.0
-    stored = whole - kept + sum(column.cost.weight_bytes for column in search.columns(choice))
-    return made.chosen(search, choice), stored / whole
+    return sum(weight_bytes(baseline_calls(site, made.final)) for site in served)
+
+
+def weight_bytes(calls: Iterable[OpCall]) -> float:
+    return sum(call.weight_bytes for call in calls)
 
 
 def site_error(made: Compiler, proposal: Proposal) -> float:

@@ -1,4 +1,4 @@
-"""benchmarks/attention_quality.py: its table at small sizes, and the drawing of its curves."""
+"""benchmarks/attention_quality.py: its table at small sizes, and the drawing of curves."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    for known in ("attention_quality", "attention_plot", "training_plot"):
+    for known in ("attention_quality", "curves_plot", "training_plot"):
         monkeypatch.delitem(sys.modules, known, raising=False)
     return importlib.import_module(name)
 
 
 def test_points_are_drawn_by_share_and_by_power_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
-    plot = loaded("attention_plot", monkeypatch)
+    plot = loaded("curves_plot", monkeypatch)
     lines = [
         plot.Line("attention.<a>", False, [(0.25, 0.1), (0.5, 0.01)]),
         plot.Line("attention.<a>", True, [(0.25, 0.01), (0.75, 0.001)]),
         plot.Line("all masks", True, [(0.5, 0.001)]),
     ]
-    page = ElementTree.fromstring(plot.svg(lines, 4096))
+    words = plot.Words("<KL>", "FLOPs", "each by itself", "all alike", "{:.0%} at {:g}")
+    page = ElementTree.fromstring(plot.svg(lines, words))
     titled = [c for c in page.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None]
     x, y = ([float(c.get(axis, "")) for c in titled] for axis in ("cx", "cy"))
     assert x[0] == x[2]
@@ -42,6 +43,10 @@ def test_points_are_drawn_by_share_and_by_power_of_ten(monkeypatch: pytest.Monke
     assert [c.get("fill") for c in titled[:3]] == ["none", "none", colours[0]]
     texts = ["".join(t.itertext()) for t in page.iter(f"{SVG}text")]
     assert {"<a>", "all masks", "0.001", "0.1"} <= set(texts)
+    assert {"<KL>", "FLOPs", "each by itself", "all alike"} <= set(texts)
+    said = [c.findtext(f"{SVG}title") for c in titled]
+    assert said[0] == "attention.<a>, all alike: 25% at 0.1"
+    assert said[-1] == "all masks, each by itself: 50% at 0.001"
 
 
 @pytest.mark.slow
