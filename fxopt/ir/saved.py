@@ -20,12 +20,16 @@ class Carrier:
     `send(x)` begins a copy and returns what it writes; from `sent(there, x)` on, which returns
     `there`, the memory of x may be used. `fetch(there, size, stride, device)` begins the way back;
     `fetched(x, there)` returns x, whole.
+
+    Copies are waited for as little as they can be. With a `depth` no more than so many wait or run
+    each way while ops run, however long these wait then: 0, none; each is waited for at once.
     """
 
     send: Callable[..., Any]
     sent: Callable[..., Any]
     fetch: Callable[..., Any]
     fetched: Callable[..., Any]
+    depth: int | None = None
 
 
 @dataclass(frozen=True)

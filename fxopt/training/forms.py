@@ -35,6 +35,11 @@ class Form:
     packed: int = 0
 
     @property
+    def bounded(self) -> bool:
+        """Whether ops wait so that few copies are under way at once."""
+        return self.image.carrier is not None and self.image.carrier.depth is not None
+
+    @property
     def restores(self) -> bool:
         """Whether what is computed from the tensor that comes back is what it was."""
         return not self.error and not self.image.replaces

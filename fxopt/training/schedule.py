@@ -158,7 +158,9 @@ def _copies(
     beside = {owner for owner, form in images.items() if form.image.carrier}
     done = {i.node: node for node, items in packs.items() for i in items if i.node in beside}
     needed = {o: node for node, sources in needs.items() for o in sources if o in beside}
-    return copies(step.clock, done, needed, lambda o: images[o].transfer)
+    carriers = {owner: images[owner].image.carrier for owner in beside}
+    depth = {o: c.depth for o, c in carriers.items() if c and c.depth is not None}
+    return copies(step.clock, done, needed, lambda o: images[o].transfer, depth)
 
 
 def _packs(step: Step, images: Mapping[fx.Node, Form]) -> Extras:

@@ -35,6 +35,7 @@ START, MANY = "from ", 1e4
 """Rows of what second runs start from: rounding it counts as much as more starts than there are."""
 
 Seconds = Mapping[fx.Node, float]
+Forms = Mapping[fx.Node, Sequence[Form]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def frontier(
     step: Step,
     seconds: Seconds,
     droppable: Collection[fx.Node],
-    forms: Mapping[fx.Node, Sequence[Form]] | None = None,
+    forms: Forms | None = None,
     *,
     error: float = 0.0,
     host: float = float("inf"),
@@ -88,13 +89,15 @@ def frontier(
     the bytes that it may take there. After `deadline` (of `time.monotonic`) no further way to cut
     the forward is tried.
     """
-    offers = Offers(step, seconds, frozenset(droppable), forms or {})
-    movable = {o for o, found in offers.forms.items() if any(f.restores for f in found)}
+    forms = forms or {}
+    rounds = [Offers(step, seconds, frozenset(droppable), each) for each in _rounds(forms)]
+    movable = {o for o, found in forms.items() if any(f.restores for f in found)}
     limits = {"error": error**2, "host": host}
     known: Known = {}
     found = [_plan(step, seconds, {}, frozenset())]
-    for segments in segmentations(step, {*droppable, *offers.forms}, movable):
-        found += _of_segments(offers, segments, limits, known)
+    for segments in segmentations(step, {*droppable, *forms}, movable):
+        for offers in rounds:
+            found += _of_segments(offers, segments, limits, known)
         if time.monotonic() > deadline:
             break
     best: list[StepPlan] = []
@@ -108,6 +111,14 @@ def frontier(
 def laid_out(step: Step, plan: StepPlan) -> Schedule:
     """The calls of a plan."""
     return schedule(step, plan.dropped, plan.stops, plan.images)
+
+
+def _rounds(forms: Forms) -> list[Forms]:
+    """The forms that are searched for plans, one set after another: first those whose copies wait
+    for nothing, so that what others add to the program never takes a plan away."""
+    if not any(f.bounded for found in forms.values() for f in found):
+        return [forms]
+    return [{o: [f for f in found if not f.bounded] for o, found in forms.items()}, forms]
 
 
 def _plan(step: Step, seconds: Seconds, choices: Choices, stops: frozenset[fx.Node]) -> StepPlan:

@@ -8,13 +8,15 @@
                                                ...; arrived(h'); reads h'
 
 Exact. Pays where the link to the host has time left: what it carries beside the ops between costs
-nothing, the rest is waited for. Not on a CPU, whose memory is the host's.
+nothing, the rest is waited for. Over a slow link `landed` and `reload` meet at the border, and h is
+there all the time; a bound on the copies under way puts one earlier and the other later, at the
+price of waiting. Not on a CPU, whose memory is the host's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -32,9 +34,11 @@ HOST = Carrier(offload, landed, reload, arrived)
 
 @dataclass(frozen=True)
 class Offload(Unchanged):
-    """`least` is the smallest tensor, in bytes, that is worth the launch of its copies."""
+    """`least` is the smallest tensor, in bytes, that is worth the launch of its copies; `depth`,
+    how many copies each way are under way at most, are the bounds that are offered."""
 
     least: int = 2**20
+    depth: tuple[int, ...] = (1, 0)
 
     name: ClassVar[str] = "activation.offload"
     family: ClassVar[Family] = "activation"
@@ -55,7 +59,10 @@ class Offload(Unchanged):
         return Match(site)
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        return [Candidate(self.name, "host", {})] if _info(match).bytes >= self.least else []
+        if _info(match).bytes < self.least:
+            return []
+        bounded = [Candidate(self.name, f"host{n}", {"depth": n}) for n in self.depth]
+        return [Candidate(self.name, "host", {}), *bounded]
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         return f"{_info(match).bytes} bytes: less than {self.least} are not worth two copies"
@@ -68,7 +75,12 @@ class Offload(Unchanged):
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         """Mark the node; where copies begin and end follows from the whole plan."""
-        editor.node(match.site).meta[MARK] = Image(carrier=HOST)
+        editor.node(match.site).meta[MARK] = Image(carrier=carrier(candidate))
+
+
+def carrier(candidate: Candidate) -> Carrier:
+    """What takes a tensor to the host and back as `candidate` says."""
+    return replace(HOST, depth=candidate.parameters.get("depth"))
 
 
 def copies(count: int) -> list[OpCall]:

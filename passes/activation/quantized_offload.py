@@ -24,7 +24,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
 from fxopt.ir.saved import MARK
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
-from fxopt.passes.activation.offload import HOST, Offload, copies
+from fxopt.passes.activation.offload import Offload, carrier, copies
 from fxopt.passes.activation.quantized_saved import QuantizedSaved, packed_size
 from fxopt.passes.activation.unchanged import Unchanged
 
@@ -49,11 +49,12 @@ class QuantizedOffload(Unchanged):
         return found if isinstance(found, Refusal) else self._host.match(site)
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        if not self._host.candidates(match, scenarios):
-            return []
         return [
-            Candidate(self.name, f"{codes.label}-host", codes.parameters)
+            Candidate(
+                self.name, f"{codes.label}-{host.label}", {**codes.parameters, **host.parameters}
+            )
             for codes in self._codes.candidates(match, scenarios)
+            for host in self._host.candidates(match, scenarios)
         ]
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
@@ -73,7 +74,7 @@ class QuantizedOffload(Unchanged):
         """Mark the node; what is called where follows from the whole plan."""
         self._codes.apply(match, candidate, tensors, editor)
         meta = editor.node(match.site).meta
-        meta[MARK] = replace(meta[MARK], carrier=HOST)
+        meta[MARK] = replace(meta[MARK], carrier=carrier(candidate))
 
     @property
     def _codes(self) -> QuantizedSaved:

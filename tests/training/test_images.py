@@ -196,9 +196,10 @@ def test_results_that_are_not_taken_yet_count_beside_a_workspace() -> None:
     assert measure.peak(module, example[1]) == pytest.approx(plan.peak, rel=1e-4)
 
 
-def test_offloaded_steps_are_eager_ones(example: Example) -> None:
+@pytest.mark.parametrize("label", ["host", "host0"])
+def test_offloaded_steps_are_eager_ones(example: Example, label: str) -> None:
     eager = measure.outcome(*example)
-    module, plan, _ = treated(example, all_in("host"))
+    module, plan, _ = treated(example, all_in(label))
     assert len(plan.images) > 3
     assert plan.error == 0
     assert measure.outcome(module, example[1]).difference(eager) == ("", 0.0)
@@ -373,7 +374,8 @@ def test_refusals_say_why(example: Example) -> None:
             assert "do not round" in refused[key]
         elif value.nbytes > 4096 and key not in refused:
             assert [label for label in labels if "-bit" not in label] == [
-                "host", "int8", "int4", "int8-host",
+                "host", "host1", "host0", "int8", "int4",
+                "int8-host", "int8-host1", "int8-host0",
             ]  # fmt: skip
     assert saved.forms
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fxopt
 from fxopt.ir.cost import Cost
@@ -20,7 +24,7 @@ from fxopt.kernels.pack_activation import pack_activation
 from fxopt.passes.activation.offload import HOST, Offload
 from fxopt.training import measure
 from fxopt.training.decisions import _taken
-from fxopt.training.forms import Form
+from fxopt.training.forms import Choices, Form
 from fxopt.training.schedule import schedule
 from fxopt.training.search import StepPlan, frontier
 from fxopt.training.sites import Saved
@@ -32,6 +36,7 @@ from tests.training.test_images import (
     Expensive,
     saved_of,
     taken_apart,
+    treated,
     work,
 )
 
@@ -126,8 +131,87 @@ def test_codes_cross_a_link_that_tensors_wait_for() -> None:
     labels = {form.label for plan in found for form in plan.images.values()}
     assert "int8-host" in labels
     exact = frontier(step, saved.seconds, (), saved.forms)
-    assert {form.label for plan in exact for form in plan.images.values()} == {"host"}
-    assert found[-1].peak < exact[-1].peak
+    assert {form.label for plan in exact for form in plan.images.values()} <= set(HOSTS)
+    assert found[-1].peak <= exact[-1].peak
+    assert found[-1].seconds < 0.8 * exact[-1].seconds
+
+
+HOSTS = ("host", "host1", "host0")
+
+
+@cache
+def four_layers() -> Step:
+    return taken_apart((Expensive().train(), {"x": torch.randn(1024, 256)}))
+
+
+def slow(step: Step, share: float) -> Saved:
+    """On a link that takes so much of the backward for one tensor."""
+    backward = sum(step.pace[node] for node in step.backward)
+    return on_a_device(step, step.bytes[step.saved[0]] / (share * backward))
+
+
+@pytest.mark.parametrize(("share", "free"), [(0.35, 6), (1.2, 7)])
+def test_a_slow_link_is_waited_for_where_a_budget_asks(share: float, free: int) -> None:
+    """Where copies that wait for nothing all meet at the border, bounded ones reach a smaller peak,
+    at a price; and whatever was on the frontier without them is there as well, or better. Peaks in
+    tensors: without bounds no fewer than `free`."""
+    step = four_layers()
+    saved_of(step)
+    saved = slow(step, share)
+    only = {o: [f for f in forms if f.label == "host"] for o, forms in saved.forms.items()}
+    without = frontier(step, saved.seconds, (), only)
+    found = frontier(step, saved.seconds, (), saved.forms)
+    for plan in without:
+        assert any(p.peak <= plan.peak and p.seconds <= plan.seconds for p in found)
+    smallest = found[-1]
+    tensor = step.bytes[step.saved[0]]
+    assert (without[-1].peak // tensor, smallest.peak // tensor) == (free, 4)
+    assert smallest.seconds > without[-1].seconds
+    assert any(form.bounded for form in smallest.images.values())
+    laid = schedule(step, (), (), smallest.images)
+    assert (smallest.peak, smallest.seconds) == (laid.live().max(), pytest.approx(laid.wait))
+    # no more than as if nothing ran beside the copies
+    assert smallest.seconds <= 2 * sum(form.transfer for form in smallest.images.values()) + 1e-12
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 3))
+def test_bounds_never_bring_a_higher_peak(seed: int, share: float) -> None:
+    """For the same tensors, at every op of the step."""
+    step, draw = four_layers(), random.Random(seed)
+    if not step.pace:
+        saved_of(step)
+    transfer = share * sum(step.pace[node] for node in step.backward)
+    owners = draw.sample(step.saved, draw.randint(1, len(step.saved)))
+    forms = {
+        depth: Form(Image(carrier=replace(HOST, depth=depth)), "", 0, transfer=transfer)
+        for depth in (None, 0, 1, 2)
+    }
+    free = schedule(step, (), (), dict.fromkeys(owners, forms[None]))
+    bounded = schedule(step, (), (), {owner: forms[draw.choice([*forms])] for owner in owners})
+    assert (bounded.live() <= free.live()).all()
+    assert bounded.wait >= free.wait - 1e-12
+
+
+@pytest.mark.parametrize("kind", ["", "int8-"])
+def test_a_slow_link_has_the_peak_that_is_measured(kind: str) -> None:
+    """On a CPU what waits in host memory counts as well; what is in flight tells them apart."""
+    example = Expensive().train(), {"x": torch.randn(1024, 256)}
+    peaks: list[int] = []
+    outcomes: list[measure.Outcome] = []
+    for label in HOSTS:
+
+        def choose(saved: Saved, label: str = kind + label) -> Choices:
+            chosen = {o: f for o, fs in saved.forms.items() for f in fs if f.label == label}
+            backward = sum(saved.step.pace[node] for node in saved.step.backward)
+            return {owner: replace(form, transfer=backward) for owner, form in chosen.items()}
+
+        module, plan, saved = treated(example, choose)
+        assert len(plan.images) == len(saved.step.saved)
+        outcomes.append(measure.outcome(module, example[1]))
+        peaks.append(measure.peak(module, example[1]))
+        assert peaks[-1] == pytest.approx(plan.peak, rel=1e-4)
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert [found.difference(outcomes[0]) for found in outcomes] == [("", 0.0)] * len(HOSTS)
 
 
 OFFLOADED = "activation.offload"
@@ -146,17 +230,19 @@ def test_an_offloaded_tensor_is_replayed_from_a_file(
     small: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Offload, "match", Anywhere.match)
-    offered = Candidate(OFFLOADED, "host", {})
-    monkeypatch.setattr(Offload, "candidates", lambda *_: [offered])
+    offered = [Candidate(OFFLOADED, "host", {}), Candidate(OFFLOADED, "host0", {"depth": 0})]
+    monkeypatch.setattr(Offload, "candidates", lambda *_: offered)
     model, inputs = small
     budget = fxopt.Budget(activations="150%")
     plan = fxopt.plan(model, budget, inputs, workload=work(inputs), rewrites=[OFFLOADED])
     assert not plan.rewritten
     key = plan.decisions[2].key
-    plan.lock(key, OFFLOADED)
+    plan.lock(key, OFFLOADED, "host0")
     stored = fxopt.Plan.load(plan.save(tmp_path / "plan.json"))
     opt = fxopt.apply(model, stored, example_inputs=inputs)
-    assert [(d.key, d.rewrite, d.label) for d in opt.plan.rewritten] == [(key, OFFLOADED, "host")]
+    (taken,) = opt.plan.rewritten
+    assert (taken.key, taken.rewrite, taken.label) == (key, OFFLOADED, "host0")
+    assert taken.parameters == {"depth": 0}
     assert "bit-equal" in opt.plan.notes[-1]
     assert OFFLOADED in str(opt.plan)
 
@@ -181,7 +267,10 @@ def test_small_tensors_and_parts_of_others_stay() -> None:
     assert isinstance(match, Match)
     assert not Offload().candidates(match, [])
     assert "4000 bytes: less than 1048576" in str(Offload().refusal(match, []))
-    assert Offload(least=1000).candidates(match, [])
+    offered = Offload(least=1000).candidates(match, [])
+    assert [(c.label, c.parameters) for c in offered] == [
+        ("host", {}), ("host1", {"depth": 1}), ("host0", {"depth": 0}),
+    ]  # fmt: skip
     part = replace(site, info=replace(info, whole=False))
     assert Offload().match(part) == Refusal(
         "its memory is more than the tensor, and the rest may be read as well"
