@@ -22,7 +22,7 @@ from .decide.quality import Quality
 from .decide.search import Trial
 from .decide.statistics import Recorded, Statistics
 from .ir.errors import FxoptError, RowResult
-from .ir.site import LinearInfo, Site
+from .ir.site import ExpertsInfo, LinearInfo, Site
 from .ir.workload import Scenario
 from .measure import Measurer
 from .passes.baseline import baseline_calls
@@ -74,8 +74,8 @@ class Weightless(Compiler):
         """Weights as shapes: rewrites give the shapes of their tensors."""
         nodes = {node.name: node for node in self.captured.graph.graph.nodes}
         found = {site.node: Recorded() for site in self.sites}
-        linears = [site.node for site in self.sites if _is_linear(site)]
-        return Statistics(found | {name: _shapes(nodes[name]) for name in linears}, 0, 0)
+        weighed = [site for site in self.sites if _has_weight(site)]
+        return Statistics(found | {s.node: _shapes(s, nodes[s.node]) for s in weighed}, 0, 0)
 
     @cached_property
     def _assumed(self) -> Assumed:
@@ -93,7 +93,7 @@ class Weightless(Compiler):
     def kept_seconds(self, scenario: Scenario) -> float:
         """One call of the model as it is: its sites as priced, its other nodes by what they
         move."""
-        sites = [s for s in self.sites if s.family == "attention" or _is_linear(s)]
+        sites = [s for s in self.sites if s.family == "attention" or _has_weight(s)]
         seen = [(site, site.at(scenario)) for site in sites]
         calls = [c for site, at in seen if at is not None for c in baseline_calls(site, at)]
         nodes = {site.node for site in sites}
@@ -177,15 +177,18 @@ def _check(request: Request) -> None:
         )
 
 
-def _shapes(linear: fx.Node) -> Recorded:
-    """Weight and bias of a linear's node, on the meta device."""
-    operands = [source.meta["val"] for source in linear.args[1:] if isinstance(source, fx.Node)]
+def _shapes(site: Site, node: fx.Node) -> Recorded:
+    """Weight and bias of the node of a linear or of experts, on the meta device."""
+    if isinstance(info := site.info, ExpertsInfo):
+        shape = (info.count, info.out_features, info.in_features)
+        return Recorded(weight=torch.empty(shape, dtype=info.dtype, device="meta"))
+    operands = [source.meta["val"] for source in node.args[1:] if isinstance(source, fx.Node)]
     weight, *bias = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in operands)
     return Recorded(weight=weight, bias=bias[0] if bias else None)
 
 
-def _is_linear(site: Site) -> bool:
-    return isinstance(site.info, LinearInfo)
+def _has_weight(site: Site) -> bool:
+    return isinstance(site.info, LinearInfo | ExpertsInfo)
 
 
 def _is_view(node: fx.Node) -> bool:

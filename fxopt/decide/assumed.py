@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ir.ops import attend
 from ..ir.rewrite import Rewrite
-from ..ir.site import AttentionInfo, LinearInfo, Site
+from ..ir.site import AttentionInfo, ExpertsInfo, LinearInfo, Site
 from .propose import Proposal, Proposals
 from .statistics import Recorded
 
@@ -48,7 +48,7 @@ class Assumed:
     def __call__(self, proposal: Proposal) -> float:
         site, candidate = proposal.site, proposal.candidate
         key = (site.info, candidate.rewrite, *sorted(candidate.parameters.items()))
-        if isinstance(site.info, LinearInfo):
+        if isinstance(site.info, LinearInfo | ExpertsInfo):
             key = (site.info.in_features, site.info.dtype, *key[1:])
         if key not in self._known:
             self._known[key] = self._error(proposal)
@@ -72,6 +72,11 @@ def _stand_in(site: Site) -> tuple[Recorded, Tensor]:
     if isinstance(info, LinearInfo):
         weight = torch.randn(ROWS, info.in_features).to(info.dtype)
         recorded = Recorded(weight=weight, inputs={"x": torch.randn_like(weight)})
+        return recorded, recorded.exact()
+    if isinstance(info, ExpertsInfo):
+        weight = torch.randn(1, ROWS, info.in_features).to(info.dtype)
+        rows = {"x": torch.randn_like(weight[0]), "expert": torch.zeros(ROWS, dtype=torch.int64)}
+        recorded = Recorded(weight=weight, inputs=rows)
         return recorded, recorded.exact()
     assert isinstance(info, AttentionInfo)
     group = info.num_heads // info.num_kv_heads

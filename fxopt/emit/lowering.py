@@ -27,6 +27,8 @@ from .registry import references
 from .targets import bare_name, mutates, root
 
 Kind = Literal["forward", "generate"]
+GROUPED = ("_grouped_mm", "grouped_mm_fallback")
+"""Products of experts: torch's, and transformers' for dtypes that torch compiles none of."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,21 @@ class Lowered(nn.Module):
         args, kwargs = self._convert(arguments)
         if node.target is attend:
             return self._attend(node, args, kwargs, present)
-        target: Any = node.target
         if node in self.contrib and torch.compiler.is_exporting():
             return self._contrib(node, args)
-        if isinstance(target, OpOverload) and target.namespace == "fxopt":
-            target = self.references[bare_name(target)]
-        return target(*args, **kwargs)
+        return self._traceable(node.target)(*args, **kwargs)
+
+    def _traceable(self, target: Any) -> Any:
+        """What computes the same as `target` in operators that an exporter knows."""
+        if not isinstance(target, OpOverload):
+            return target
+        if target.namespace == "fxopt":
+            return self.references[bare_name(target)]
+        if bare_name(target) in GROUPED:
+            from ..kernels.quantized_experts import grouped_mm
+
+            return grouped_mm
+        return target
 
     def _contrib(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         from ..kernels.quantized_linear.onnx import matmul_nbits

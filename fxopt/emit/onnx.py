@@ -204,8 +204,25 @@ def _translate(exported: torch.export.ExportedProgram, lowered: Lowered) -> Any:
         )  # fmt: skip
     except Exception as error:
         raise ExportError(explain(lowered, "translated to ONNX", error, exported)) from error
+    _inline(written.model)
     _optimize(written)
     return written
+
+
+def _inline(model: Any) -> None:
+    """Put the operators of the standard in the place of those that are made of them."""
+    from onnx.parser import parse_function
+    from onnx_ir.passes.common import InlinePass
+    from onnx_ir.serde import deserialize_function
+
+    from ..kernels.quantized_experts.onnx import FUNCTION, OPERATOR
+
+    domain, _, name = OPERATOR.partition("::")
+    if any((node.domain, node.op_type) == (domain, name) for node in model.graph):
+        function = deserialize_function(parse_function(FUNCTION))
+        model.functions[function.identifier()] = function
+        InlinePass()(model)
+        del model.opset_imports[domain]
 
 
 def _optimize(written: Any) -> None:

@@ -43,7 +43,7 @@ def explain(
     op = f": {name}" if name else ""
     return (
         f"{lowered.program.name} cannot be {what}{where}{op}: {type(cause).__name__}: {first}; "
-        f"nothing was written{_way_out(meta, name)}"
+        f"nothing was written{_way_out(meta)}"
     )
 
 
@@ -74,12 +74,7 @@ def _written(node: fx.Node | None) -> Mapping[str, Any]:
     return {} if node is None else node.meta.get("custom", {})
 
 
-def _way_out(meta: Mapping[str, Any], name: str) -> str:
+def _way_out(meta: Mapping[str, Any]) -> str:
     if meta.get("fxopt"):
         return f". Leave {meta['fxopt']} out with rewrites=, or keep= {meta['site']}"
-    if "grouped_mm" in name:
-        return (
-            '. Call model.set_experts_implementation("batched_mm") before it is optimised: '
-            "that way of computing experts can be translated"
-        )
     return ""

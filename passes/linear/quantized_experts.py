@@ -18,60 +18,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import ExpertsInfo, Family, Site
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics
+from fxopt.ir.site import ExpertsInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.quantized_experts import quantized_experts
 from fxopt.kernels.quantized_linear import quantize
 from fxopt.passes.linear import dense, formats
-from fxopt.passes.linear.formats import Integer
+from fxopt.passes.linear.codes import Codes, format_of
 
 
 @dataclass(frozen=True)
-class QuantizedExperts:
+class QuantizedExperts(Codes):
     """`bits` and `group_sizes` as those of `linear.quantized`."""
 
-    bits: tuple[int, ...] = (8, 4)
-    group_sizes: tuple[int, ...] = (64, 128)
-
     name: ClassVar[str] = "linear.quantized_experts"
-    family: ClassVar[Family] = "linear"
     groups: ClassVar[str] = "experts"
-    workloads: ClassVar[frozenset[str]] = dense.WORKLOADS
-    version: ClassVar[int] = 1
-    exact: ClassVar[bool] = False
-    paper: ClassVar[str] = "https://arxiv.org/abs/2210.17323"
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM})
+    rounds: ClassVar[bool] = True
 
-    def match(self, site: Site) -> Match | Refusal:
-        info = site.info
-        if not isinstance(info, ExpertsInfo):
+    def sizes(self, site: Site) -> ExpertsInfo | Refusal:
+        if not isinstance(site.info, ExpertsInfo):
             return Refusal(f"{site.family} site: the rewrite serves experts of a mixture")
         if site.blocked is not None:
             return Refusal(site.blocked)
-        if reason := dense.unfit(info):
-            return reason
-        if not formats.integers(self.bits, self.group_sizes, info.in_features):
-            return Refusal(
-                f"no group size of {self.group_sizes} divides the {info.in_features} input features"
-            )
-        return Match(site)
-
-    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        found = formats.integers(self.bits, self.group_sizes, _info(match).in_features)
-        return [Candidate(self.name, f.label, f.parameters) for f in found]
-
-    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
-        """None: what matches has candidates."""
-        return None
+        return dense.unfit(site.info) or site.info
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
-        info, stored = _info(match), _format(candidate)
+        info, stored = _info(match), format_of(candidate)
         bits, group, size = stored.bits, stored.group_size, info.dtype.itemsize
         elements = info.in_features * info.out_features
 
         def make(random: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-            codes = _stacked(quantize(random(*_flat(info)), bits, group), info)
+            weight = random(info.count * info.out_features, info.in_features)
+            codes = _stacked(quantize(weight, bits, group), info.count)
 
             def call(x: Tensor, offsets: Tensor) -> Tensor:
                 return quantized_experts(x, *codes, offsets, bits, group)
@@ -96,10 +74,9 @@ class QuantizedExperts:
     ) -> dict[str, Tensor]:
         """Rounded with one gram of the rows of all experts: a gram each would take more memory
         than the experts do."""
-        info, stored = _info(match), _format(candidate)
-        weight = dense.weight_of(statistics).flatten(0, 1)
-        tensors = stored.fit(weight, formats.rounding_of(statistics))
-        codes = _stacked([tensors[name] for name in stored.names], info)
+        stored, weight = format_of(candidate), dense.weight_of(statistics)
+        tensors = stored.fit(weight.flatten(0, 1), formats.rounding_of(statistics))
+        codes = _stacked([tensors[name] for name in stored.names], len(weight))
         return dict(zip(stored.names, codes, strict=True))
 
     def emulate(
@@ -110,10 +87,10 @@ class QuantizedExperts:
         inputs: Mapping[str, Any],
     ) -> Tensor:
         """For rows in any order, each of the expert that `inputs["expert"]` [rows] names."""
-        stored = _format(candidate)
+        stored = format_of(candidate)
+        codes = [tensors[name] for name in stored.names]
         order = inputs["expert"].argsort(stable=True)
-        counts = torch.bincount(inputs["expert"], minlength=_info(match).count)
-        codes = (tensors[name] for name in stored.names)
+        counts = torch.bincount(inputs["expert"], minlength=len(codes[0]))
         y = quantized_experts(
             inputs["x"][order], *codes, counts.cumsum(0), stored.bits, stored.group_size
         )
@@ -122,7 +99,7 @@ class QuantizedExperts:
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        site, stored = match.site, _format(candidate)
+        site, stored = match.site, format_of(candidate)
         node = editor.node(site)
         given: list[Any] = list(node.args)
         offsets = given[2] if len(given) > 2 else node.kwargs["offs"]
@@ -191,20 +168,10 @@ def experts_call(
     )
 
 
-def _stacked(codes: Sequence[Tensor], info: ExpertsInfo) -> list[Tensor]:
-    return [tensor.unflatten(0, (info.count, info.out_features)) for tensor in codes]
-
-
-def _flat(info: ExpertsInfo) -> tuple[int, int]:
-    return info.count * info.out_features, info.in_features
+def _stacked(codes: Sequence[Tensor], experts: int) -> list[Tensor]:
+    return [tensor.unflatten(0, (experts, -1)) for tensor in codes]
 
 
 def _info(match: Match) -> ExpertsInfo:
     assert isinstance(match.site.info, ExpertsInfo)
     return match.site.info
-
-
-def _format(candidate: Candidate) -> Integer:
-    stored = formats.of(candidate.parameters)
-    assert isinstance(stored, Integer)
-    return stored

@@ -10,7 +10,7 @@ bytes, and in decoding, which reads the head whole for every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,55 +18,35 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import EmbeddingInfo, Family, GroupInfo, LinearInfo, Site
+from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics
+from fxopt.ir.site import EmbeddingInfo, GroupInfo, LinearInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels import quantized_embedding as embedding
 from fxopt.kernels.quantized_linear import quantize
 from fxopt.passes.linear import dense, formats, groups
+from fxopt.passes.linear.codes import Codes, format_of
 from fxopt.passes.linear.formats import Integer
 from fxopt.passes.linear.rounding import Rounding
 
 
 @dataclass(frozen=True)
-class QuantizedTied:
+class QuantizedTied(Codes):
     """`bits` and `group_sizes` as those of `linear.quantized`."""
 
-    bits: tuple[int, ...] = (8, 4)
-    group_sizes: tuple[int, ...] = (64, 128)
-
     name: ClassVar[str] = "linear.quantized_tied"
-    family: ClassVar[Family] = "linear"
     groups: ClassVar[str] = "tied"
-    workloads: ClassVar[frozenset[str]] = dense.WORKLOADS
-    version: ClassVar[int] = 1
-    exact: ClassVar[bool] = False
-    paper: ClassVar[str] = "https://arxiv.org/abs/2210.17323"
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM})
 
-    def match(self, site: Site) -> Match | Refusal:
+    def sizes(self, site: Site) -> LinearInfo | Refusal:
         if not isinstance(site.info, GroupInfo) or site.info.kind != self.groups:
             return Refusal(f"{site.family} site: the rewrite serves tied embeddings and heads")
-        if reason := dense.refusal(site.info.members[-1]):
-            return reason
-        features = _head(site).in_features
-        if not formats.integers(self.bits, self.group_sizes, features):
-            return Refusal(f"no group size of {self.group_sizes} divides the {features} features")
-        return Match(site)
-
-    def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        features = _head(match.site).in_features
-        found = formats.integers(self.bits, self.group_sizes, features)
-        return [Candidate(self.name, f.label, f.parameters) for f in found]
-
-    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
-        """None: what matches has candidates."""
-        return None
+        head = site.info.members[-1]
+        return dense.refusal(head) or dense.linear_info(Match(head))
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
-        head, stored = _head(match.site), _format(candidate)
-        rows = [_rows_call(m, stored, scenario) for m in groups.group_info(match).members[:-1]]
-        return [*rows, stored.cost(head, scenario)]
+        *tables, head = groups.group_info(match).members
+        stored = format_of(candidate)
+        rows = [_rows_call(table, stored, scenario) for table in tables]
+        return [*rows, stored.cost(dense.linear_info(Match(head)), scenario)]
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
@@ -83,7 +63,7 @@ class QuantizedTied:
             eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             return Rounding.of(gram * ratio + eye)
 
-        tensors = _format(candidate).fit(weight, statistics.once("tied rounding", both))
+        tensors = format_of(candidate).fit(weight, statistics.once("tied rounding", both))
         return dense.with_bias(tensors, head)
 
     def emulate(
@@ -93,7 +73,7 @@ class QuantizedTied:
         tensors: Mapping[str, Tensor],
         inputs: Mapping[str, Any],
     ) -> Tensor:
-        x, stored = inputs["x"], _format(candidate)
+        x, stored = inputs["x"], format_of(candidate)
         if inputs["member"] == len(groups.group_info(match).members) - 1:
             return stored.run(x, tensors, tensors.get("bias"))
         packed, scale, zero = (tensors[name] for name in stored.names)
@@ -103,7 +83,7 @@ class QuantizedTied:
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        stored = _format(candidate)
+        stored = format_of(candidate)
         *tables, head = groups.group_info(match).members
         # one Parameter under each of their names: tied as the weight was, wherever it is moved
         held = {n: nn.Parameter(tensors[n], requires_grad=False) for n in stored.names}
@@ -115,17 +95,6 @@ class QuantizedTied:
             editor.replace(table, editor.call(table, target, arguments, {}))
         x, bias = dense.input_and_bias(editor.node(head))
         editor.replace(head, formats.insert(editor, head, stored, x, held, bias))
-
-
-def _head(site: Site) -> LinearInfo:
-    assert isinstance(site.info, GroupInfo)
-    return dense.linear_info(Match(site.info.members[-1]))
-
-
-def _format(candidate: Candidate) -> Integer:
-    stored = formats.of(candidate.parameters)
-    assert isinstance(stored, Integer)
-    return stored
 
 
 def _rows_call(table: Site, stored: Integer, scenario: Scenario) -> OpCall:

@@ -62,6 +62,21 @@ def llama(layers: int = 1, tied: bool = False) -> tuple[nn.Module, dict[str, Any
     return LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(3, 97, (1, 40))}
 
 
+def mixture(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """Two layers of seven experts, of which three are chosen for a token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, moe_intermediate_size=128,
+        num_experts=7, num_experts_per_tok=3, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).to(dtype).eval()
+    return model, {"input_ids": torch.randint(3, 97, (1, 40))}
+
+
 def everywhere(
     name: str,
     model: nn.Module,

@@ -6,20 +6,17 @@ from pathlib import Path
 
 import pytest
 
+import fxopt
 from fxopt import passes
-from tests.emit.onnx_cases import GENERATE, everywhere, llama, mlp
+from tests.emit.onnx_cases import GENERATE, everywhere, llama, mixture, mlp
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 
 # A rewrite of training steps only leaves nothing in a forward.
-# Experts are refused with a reason: tests/passes/linear/test_experts.py.
-NAMES = [
-    name
-    for name in passes.available()
-    if set(passes.load([name])[0].workloads) != {"train"} and name != "linear.quantized_experts"
-]
+NAMES = [name for name in passes.available() if set(passes.load([name])[0].workloads) != {"train"}]
+DECODES = fxopt.Generate(batch=1, prompt=40, new_tokens=4)
 
 
 def rewrites_in(path: Path) -> set[str]:
@@ -32,6 +29,8 @@ def rewrites_in(path: Path) -> set[str]:
 def test_every_rewrite_is_exported(name: str, tmp_path: Path) -> None:
     if name == "linear.quantized_tied":
         opt, chosen = everywhere(name, *llama(tied=True))
+    elif name == "linear.quantized_experts":
+        opt, chosen = everywhere(name, *mixture(), workload=DECODES)
     elif name.startswith("linear."):
         opt, chosen = everywhere(name, *mlp())
     else:

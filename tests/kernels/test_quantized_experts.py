@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.kernels.quantized_experts import quantized_experts
+from fxopt.kernels.quantized_experts import REFERENCE, grouped_mm, quantized_experts
+from fxopt.kernels.quantized_experts.onnx import FUNCTION
 from fxopt.kernels.quantized_linear import dequantize, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,9 +55,59 @@ def test_each_row_meets_its_expert(
     x = torch.randn(126, sum(counts) + 2, device=DEVICE).to(dtype).T
     offsets = torch.tensor(counts, device=DEVICE).cumsum(0)
     for kind in (torch.int32, torch.int64):
-        out = quantized_experts(x, *codes, offsets.to(kind), bits, group)
-        assert_close(out, by_row(x, codes, counts, bits, group), x)
-        assert not out[sum(counts) :].any()
+        for spelling in (quantized_experts, REFERENCE):
+            out = spelling(x, *codes, offsets.to(kind), bits, group)
+            assert_close(out, by_row(x, codes, counts, bits, group), x)
+            assert not out[sum(counts) :].any()
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_exporters_see_in_onnxruntime(dtype: torch.dtype, counts: list[int]) -> None:
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    name = {torch.float32: "float", torch.float16: "float16"}[dtype]
+    graph = onnx.parser.parse_graph(
+        f"g ({name}[r, i] x, {name}[e, i, o] weight, int32[e] offsets) => ({name}[r, o] y) "
+        "{ y = ai.fxopt.GroupedMatMul (x, weight, offsets) }"
+    )
+    domains = [onnx.helper.make_opsetid(*one) for one in (("", 23), ("ai.fxopt", 1))]
+    model = onnx.helper.make_model(
+        graph,
+        functions=[onnx.parser.parse_function(FUNCTION)],
+        opset_imports=domains,
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    given = {
+        "x": torch.randn(sum(counts) + 2, 126).to(dtype),
+        "weight": torch.randn(4, 126, 50).to(dtype),
+        "offsets": torch.tensor(counts).cumsum(0).int(),
+    }
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    out, (x, weight, offsets) = torch.from_numpy(found), given.values()
+    owner = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)]).long()
+    rows = torch.einsum("ri,rio->ro", x[: sum(counts)].double(), weight[owner].double())
+    exact = torch.cat([rows, torch.zeros(2, 50)])
+    assert_close(out, exact, x)
+    assert not out[sum(counts) :].any()
+    assert_close(grouped_mm(x, weight, offsets), exact, x)
+    wider = grouped_mm(x.to(torch.bfloat16), weight.bfloat16(), offsets, out_dtype=torch.float32)
+    assert wider.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "offsets"),
+    [((6, 4), (4, 5), True), ((2, 3, 4), (2, 4, 5), False), ((2, 3, 4), (4, 5), True)],
+)
+def test_groups_of_another_dimension_are_not_exported(
+    x: tuple[int, ...], weight: tuple[int, ...], offsets: bool
+) -> None:
+    given = torch.tensor([2, 4]) if offsets else None
+    with pytest.raises(ValueError, match="only rows sorted by expert times stacked weights"):
+        grouped_mm(torch.randn(x), torch.randn(weight), given)
+    with pytest.raises(ValueError, match="with a bias"):
+        grouped_mm(torch.randn(3, 4), torch.randn(2, 4, 5), torch.tensor([1, 3]), torch.randn(2, 5))
 
 
 def test_gradient_of_the_rows() -> None:

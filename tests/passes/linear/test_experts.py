@@ -163,8 +163,6 @@ def test_optimized_generates_and_is_saved(build: Any, tmp_path: Path) -> None:
     tokens = opt.generate(input_ids=ids, **how)
     for step in range(9, tokens.shape[1]):
         assert tokens[0, step] == opt(input_ids=tokens[:, :step]).logits[0, -1].argmax()
-    with pytest.raises(fxopt.FxoptError, match="quantized_experts has no reference"):
-        opt.export_onnx(tmp_path / "model.onnx")
 
 
 class Transposed(nn.Module):

@@ -267,7 +267,7 @@ def test_refusals() -> None:
     assert isinstance(QuantizedTied().match(head), Match)
     odd = QuantizedTied(bits=(4,), group_sizes=(48,)).match(head)
     assert isinstance(odd, Refusal)
-    assert "no group size of (48,) divides the 64 features" in odd.reason
+    assert "no group size of (48,) divides the 64 input features" in odd.reason
     other: Site = next(s for s in sites if s.key == "layer")
     refused = QuantizedTied().match(other)
     assert isinstance(refused, Refusal)
