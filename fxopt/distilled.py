@@ -34,7 +34,7 @@ class Distillation:
     def said(self) -> str:
         """What came of it, in a sentence."""
         found, count = self.outcome.blocks, self.outcome.count
-        if len(found) == count and not any(block.steps for block in found):
+        if not count:
             return "nothing was distilled: the plan rewrites no layer into tensors that train"
         better = sum(block.after < block.before for block in found)
         text = f"{better} of {count} blocks are better on sequences held out"

@@ -47,7 +47,7 @@ class Block:
 
 @dataclass
 class Outcome:
-    """The blocks that were reached, of `count`; whether Ctrl-C ended it."""
+    """The blocks that were reached, of `count` with anything to train; whether Ctrl-C ended it."""
 
     count: int
     blocks: list[Distilled] = field(default_factory=list[Distilled])
@@ -119,14 +119,14 @@ def distil(
 ) -> Outcome:
     """Train the parameters of `blocks`, in place, one block after another.
 
-    The last `how.holdout` of `batches`, at least one, are held out. What is reached by the time
+    The last `how.holdout` of `batches`, at least one and not all, are held out. What is reached by the time
     `until` (of `time.monotonic`), or by Ctrl-C, stays; every block is at least as good on what is
     held out as it was. Holds what both graphs have alive between two blocks for all batches.
     """
     outcome = Outcome(len(blocks))
     if not blocks or time.monotonic() > until:
         return outcome
-    held = max(1, round(how.holdout * len(batches)))
+    held = min(max(1, round(how.holdout * len(batches))), len(batches) - 1)
     masks = [padding_of(batch) for batch in batches]
     try:
         with torch.no_grad():
@@ -136,8 +136,14 @@ def distil(
                     break
                 old.upto(block.border)
                 new.upto(block.start)
-                segment = _Segment(rewritten, block, old, new, masks)
-                outcome.blocks.append(_train(segment, len(batches) - held, how, until))
+                # bound to no name: it ends before the next one is made
+                found = _train(
+                    _Segment(rewritten, block, old, new, masks), len(batches) - held, how, until
+                )
+                if found.steps:
+                    outcome.blocks.append(found)
+                elif time.monotonic() <= until:
+                    outcome.count -= 1  # codes, without a gradient
     except KeyboardInterrupt:
         outcome.interrupted = True
     return outcome
@@ -305,7 +311,7 @@ def _below(name: str, module: str) -> bool:
 
 def _is_real(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _reads(node: fx.Node, names: Collection[str]) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +155,7 @@ def test_of_codes_and_factors_the_factors_train() -> None:
     assert {n for n, t in made(mixed[0]).items() if not torch.equal(t, first[n])} == {"down", "up"}
     alone = distil(compiler, codes, steps=4)
     assert "nothing was distilled" in alone.said
+    assert alone.outcome == distill.Outcome(0)
     assert equal(alone(codes[0]), compiler.preparer(codes[0]))
 
 
@@ -335,6 +338,75 @@ def test_time_and_ctrl_c_keep_what_was_reached(monkeypatch: pytest.MonkeyPatch) 
     late = planted("linear.low_rank", depth=3)
     late.request = replace(late.request, deadline=time.monotonic())
     assert "the time limit ended it after 0" in distil(late, mildest(late)).said
+
+
+def test_time_that_ends_before_the_first_step_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = planted("linear.low_rank")
+    compiler.request = replace(compiler.request, deadline=5.0)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def error(segment: Any, sequences: Any) -> float:
+        clock.now = 10.0
+        return measure(segment, sequences)
+
+    measure = distill._Segment.error  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(distill._Segment, "error", error)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(distill, "time", clock)
+    made = distil(compiler, mildest(compiler))
+    assert "0 of 1 blocks are better" in made.said
+    assert "the time limit ended it after 0" in made.said
+
+
+def test_a_sequence_is_left_to_train_on() -> None:
+    data = [torch.randn(1, 31, 64) for _ in range(6)]
+    compiler = compiled(Model(1), ["linear.low_rank"], data)
+    assert len(compiler.request.calibration.fit) == 2
+    made = distil(compiler, loud(compiler), steps=5, holdout=0.75)
+    assert [block.steps for block in made.outcome.blocks] == [5]
+    assert "blocks are better on sequences held out" in made.said
+
+
+def test_scalars_that_blocks_return_are_left_out() -> None:
+    data = [torch.randn(1, 31, 64) for _ in range(7)]
+    compiler = compiled(Balanced(), ["linear.low_rank"], data)
+    made = distil(compiler, mildest(compiler), steps=2)
+    assert [block.block for block in made.outcome.blocks] == ["layers.0", "layers.1"]
+
+
+class Balanced(Model):
+    """Returns what its layers add to a loss as well."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.layers = nn.ModuleList([WithLoss(), WithLoss()])
+
+    def forward(self, x: Tensor) -> Any:
+        loss = torch.zeros(())
+        for layer in self.layers:
+            x, added = layer(x)
+            loss = loss + added
+        return x, loss
+
+
+class WithLoss(Mlp):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return x + y, y.square().mean()
+
+
+def test_one_block_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    class Segment(distill._Segment):  # pyright: ignore[reportPrivateUsage]
+        def __init__(self, *given: Any) -> None:
+            assert not any(other() for other in held)
+            held.append(weakref.ref(self))
+            super().__init__(*given)
+
+    monkeypatch.setattr(distill, "_Segment", Segment)
+    compiler = planted("linear.low_rank", depth=3)
+    distil(compiler, mildest(compiler), steps=1)
+    assert len(held) == 3
 
 
 def test_padding_is_not_trained_on() -> None:
