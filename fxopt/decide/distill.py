@@ -119,9 +119,10 @@ def distil(
 ) -> Outcome:
     """Train the parameters of `blocks`, in place, one block after another.
 
-    The last `how.holdout` of `batches`, at least one and not all, are held out. What is reached by the time
-    `until` (of `time.monotonic`), or by Ctrl-C, stays; every block is at least as good on what is
-    held out as it was. Holds what both graphs have alive between two blocks for all batches.
+    The last `how.holdout` of `batches`, at least one and not all, are held out. What is reached by
+    the time `until` (of `time.monotonic`), or by Ctrl-C, stays; every block is at least as good on
+    what is held out as it was. Holds what both graphs have alive between two blocks for all
+    batches.
     """
     outcome = Outcome(len(blocks))
     if not blocks or time.monotonic() > until:
