@@ -15,6 +15,9 @@ from .ir.distill import Distill
 Prepare = Callable[[Proposal], Mapping[str, Tensor]]
 Key = tuple[str, str]
 
+SAID = "recover: "
+"""How a note begins that says what came of distillation."""
+
 
 @dataclass
 class Distillation:

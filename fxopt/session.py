@@ -19,7 +19,7 @@ from .decide.outlook import nearest_note
 from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
-from .distilled import Distillation, Prepare, distilled, too_few
+from .distilled import SAID, Distillation, Prepare, distilled, too_few
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import BudgetError, FxoptError, RowResult
@@ -263,7 +263,7 @@ class Session:
             return self._notes()
         made = self._made.get(choice)
         said = made.said if made else "this plan was not distilled"
-        return [*self._notes(), f"recover: {said}"]
+        return [*self._notes(), f"{SAID}{said}"]
 
     def _notes(self) -> list[str]:
         notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]

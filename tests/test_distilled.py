@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt import session
+from fxopt import cli, session
 from fxopt.compiler import Compiler
 from fxopt.decide import distill
 from fxopt.distilled import Distillation
@@ -126,9 +126,44 @@ def test_refit_distils_again_where_the_calibration_does(
     again = fxopt.apply(model, opt.plan, example_inputs=data[0], calibration=data, refit=True)
     assert torch.equal(again(data[20]), opt(data[20]))
     assert any(note.startswith("distilled again: 2 of 2 blocks") for note in again.report.notes)
+    assert again.report.distilled == opt.report.distilled
+    assert not any(note.startswith("recover: ") for note in again.report.notes)
     few = fxopt.apply(model, opt.plan, example_inputs=data[0], calibration=data[:2], refit=True)
     assert any(note.startswith("not distilled again: ") for note in few.report.notes)
     assert not torch.equal(few(data[20]), opt(data[20]))
+    assert_silent(few.report)
+
+
+def assert_silent(report: Any) -> None:
+    """Nothing is said of how the plan's own tensors were trained."""
+    assert not report.distilled
+    assert not any(note.startswith("recover: ") for note in report.notes)
+
+
+@pytest.mark.parametrize("other", ["linear.low_rank", "keep"])
+def test_other_choices_than_those_distilled(
+    model: nn.Module, data: list[Tensor], opt: Any, other: str
+) -> None:
+    plan = opt.plan.model_copy(deep=True)
+    plan.tensors = opt.plan.tensors
+    decision = next(d for d in plan.decisions if d.rewrite == "linear.low_rank")
+    labels = {a.label for a in decision.alternatives if a.rewrite == other} - {decision.label}
+    plan.lock(decision.key, other, min(labels, default=None))
+    assert_silent(fxopt.apply(model, plan, example_inputs=data[0], calibration=data).report)
+
+
+def test_what_was_trained_is_shown_of_plans_and_modules(
+    model: nn.Module, data: list[Tensor], opt: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def table(text: str) -> list[str]:
+        return [line.strip() for line in text.splitlines() if line.startswith(("distilled", "0 "))]
+
+    shown = table(str(opt.report))
+    assert len(shown) == 2
+    assert table(str(fxopt.verify(opt, model, data))) == shown
+    assert cli.run(["report", str(opt.plan.save(tmp_path / "plan.json"))]) == 0
+    assert table(capsys.readouterr().out) == shown
 
 
 def test_a_budget_that_only_distillation_meets(model: nn.Module, data: list[Tensor]) -> None:
