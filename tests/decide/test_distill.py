@@ -301,6 +301,54 @@ def test_a_site_in_no_numbered_module_is_a_block_of_its_own() -> None:
     assert [block.block for block in made.outcome.blocks] == ["body.mlp"]
 
 
+@pytest.mark.parametrize("rewrite", ["linear.low_rank", "linear.low_rank_shared"])
+def test_what_stands_at_the_root_is_a_block(rewrite: str) -> None:
+    data = [torch.randn(1, 63, 64) for _ in range(12)]
+    # a layer that is the model, as one that `at=` names, or a group whose members the model holds
+    model = nn.Linear(64, 64) if rewrite == "linear.low_rank" else Gated()
+    compiler = compiled(model, [rewrite], data)
+    proposals = mildest(compiler)
+    disturbed = {p.site.key: _disturbed(compiler.preparer(p)) for p in proposals}
+
+    def first(proposal: Proposal) -> Mapping[str, Tensor]:
+        return disturbed[proposal.site.key]
+
+    made = distilled(compiler, proposals, fxopt.Distill(steps=20, holdout=0.5), first)
+    (block,) = made.outcome.blocks
+    assert block.block == "(model)"
+    # which returns what the model returns
+    fit = compiler.request.calibration.fit
+    x = torch.cat([next(iter(batch.values())) for batch in fit[len(fit) // 2 :]])
+    graphs = [compiler.realise(proposals, tensors).graph for tensors in (first, made)]
+    with torch.no_grad():
+        y = model(x)
+        errors = [(_returned(graph, x) - y).square().sum() / y.square().sum() for graph in graphs]
+    assert [block.before, block.after] == pytest.approx([float(e) for e in errors], rel=1e-3)
+    assert block.after < block.before
+
+
+def _returned(graph: Any, x: Tensor) -> Tensor:
+    return torch.cat([graph(one[None])[0] for one in x])
+
+
+def test_blocks_that_cannot_be_trained_apart_are_counted() -> None:
+    data = [torch.randn(1, 31, 64) for _ in range(7)]
+    compiler = compiled(Interleaved(2), ["linear.low_rank"], data)
+    made = distil(compiler, mildest(compiler), steps=2)
+    assert [block.block for block in made.outcome.blocks] == ["layers.0"]
+    assert "of 2 blocks are better" in made.said
+    assert "1 could not be trained apart" in made.said
+
+
+class Interleaved(Model):
+    """Its first layer ends behind the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Any = self.layers[0]
+        hidden = F.relu(first.up(x))
+        return self.layers[1](x) + first.down(hidden)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
