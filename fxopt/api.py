@@ -201,7 +201,8 @@ def verify(
         measured = measurer.contract(editor, opt) | measurer.minimised(opt)
         rows = measurer.rows({}, measured)
     notes = [note for note in opt.plan.notes if not note.startswith(disturbed.SAID)]
-    return Report(rows, [*notes, *measurer.disturbance()])
+    notes += measurer.disturbance()
+    return Report(rows, notes, distilled=replayed.report.distilled)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Optimized:

@@ -380,10 +380,11 @@ class Compiler:
         """Train parameters of a realised graph, in place, to the blocks of the original."""
         original = self.captured.graph
         now = {site.node: editor.node(site).name for site in self.captured.sites}
-        return distil(
+        blocks, left_out = find_blocks(original, editor.graph, now, trained)
+        outcome = distil(
             original,
             editor.graph,
-            find_blocks(original, editor.graph, now, trained),
+            blocks,
             self.request.calibration.fit,
             self._run,
             self.quality,
@@ -391,6 +392,8 @@ class Compiler:
             until=self.request.deadline,
             watch=partial(self.request.progress.track, "distilling"),
         )
+        outcome.left_out = left_out
+        return outcome
 
     def emit(self, editor: GraphEditor) -> Optimized:
         """The module that people get: generated classes around the edited graph."""

@@ -15,6 +15,9 @@ from .ir.distill import Distill
 Prepare = Callable[[Proposal], Mapping[str, Tensor]]
 Key = tuple[str, str]
 
+SAID = "recover: "
+"""How a note begins that says what came of distillation."""
+
 
 @dataclass
 class Distillation:
@@ -33,11 +36,13 @@ class Distillation:
     @property
     def said(self) -> str:
         """What came of it, in a sentence."""
-        found, count = self.outcome.blocks, self.outcome.count
-        if len(found) == count and not any(block.steps for block in found):
+        found, count, left_out = self.outcome.blocks, self.outcome.count, self.outcome.left_out
+        if not count + left_out:
             return "nothing was distilled: the plan rewrites no layer into tensors that train"
         better = sum(block.after < block.before for block in found)
-        text = f"{better} of {count} blocks are better on sequences held out"
+        text = f"{better} of {count + left_out} blocks are better on sequences held out"
+        if left_out:
+            text += f", {left_out} could not be trained apart from the others"
         if self.taken_back:
             return f"{text}, but not the whole model on the part to choose by: undone"
         if len(found) == count and not self.outcome.interrupted:

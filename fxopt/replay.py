@@ -14,7 +14,7 @@ from torch import Tensor
 from . import passes
 from .compiler import Compiler
 from .decide.propose import Proposal, candidates
-from .distilled import Prepare, distilled, too_few
+from .distilled import SAID, Prepare, distilled, too_few
 from .emit.module import OptimizedModule
 from .emit.targets import written
 from .hosted import Optimized
@@ -82,8 +82,10 @@ def replay(compiler: Compiler, plan: Plan, *, refit: bool) -> Optimized:
     if keys and plan.recover is not None:
         notes.append(f"distilled again: {again.said}" if again else _undistilled(compiler))
     module.report = plan.report("replayed: not measured again", *notes)
-    if again is not None:
-        module.report.distilled = again.outcome.blocks
+    if keys or stored.keys() - set(map(_choice, proposals)):
+        # what is said of the plan's own tensors does not hold of these
+        module.report.notes = [n for n in module.report.notes if not n.startswith(SAID)]
+        module.report.distilled = again.outcome.blocks if again else []
     return module
 
 

@@ -19,7 +19,7 @@ from .decide.outlook import nearest_note
 from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
-from .distilled import Distillation, Prepare, distilled, too_few
+from .distilled import SAID, Distillation, Prepare, distilled, too_few
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import BudgetError, FxoptError, RowResult
@@ -35,8 +35,8 @@ ATTEMPTS = 5
 """Searches, each asking more of the `choose` part, until the `verify` part holds."""
 MARGIN, MOST = 1.02, 10.0
 DISTILLED = 3
-"""Whole choices that are distilled in a search: the best of those that were not, and what the
-solver takes next, knowing how much better that became."""
+"""Whole choices that are distilled in all: the best of those that were not, and what the solver
+takes next, knowing how much better that became. Those after them are measured as fitted."""
 RUNNERS_UP = 4
 """Where nothing holds, so many of the nearest trials are verified, and the model as it is; the
 best is handed out."""
@@ -80,8 +80,6 @@ class Session:
         self._go_on_distilled()
         best = self.search.best
         assert best is not None
-        kept = {best.choice, *(trial.choice for trial in self.search.ranked()[:RUNNERS_UP])}
-        self._made = {choice: made for choice, made in self._made.items() if choice in kept}
         return best
 
     def _go_on_distilled(self) -> None:
@@ -126,7 +124,7 @@ class Session:
     def _search(self) -> Trial | None:
         """As far as time goes. Ctrl-C ends the time: at least one choice is still measured, where
         none was; another Ctrl-C is for the caller."""
-        rounds = DISTILLED if self._distils else TRIALS
+        rounds = self._left or TRIALS
         try:
             return self.compiler.search(self.search, self._measured, rounds)
         except KeyboardInterrupt:
@@ -145,7 +143,12 @@ class Session:
     def _measured(self, choice: Choice) -> Mapping[str, float]:
         proposals = self.compiler.chosen(self.search, choice)
         rows = self.measurer.trial(self.compiler.realise(proposals), proposals)
-        return self._distilled(choice, rows) if self._distils else rows
+        return self._distilled(choice, rows) if self._left else rows
+
+    @property
+    def _left(self) -> int:
+        """Choices that are still to be distilled, once one was."""
+        return DISTILLED - len(self._made) if self._distils else 0
 
     def _distilled(self, choice: Choice, rows: Mapping[str, float]) -> Mapping[str, float]:
         """`rows` of a choice with its error after distillation, which is taken back where the
@@ -155,13 +158,15 @@ class Session:
         made = distilled(self.compiler, proposals, how, self.compiler.preparer)
         if made.outcome.interrupted:
             self._end()
-        error = rows["error"]
         if made.improved:
             error = self.measurer.error(self.compiler.realise(proposals, made))
-            if not error < rows["error"]:
+            # the error as fitted may be no number
+            if math.isfinite(error) and not error >= rows["error"]:
+                rows = {**rows, "error": error}
+            else:
                 made.take_back()
         self._made[choice] = made
-        return {**rows, "error": min(error, rows["error"])}
+        return rows
 
     def _prepare(self, choice: Choice) -> Prepare:
         """The tensors of a choice as it was measured."""
@@ -258,7 +263,7 @@ class Session:
             return self._notes()
         made = self._made.get(choice)
         said = made.said if made else "this plan was not distilled"
-        return [*self._notes(), f"recover: {said}"]
+        return [*self._notes(), f"{SAID}{said}"]
 
     def _notes(self) -> list[str]:
         notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt import session
+from fxopt import cli, session
+from fxopt.compiler import Compiler
 from fxopt.decide import distill
+from fxopt.distilled import Distillation
 from fxopt.ir.errors import FxoptError
+from fxopt.request import resolve
 
 HOW = fxopt.Distill(steps=60)
 
@@ -123,9 +126,44 @@ def test_refit_distils_again_where_the_calibration_does(
     again = fxopt.apply(model, opt.plan, example_inputs=data[0], calibration=data, refit=True)
     assert torch.equal(again(data[20]), opt(data[20]))
     assert any(note.startswith("distilled again: 2 of 2 blocks") for note in again.report.notes)
+    assert again.report.distilled == opt.report.distilled
+    assert not any(note.startswith("recover: ") for note in again.report.notes)
     few = fxopt.apply(model, opt.plan, example_inputs=data[0], calibration=data[:2], refit=True)
     assert any(note.startswith("not distilled again: ") for note in few.report.notes)
     assert not torch.equal(few(data[20]), opt(data[20]))
+    assert_silent(few.report)
+
+
+def assert_silent(report: Any) -> None:
+    """Nothing is said of how the plan's own tensors were trained."""
+    assert not report.distilled
+    assert not any(note.startswith("recover: ") for note in report.notes)
+
+
+@pytest.mark.parametrize("other", ["linear.low_rank", "keep"])
+def test_other_choices_than_those_distilled(
+    model: nn.Module, data: list[Tensor], opt: Any, other: str
+) -> None:
+    plan = opt.plan.model_copy(deep=True)
+    plan.tensors = opt.plan.tensors
+    decision = next(d for d in plan.decisions if d.rewrite == "linear.low_rank")
+    labels = {a.label for a in decision.alternatives if a.rewrite == other} - {decision.label}
+    plan.lock(decision.key, other, min(labels, default=None))
+    assert_silent(fxopt.apply(model, plan, example_inputs=data[0], calibration=data).report)
+
+
+def test_what_was_trained_is_shown_of_plans_and_modules(
+    model: nn.Module, data: list[Tensor], opt: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def table(text: str) -> list[str]:
+        return [line.strip() for line in text.splitlines() if line.startswith(("distilled", "0 "))]
+
+    shown = table(str(opt.report))
+    assert len(shown) == 2
+    assert table(str(fxopt.verify(opt, model, data))) == shown
+    assert cli.run(["report", str(opt.plan.save(tmp_path / "plan.json"))]) == 0
+    assert table(capsys.readouterr().out) == shown
 
 
 def test_a_budget_that_only_distillation_meets(model: nn.Module, data: list[Tensor]) -> None:
@@ -159,6 +197,70 @@ def test_what_makes_the_whole_model_worse_is_undone(
     assert any("on the part to choose by: undone" in note for note in undone.report.notes)
     assert undone.plan.recover is None
     assert not undone.plan.distilled
+
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def again(model: nn.Module, data: list[Tensor]) -> session.Session:
+    return started(model, data, recover=fxopt.Distill(steps=1))
+
+
+def started(model: nn.Module, data: list[Tensor], **options: Any) -> session.Session:
+    request = resolve(
+        model, fxopt.Budget(relative_error=0.07, minimize="memory"), data[0], workload=None,
+        calibration=data, keep=(), rewrites=["linear.low_rank"], at=None, seed=0, time_limit=None,
+        **options,
+    )  # fmt: skip
+    return session.Session(Compiler(request))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "recorded"),
+    [
+        (0.2, 0.1, 0.1), (NAN, 0.1, 0.1),
+        (0.2, 0.3, 0.2), (0.2, NAN, 0.2), (0.2, float("inf"), 0.2), (NAN, NAN, NAN),
+    ],
+)  # fmt: skip
+def test_the_better_error_is_recorded(
+    again: session.Session, monkeypatch: pytest.MonkeyPatch, before: float, after: float,
+    recorded: float,
+) -> None:  # fmt: skip
+    choice = tuple(len(column) - 1 for column in again.table.columns)
+    monkeypatch.setattr(Distillation, "improved", True)
+    monkeypatch.setattr(again.measurer, "error", lambda _: after)
+    rows = again._distilled(choice, {"error": before, "memory": 1.0})  # pyright: ignore[reportPrivateUsage]
+    assert rows == pytest.approx({"error": recorded, "memory": 1.0}, nan_ok=True)
+    made = again._made[choice]  # pyright: ignore[reportPrivateUsage]
+    assert made.taken_back == (recorded is before)
+
+
+def test_three_choices_are_distilled_in_all_and_stay_so(
+    data: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    search = started(nn.Sequential(Mlp(), Mlp(), Mlp()), data, recover=fxopt.Distill(steps=1))
+    for i in range(6):  # mild choices, further below the limit than any that is distilled
+        search._try(tuple(4 * (i == j) for j in range(6)))  # pyright: ignore[reportPrivateUsage]
+    distilled, made = search._distilled, set[Any]()  # pyright: ignore[reportPrivateUsage]
+
+    def well(choice: Any, rows: Any) -> Any:
+        """As if all became so good that the solver goes on for as long as it may."""
+        made.add(choice)
+        return {**distilled(choice, rows), "error": 0.5 * 0.07**2}
+
+    monkeypatch.setattr(search, "_distilled", well)
+    best = search.search_best()
+    assert len(made) == 3
+    # what the part kept aside asks for is measured as fitted
+    search.search.tighten(best, "error", 1.5)
+    tried = len(search.search.trials)
+    search.search_best()
+    assert len(search.search.trials) > tried
+    assert len(made) == 3
+    # and what is handed out is what was measured
+    assert search._made.keys() == made  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_plan_with_nothing_to_train_says_so(model: nn.Module, data: list[Tensor]) -> None:

@@ -75,7 +75,8 @@ def report(
         read.to_html(html)
     if markdown:
         write_text(markdown, read.to_markdown())
-    shown = Report(read.totals, read.notes, limit_texts(read.budget), read.memory)
+    written = limit_texts(read.budget)
+    shown = Report(read.totals, read.notes, written, read.memory, read.distilled)
     if memory:
         shown.to_svg(memory)
     if heads:

@@ -47,11 +47,13 @@ class Block:
 
 @dataclass
 class Outcome:
-    """The blocks that were reached, of `count`; whether Ctrl-C ended it."""
+    """The blocks that were reached, of `count` with anything to train; whether Ctrl-C ended it;
+    how many others were `left_out`."""
 
     count: int
     blocks: list[Distilled] = field(default_factory=list[Distilled])
     interrupted: bool = False
+    left_out: int = 0
 
 
 def trains(site: Site) -> bool:
@@ -63,11 +65,12 @@ def trains(site: Site) -> bool:
 
 def find_blocks(
     original: fx.GraphModule, rewritten: fx.GraphModule, now: Mapping[str, str], trained: Trained
-) -> list[Block]:
-    """The blocks of `trained`, in the order of the graph.
+) -> tuple[list[Block], int]:
+    """The blocks of `trained`, in the order of the graph, and how many more there would be.
 
     `now` names the nodes that stand for nodes of the original; others of equal name are the same.
-    A block none of whose outputs is there in both graphs is left out.
+    A block none of whose outputs is there in both graphs is left out, as is one that begins before
+    another ends.
     """
     before: list[fx.Node] = list(original.graph.nodes)
     after: list[fx.Node] = list(rewritten.graph.nodes)
@@ -81,9 +84,8 @@ def find_blocks(
     for name, parameters in by_module.items():
         names = _names(rewritten, parameters)
         start = min(i for i, n in enumerate(after) if _reads(n, names))
-        inside = [i for i, n in enumerate(after) if _below(_fqn(n), name)]
-        border = 1 + max(i for i, n in enumerate(before) if _below(_fqn(n), name))
-        computed, later = set(after[start : inside[-1] + 1]), set(before[border:])
+        end, border = (_end(nodes, name) for nodes in (after, before))
+        computed, later = set(after[start:end]), set(before[border:])
         outputs = [
             (old, new)
             for old in before[:border]
@@ -92,8 +94,15 @@ def find_blocks(
             if new in computed
         ]
         if outputs:
-            found.append(Block(name, parameters, start, inside[-1] + 1, border, outputs))
-    return _apart(sorted(found, key=lambda block: block.start))
+            found.append(Block(name, parameters, start, end, border, outputs))
+    apart = _apart(sorted(found, key=lambda block: block.start))
+    return apart, len(by_module) - len(apart)
+
+
+def _end(nodes: Sequence[fx.Node], module: str) -> int:
+    """Behind the last node of a module; what returns is behind the model itself."""
+    own = (i for i, n in enumerate(nodes) if n.op != "output" and _below(_fqn(n), module))
+    return 1 + max(own)
 
 
 def _apart(blocks: Iterable[Block]) -> list[Block]:
@@ -119,14 +128,15 @@ def distil(
 ) -> Outcome:
     """Train the parameters of `blocks`, in place, one block after another.
 
-    The last `how.holdout` of `batches`, at least one, are held out. What is reached by the time
-    `until` (of `time.monotonic`), or by Ctrl-C, stays; every block is at least as good on what is
-    held out as it was. Holds what both graphs have alive between two blocks for all batches.
+    The last `how.holdout` of `batches`, at least one and not all, are held out. What is reached by
+    the time `until` (of `time.monotonic`), or by Ctrl-C, stays; every block is at least as good on
+    what is held out as it was. Holds what both graphs have alive between two blocks for all
+    batches.
     """
     outcome = Outcome(len(blocks))
     if not blocks or time.monotonic() > until:
         return outcome
-    held = max(1, round(how.holdout * len(batches)))
+    held = min(max(1, round(how.holdout * len(batches))), len(batches) - 1)
     masks = [padding_of(batch) for batch in batches]
     try:
         with torch.no_grad():
@@ -136,8 +146,14 @@ def distil(
                     break
                 old.upto(block.border)
                 new.upto(block.start)
-                segment = _Segment(rewritten, block, old, new, masks)
-                outcome.blocks.append(_train(segment, len(batches) - held, how, until))
+                # bound to no name: it ends before the next one is made
+                found = _train(
+                    _Segment(rewritten, block, old, new, masks), len(batches) - held, how, until
+                )
+                if found.steps:
+                    outcome.blocks.append(found)
+                elif time.monotonic() <= until:
+                    outcome.count -= 1  # codes, without a gradient
     except KeyboardInterrupt:
         outcome.interrupted = True
     return outcome
@@ -165,7 +181,8 @@ def _train(segment: _Segment, count: int, how: Distill, until: float) -> Distill
                 best, kept = error, steps.parameters()
     finally:
         steps.restore(kept)
-    return Distilled(block=segment.block.name, before=before, after=best, steps=taken)
+    name = segment.block.name or "(model)"
+    return Distilled(block=name, before=before, after=best, steps=taken)
 
 
 class _Steps:
@@ -305,7 +322,7 @@ def _below(name: str, module: str) -> bool:
 
 def _is_real(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _reads(node: fx.Node, names: Collection[str]) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +155,7 @@ def test_of_codes_and_factors_the_factors_train() -> None:
     assert {n for n, t in made(mixed[0]).items() if not torch.equal(t, first[n])} == {"down", "up"}
     alone = distil(compiler, codes, steps=4)
     assert "nothing was distilled" in alone.said
+    assert alone.outcome == distill.Outcome(0)
     assert equal(alone(codes[0]), compiler.preparer(codes[0]))
 
 
@@ -298,6 +301,54 @@ def test_a_site_in_no_numbered_module_is_a_block_of_its_own() -> None:
     assert [block.block for block in made.outcome.blocks] == ["body.mlp"]
 
 
+@pytest.mark.parametrize("rewrite", ["linear.low_rank", "linear.low_rank_shared"])
+def test_what_stands_at_the_root_is_a_block(rewrite: str) -> None:
+    data = [torch.randn(1, 63, 64) for _ in range(12)]
+    # a layer that is the model, as one that `at=` names, or a group whose members the model holds
+    model = nn.Linear(64, 64) if rewrite == "linear.low_rank" else Gated()
+    compiler = compiled(model, [rewrite], data)
+    proposals = mildest(compiler)
+    disturbed = {p.site.key: _disturbed(compiler.preparer(p)) for p in proposals}
+
+    def first(proposal: Proposal) -> Mapping[str, Tensor]:
+        return disturbed[proposal.site.key]
+
+    made = distilled(compiler, proposals, fxopt.Distill(steps=20, holdout=0.5), first)
+    (block,) = made.outcome.blocks
+    assert block.block == "(model)"
+    # which returns what the model returns
+    fit = compiler.request.calibration.fit
+    x = torch.cat([next(iter(batch.values())) for batch in fit[len(fit) // 2 :]])
+    graphs = [compiler.realise(proposals, tensors).graph for tensors in (first, made)]
+    with torch.no_grad():
+        y = model(x)
+        errors = [(_returned(graph, x) - y).square().sum() / y.square().sum() for graph in graphs]
+    assert [block.before, block.after] == pytest.approx([float(e) for e in errors], rel=1e-3)
+    assert block.after < block.before
+
+
+def _returned(graph: Any, x: Tensor) -> Tensor:
+    return torch.cat([graph(one[None])[0] for one in x])
+
+
+def test_blocks_that_cannot_be_trained_apart_are_counted() -> None:
+    data = [torch.randn(1, 31, 64) for _ in range(7)]
+    compiler = compiled(Interleaved(2), ["linear.low_rank"], data)
+    made = distil(compiler, mildest(compiler), steps=2)
+    assert [block.block for block in made.outcome.blocks] == ["layers.0"]
+    assert "of 2 blocks are better" in made.said
+    assert "1 could not be trained apart" in made.said
+
+
+class Interleaved(Model):
+    """Its first layer ends behind the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Any = self.layers[0]
+        hidden = F.relu(first.up(x))
+        return self.layers[1](x) + first.down(hidden)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -335,6 +386,75 @@ def test_time_and_ctrl_c_keep_what_was_reached(monkeypatch: pytest.MonkeyPatch) 
     late = planted("linear.low_rank", depth=3)
     late.request = replace(late.request, deadline=time.monotonic())
     assert "the time limit ended it after 0" in distil(late, mildest(late)).said
+
+
+def test_time_that_ends_before_the_first_step_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = planted("linear.low_rank")
+    compiler.request = replace(compiler.request, deadline=5.0)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def error(segment: Any, sequences: Any) -> float:
+        clock.now = 10.0
+        return measure(segment, sequences)
+
+    measure = distill._Segment.error  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(distill._Segment, "error", error)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(distill, "time", clock)
+    made = distil(compiler, mildest(compiler))
+    assert "0 of 1 blocks are better" in made.said
+    assert "the time limit ended it after 0" in made.said
+
+
+def test_a_sequence_is_left_to_train_on() -> None:
+    data = [torch.randn(1, 31, 64) for _ in range(6)]
+    compiler = compiled(Model(1), ["linear.low_rank"], data)
+    assert len(compiler.request.calibration.fit) == 2
+    made = distil(compiler, loud(compiler), steps=5, holdout=0.75)
+    assert [block.steps for block in made.outcome.blocks] == [5]
+    assert "blocks are better on sequences held out" in made.said
+
+
+def test_scalars_that_blocks_return_are_left_out() -> None:
+    data = [torch.randn(1, 31, 64) for _ in range(7)]
+    compiler = compiled(Balanced(), ["linear.low_rank"], data)
+    made = distil(compiler, mildest(compiler), steps=2)
+    assert [block.block for block in made.outcome.blocks] == ["layers.0", "layers.1"]
+
+
+class Balanced(Model):
+    """Returns what its layers add to a loss as well."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.layers = nn.ModuleList([WithLoss(), WithLoss()])
+
+    def forward(self, x: Tensor) -> Any:
+        loss = torch.zeros(())
+        for layer in self.layers:
+            x, added = layer(x)
+            loss = loss + added
+        return x, loss
+
+
+class WithLoss(Mlp):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return x + y, y.square().mean()
+
+
+def test_one_block_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    class Segment(distill._Segment):  # pyright: ignore[reportPrivateUsage]
+        def __init__(self, *given: Any) -> None:
+            assert not any(other() for other in held)
+            held.append(weakref.ref(self))
+            super().__init__(*given)
+
+    monkeypatch.setattr(distill, "_Segment", Segment)
+    compiler = planted("linear.low_rank", depth=3)
+    distil(compiler, mildest(compiler), steps=1)
+    assert len(held) == 3
 
 
 def test_padding_is_not_trained_on() -> None:
