@@ -265,7 +265,7 @@ class Compiler:
     def scores(self) -> Scores:
         """Errors of this model's candidates on this calibration, as far as they are known."""
         request = self.request
-        data = data_digest((request.calibration.fit, request.calibration.choose[:ALONE]))
+        data = data_digest((request.calibration.fit, request.calibration.choose))
         measured = [str(self.quality), str(request.seed), request.at or ""]
         if self.host is not None:  # errors are of the whole model's output
             measured += [type(request.model).__qualname__, weights_fingerprint(request.model)]
