@@ -1,9 +1,6 @@
 """Attention kernels against the library's fastest dense kernel: windows and block-sparse masks.
 
     python benchmarks/attention.py [--only STEP ...] [--out FILE]
-    python benchmarks/attention.py --sweep forward [--dims 64 128 256]
-    python benchmarks/attention.py --sweep backward [--dims 64 128 256]
-    python benchmarks/attention.py --sweep estimate [--dims 64 128 256]
 
 32 query heads, 8 KV heads, head size 128, bfloat16, causal, forward. The baseline is the faster of
 SDPA's cuDNN and flash backends at the same length, measured in the same run. "speedup" is baseline
@@ -21,29 +18,41 @@ and with 16 heads; "kernel_ms" is without the copies into the order of tiles and
 "backward" is the gradient of q, k and v by the kernels of kernels/attention_backward/, from what
 the forward kept: 5 products where the forward makes 2. "efficiency" is its rate over the
 forward's (target: 0.6); for lists, turning them around is part of it.
-
---sweep forward times tile shapes, warps and stages under sink 64 + window 4,096 and under lists of
-128x128 tiles at density 0.1, both at 32,768 tokens: what the table in kernels/attention/triton.py
-holds. --sweep backward does so for each of the two kernels of the backward, under the window,
---sweep estimate for the choice of tiles at 131,072 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_cases import (
+    BACKENDS,
+    DIM,
+    HEADS,
+    SHARES,
+    SINK,
+    TOPK_LENGTHS,
+    WINDOW,
+    Report,
+    baseline,
+    baselines,
+    kept_pairs,
+    ms,
+    qkv,
+    random_lists,
+    ratio,
+    reporting,
+    seconds,
+    tflops,
+)
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from fxopt.kernels.attention import attention_with_lse
 from fxopt.kernels.attention import grid as grids
@@ -51,77 +60,25 @@ from fxopt.kernels.attention.blocks import (
     TileLists,
     block_sparse,
     block_sparse_reference,
-    lists_from_map,
     lists_of_grid,
 )
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import Attention, bind, in_order
 from fxopt.kernels.attention.triton import attention_forward
-from fxopt.kernels.attention_backward.triton import attention_gradients, sizes_for
+from fxopt.kernels.attention_backward.triton import attention_gradients
 from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
 from fxopt.kernels.block_topk.triton import kept_lists
 from fxopt.kernels.turned_lists.triton import turned
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
 # Of tokens (a class token, height, width; or frames first), batch, head size.
 GRIDS = [
     ((1, 37, 37), 32, 64), ((1, 64, 64), 8, 64), ((1, 128, 128), 1, 64),
     ((0, 16, 48, 48), 1, 128), ((0, 32, 64, 64), 1, 128),
 ]  # fmt: skip
-SINK, WINDOW = 64, 4096
 DENSE_LENGTHS = (4096, 16384, 65536)
 WINDOW_TARGETS = {16384: 1.6, 65536: 5.5, 131072: 11.0}
 SPARSE_LENGTH, DENSITIES, OVERHEAD_TARGET = 32768, (0.05, 0.1, 0.25, 0.5), 1.6
 BACKWARD_LENGTHS = (16384, 65536)
-TOPK_LENGTHS, SHARES = (16384, 32768, 65536, 131072), (50, 100, 200)
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-SWEEP_SECONDS = 130
-
-# BLOCK_M, BLOCK_N, warps, stages, TMA
-SWEEP = {
-    64: [
-        (128, 64, 4, 2, 1), (128, 64, 4, 3, 1), (128, 64, 4, 4, 1),
-        (128, 128, 4, 2, 1), (128, 128, 8, 2, 1), (128, 128, 8, 3, 1),
-        (64, 64, 4, 3, 1), (64, 128, 4, 2, 1), (256, 64, 8, 3, 1),
-    ],
-    128: [
-        (128, 128, 8, 2, 1), (128, 128, 8, 3, 1),
-        (128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1),
-        (128, 64, 4, 2, 1), (128, 32, 4, 4, 1),
-        (64, 64, 4, 2, 1), (64, 64, 4, 3, 1), (64, 128, 4, 2, 1),
-        (128, 64, 8, 3, 0), (128, 128, 8, 2, 0), (128, 64, 4, 2, 0),
-    ],
-    256: [
-        (128, 64, 8, 2, 1), (128, 32, 8, 2, 1), (128, 32, 8, 3, 1),
-        (64, 64, 4, 2, 1), (64, 32, 4, 2, 1), (64, 32, 4, 3, 1),
-    ],
-}  # fmt: skip
-
-
-# BLOCK_M, STEPS, warps, stages
-SWEEP_ESTIMATE = [
-    (64, 8, 4, 2), (64, 16, 4, 2), (64, 16, 4, 3), (128, 8, 8, 2), (128, 16, 8, 2), (128, 32, 8, 2),
-    (128, 16, 8, 3), (128, 32, 8, 3), (128, 16, 4, 2), (128, 32, 4, 3), (256, 16, 8, 2),
-]  # fmt: skip
-# As SWEEP, for the kernel of dQ and for that of dK and dV.
-SWEEP_BACKWARD = {
-    64: (
-        [(128, 64, 4, 2, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1), (128, 64, 4, 3, 1),
-         (128, 128, 4, 2, 1), (64, 64, 4, 3, 1)],
-        [(64, 128, 4, 2, 1), (64, 128, 8, 2, 1), (128, 128, 8, 2, 1), (64, 64, 4, 2, 1),
-         (64, 128, 8, 3, 1), (32, 128, 4, 3, 1)],
-    ),
-    128: (
-        [(128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1),
-         (64, 64, 4, 2, 1), (128, 32, 4, 2, 1), (128, 64, 4, 2, 1)],
-        [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (32, 128, 8, 3, 1), (64, 64, 4, 2, 1),
-         (32, 128, 4, 2, 1), (32, 64, 4, 3, 1), (128, 64, 8, 2, 1)],
-    ),
-    256: (
-        [(64, 64, 8, 2, 1), (64, 32, 4, 2, 1), (64, 64, 8, 1, 1), (128, 32, 8, 1, 1)],
-        [(32, 64, 8, 2, 1), (64, 64, 8, 1, 1), (32, 64, 8, 1, 1), (64, 64, 8, 2, 1)],
-    ),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -129,28 +86,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--sweep", choices=list(SWEEPS))
-    parser.add_argument("--dims", nargs="*", type=int, default=[128, 64, 256])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    lines: list[dict[str, Any]] = []
 
-    def report(**line: Any) -> None:
-        lines.append(line)
-        print(json.dumps(line), flush=True)
-
-    report(device=torch.cuda.get_device_name(), torch=torch.__version__)
-    if args.sweep:
-        SWEEPS[args.sweep](args.dims, report)
-    else:
+    def run(report: Report) -> None:
         for name in args.only:
             STEPS[name](report)
-    if args.out is not None:
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-
-Report = Callable[..., None]
+    reporting(args.out, run)
 
 
 def check(report: Report) -> None:
@@ -356,167 +300,9 @@ def timed_backward(
     )  # fmt: skip
 
 
-def sweep_backward(dims: list[int], report: Report) -> None:
-    """Each kernel with the other at the sizes of the table."""
-    start, length = time.monotonic(), 32768
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
-    for dim in dims:
-        q, k, v = qkv(length, dim)
-        call = bind(q, k, v, None, None, None, dim**-0.5, True, [WINDOW], 0.0, [SINK])
-        gradient = torch.randn_like(q.transpose(1, 2))
-        run = partial(attention_gradients, gradient, *attention_forward(call), call, None)
-        chosen = sizes_for(dim, dim, 2, True)
-        expected = run(chosen)
-        for which, config in ((i, c) for i in (0, 1) for c in SWEEP_BACKWARD[dim][i]):
-            if time.monotonic() - start > SWEEP_SECONDS:
-                report(out_of_time=config)
-                return
-            sizes = list(chosen)
-            sizes[which] = dict(zip(names, config, strict=True))
-            line: dict[str, Any] = {"dim": dim, "kernel": ("dq", "dk dv")[which], "config": config}
-            try:
-                found = run(tuple(sizes))
-                line["agrees"] = all(
-                    bool((found[n] - x).norm() < 0.01 * x.norm()) for n, x in expected.items()
-                )
-                line["both_ms"] = ms(seconds(partial(run, tuple(sizes)), 0.1))
-            except Exception as error:
-                line["error"] = f"{type(error).__name__}: {error}"[:100]
-            report(**line)
-
-
-def sweep_estimate(dims: list[int], report: Report) -> None:
-    """The choice of tiles alone, as a part of what the library takes for 128 channels."""
-    start, length = time.monotonic(), TOPK_LENGTHS[-1]
-    names = ("BLOCK_M", "STEPS", "num_warps", "num_stages")
-    for dim in dims:
-        given = (None, None, None, dim**-0.5, True, [0], 0.0, [0], [SHARES[0]])
-        call = bind(*qkv(length, dim), *given)
-        for config in SWEEP_ESTIMATE:
-            if time.monotonic() - start > SWEEP_SECONDS:
-                report(out_of_time=config)
-                return
-            line: dict[str, Any] = {"dim": dim, "config": config}
-            try:
-                sizes = dict(zip(names, config, strict=True))
-                line["ms"] = ms(found := seconds(partial(kept_lists, call, **sizes), 0.1))
-                line["of_dense"] = round(found / baseline(length), 4) if dim == DIM else None
-            except Exception as error:
-                line["error"] = f"{type(error).__name__}: {error}"[:100]
-            report(**line)
-
-
-def sweep(dims: list[int], report: Report) -> None:
-    start, length = time.monotonic(), 32768
-    for dim in dims:
-        q, k, v = qkv(length, dim)
-        plain = bind(q, k, v, None, None, None, dim**-0.5, True, [0], 0.0, [0])
-        window = bind(q, k, v, None, None, None, dim**-0.5, True, [WINDOW], 0.0, [SINK])
-        lists = random_lists(length, length, HEADS, 0.1, 128)
-        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
-        for config in SWEEP[dim]:
-            if time.monotonic() - start > SWEEP_SECONDS:
-                report(out_of_time=config)
-                return
-            sizes = dict(zip(names, config, strict=True))
-            cases = {"window": (window, None), "lists": (plain, lists)}
-            line: dict[str, Any] = {"dim": dim, "config": config}
-            for name, (call, chosen) in cases.items():
-                try:
-                    line[name] = ms(
-                        seconds(lambda c=call, x=chosen, s=sizes: attention_forward(c, x, **s), 0.1)
-                    )
-                except Exception as error:
-                    line[name] = f"{type(error).__name__}: {error}"[:100]
-            report(**line)
-
-
-def qkv(
-    length: int, dim: int = DIM, batch: int = 1, heads: int = HEADS, kv: int = KV_HEADS,
-    keys: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As a model makes them: [B, N, H, D] in memory."""
-    sizes = ((length, heads), (keys or length, kv), (keys or length, kv))
-    q, k, v = (
-        torch.randn(batch, n, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for n, h in sizes
-    )
-    return q, k, v
-
-
-def random_lists(queries: int, keys: int, heads: int, density: float, key_tile: int) -> TileLists:
-    """The diagonal, and as many other tiles as make up the density."""
-    rows = torch.arange(-(-queries // 128), device="cuda")[:, None] * 128 + keys - queries
-    columns = torch.arange(-(-keys // key_tile), device="cuda")[None] * key_tile
-    diagonal = (columns < rows + 128) & (columns + key_tile > rows)
-    # Half of a diagonal tile's pairs are seen.
-    area = 128 * 64 * len(rows) / (queries * (keys - queries / 2))
-    chance = max(0.0, density - area) / (1 - area)
-    visited = torch.rand(1, heads, *diagonal.shape, device="cuda") < chance
-    return lists_from_map(visited | diagonal, queries, keys, True, 128, key_tile)
-
-
-def kept_pairs(lists: TileLists) -> float:
-    """Part of the causal pairs of a square of whole tiles that the lists keep."""
-    tile, tiles = 128 * lists.key_tile, lists.full.shape[2]
-    # A query tile has 128 / key_tile partial tiles on its diagonal, seen by half together.
-    pairs = float(lists.full_count.sum()) / lists.num_heads * tile + tiles * 128 * 64.5
-    return pairs / (128 * tiles * (128 * tiles + 1) / 2)
-
-
-@cache
-def backend_seconds(length: int, backend: str) -> float:
-    q, k, v = qkv(length)
-
-    def run() -> Tensor:
-        with sdpa_kernel(BACKENDS[backend]):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return seconds(run)
-
-
-def baseline(length: int) -> float:
-    return min(backend_seconds(length, name) for name in BACKENDS)
-
-
-def baselines(length: int) -> dict[str, float]:
-    return {f"{name}_ms": ms(backend_seconds(length, name)) for name in BACKENDS}
-
-
-def ratio(length: int, ours: float) -> float:
-    return round(baseline(length) / ours, 2)
-
-
-def seconds(run: Callable[[], Any], most: float = 0.3) -> float:
-    """Median; as many runs as `most` seconds hold, three at least."""
-    run()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    start = time.monotonic()
-    while len(times) < 3 or (time.monotonic() - start < most and len(times) < 100):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        run()
-        events[1].record()
-        events[1].synchronize()
-        times.append(events[0].elapsed_time(events[1]) / 1e3)
-    return statistics.median(times)
-
-
-def ms(value: float) -> float:
-    return round(value * 1e3, 4)
-
-
-def tflops(length: int, value: float) -> int:
-    return round(2e-12 * HEADS * DIM * length * length / value)
-
-
 STEPS: dict[str, Callable[[Report], None]] = {
     "check": check, "dense": dense, "window": windowed, "sparse": sparse, "topk": topk,
     "grid": windows_of_grids, "backward": backward,
-}  # fmt: skip
-SWEEPS: dict[str, Callable[[list[int], Report], None]] = {
-    "forward": sweep, "backward": sweep_backward, "estimate": sweep_estimate,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def attention_forward(
     return out, lse
 
 
-# Measured on Hopper, bfloat16, by benchmarks/attention.py --sweep: the larger head size to
+# Measured on Hopper, bfloat16, by benchmarks/attention_sweep.py: the larger head size to
 # BLOCK_M, BLOCK_N, num_warps, num_stages; 16 and 32 are taken from 64. Only with tensor
 # descriptors: without them, 4 warps of 128 rows take 2.8 times as long.
 HOPPER_TILES = {
