@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     DynamicCache,
-    T5Config,
-    T5ForConditionalGeneration,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 from transformers.cache_utils import Cache as HFCache
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
@@ -32,58 +26,8 @@ from fxopt.ir.rewrite import Match
 from fxopt.ir.workload import Scenario
 from fxopt.passes.baseline import cache_bytes
 from fxopt.passes.kv_cache.rotated import Rotated
+from tests.emit.seq2seq_models import CROSS, OWN, example, make, packed, padded
 from tests.oracle import FakeQuantizedCache, fake_quantize, parse
-
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Keys and values of generated tokens, and of the encoder's.
-OWN, CROSS = "k4v2g32r0s0", "0,3:k2v4g32r0s0|1,2:exact"
-
-
-def make(name, layers=2):
-    torch.manual_seed(0)
-    if name == "t5":
-        config = T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=layers,
-                          num_heads=4, decoder_start_token_id=0)  # fmt: skip
-        return T5ForConditionalGeneration(config).eval()
-    each = {"layers": layers, "ffn_dim": 48, "attention_heads": 4}
-    sizes = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in each.items()}
-    shared = {"vocab_size": 61, "d_model": 32, "decoder_start_token_id": 2, **SPECIAL, **sizes}
-    if name == "bart":
-        config = BartConfig(max_position_embeddings=256, forced_eos_token_id=None, **shared)
-        return BartForConditionalGeneration(config).eval()
-    config = WhisperConfig(
-        num_mel_bins=8, max_source_positions=80, max_target_positions=64, **shared
-    )
-    model = WhisperForConditionalGeneration(config).eval()
-    known = {
-        "no_timestamps_token_id": 50, "is_multilingual": True, "prev_sot_token_id": 49,
-        "lang_to_id": {"<|en|>": 45, "<|de|>": 46}, "max_initial_timestamp_index": 5,
-        "task_to_id": {"transcribe": 47, "translate": 48}, "max_length": 40,
-        "begin_suppress_tokens": [8], "_from_model_config": False,
-    }  # fmt: skip
-    for option, value in known.items():
-        setattr(model.generation_config, option, value)
-    return model
-
-
-def example(model):
-    ids = torch.randint(3, 61, (2, 11))
-    if isinstance(model, WhisperForConditionalGeneration):
-        return {"input_features": torch.randn(2, 8, 160), "decoder_input_ids": ids[:, :7]}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "decoder_input_ids": ids[:, :7]}  # fmt: skip
-
-
-def packed(model, own=OWN, cross=CROSS):
-    """The model with its caches stored by these layouts, and the editor that says so."""
-    captured = capture(model, example(model))
-    editor = GraphEditor(captured)
-    with editor.applying("kv_cache.blocks"):
-        for site in captured.sites:
-            if site.family == "kv_cache" and site.head == 0:
-                editor.update(site, layout=cross if site.info.cross else own)
-    editor.finish()
-    return emit(captured, editor, model), editor
 
 
 @pytest.fixture(scope="module", params=["t5", "bart"])
@@ -91,13 +35,6 @@ def pair(request):
     model = make(request.param)
     captured = capture(model, example(model))
     return model, emit(captured, GraphEditor(captured), model)
-
-
-def padded(length=9):
-    ids = torch.randint(3, 61, (3, length))
-    mask = torch.ones_like(ids)
-    mask[1, length // 2 :] = 0
-    return ids * mask, mask
 
 
 @pytest.mark.parametrize(
@@ -410,58 +347,6 @@ def test_a_decoder_that_mixes_tokens_generates_without_a_cache():
         opt.make_cache(3, 10)
 
 
-@pytest.fixture(scope="module")
-def whisper():
-    torch.manual_seed(4)  # some random models transcribe a long recording for minutes
-    model = make("whisper")
-    captured = capture(model, example(model))
-    return model, emit(captured, GraphEditor(captured), model)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"language": "de", "task": "translate"},
-        pytest.param({"return_timestamps": True}, marks=pytest.mark.slow),
-        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),
-        {"attention_mask": torch.ones(2, 160), "max_new_tokens": 7},
-    ],
-    ids=["plain", "language", "timestamps", "beams", "mask"],
-)
-def test_whisper_has_its_own_generate(whisper, options):
-    features = torch.randn(2, 8, 160)
-    want, got = (module.generate(features, **options) for module in whisper)
-    assert torch.equal(want, got)
-
-
-@pytest.mark.exhaustive
-def test_whisper_transcribes_long_recordings(whisper):
-    features = torch.randn(2, 8, 410)
-    options = {"return_timestamps": True, "attention_mask": torch.ones(2, 410, dtype=torch.long)}
-    want, got = (module.generate(features, **options) for module in whisper)
-    assert want.shape[1] > 40
-    assert torch.equal(want, got)
-
-
-def test_whisper_refuses_padded_prompts(whisper):
-    ids = torch.randint(3, 61, (2, 4))
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
-    with pytest.raises(FxoptError, match="decoder_attention_mask: padded prompts"):
-        whisper[1](torch.randn(2, 8, 160), decoder_input_ids=ids, decoder_attention_mask=mask)
-
-
-@pytest.mark.slow
-def test_saved_whisper_generates_packed(tmp_path):
-    opt, _ = packed(make("whisper"))
-    features = torch.randn(2, 8, 160)
-    want = opt.generate(features, language="en")
-    opt.save(tmp_path / "out")
-    again = load(tmp_path / "out")
-    assert type(again) is type(opt)
-    assert torch.equal(again.generate(features, language="en"), want)
-
-
 def test_a_decoder_alone_has_no_cut(case):
     assert split(case("llama").emit().program) is None
 
@@ -489,16 +374,3 @@ def test_a_budget_packs_both_kinds_of_cache(name, tmp_path):
     assert "the workload ends at 100 tokens and the first block is packed at 132" in text
     report = opt.export_onnx(tmp_path / "model.onnx")
     assert report.difference < 1e-4
-
-
-@pytest.mark.slow
-def test_a_budget_packs_whisper_without_example_inputs():
-    opt = fxopt.optimize(
-        make("whisper").to(torch.bfloat16),
-        fxopt.Budget(kv_cache="95%", kl=5.0),
-        workload=fxopt.Generate(batch=2, prompt=80, new_tokens=30),
-    )
-    packed = [state.layout for state in opt.program.states if state.cross and state.layout]
-    assert packed
-    assert all("r0s0" in layout for layout in packed)
-    assert opt.generate(torch.randn(2, 8, 160, dtype=torch.bfloat16)).shape[0] == 2
