@@ -119,9 +119,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def captured_once() -> Iterator[None]:
     """Export a model once for all tests of the module, which give equal shapes equal weights."""
     # not above: kernels may be imported only after `pytest_configure` has spoken to Triton
-    from fxopt import compiler
+    from fxopt import subject
 
-    capture = compiler.capture
+    capture = subject.capture
     known: dict[Any, Any] = {}
 
     def remembered(model: torch.nn.Module, example: Any = None, *, at: str | None = None) -> Any:
@@ -132,7 +132,7 @@ def captured_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "capture", remembered)
+        patch.setattr(subject, "capture", remembered)
         yield
 
 

@@ -38,7 +38,7 @@ TOP |= {
     "progress",
 }
 TOP |= {"backend", "coverage", "frontiers", "hf", "replay", "request", "scores", "session", "state"}
-TOP |= {"distilled", "weightless"}
+TOP |= {"distilled", "subject", "weightless"}
 PARTS = {*ALLOWED, *TOP}
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.compiler import Request
 from fxopt.decide.runs import DECODE_STEPS, calls, peak_temporaries, prefilled, prompt_of
 from fxopt.decide.verify import alternately, held_bytes, weight_bytes
 from fxopt.ir.units import format_value
 from fxopt.ir.workload import Generate, named, parts, scenarios
 from fxopt.progress import Progress
+from fxopt.request import Request
 from fxopt.show.rows import table
 
 MEMORY = ("weights", "kv_cache", "temporaries", "memory")
