@@ -23,7 +23,6 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.delta import EVERY
-from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk.reference import (
     LEAST,
     SPARED,
@@ -142,14 +141,11 @@ class BlockTopk:
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        site, count = match.site, calls.attention_info(match).num_kv_heads
-        given: Any = editor.node(site).kwargs.get("top", (0,))
-        values = per_head("top", given, count)
-        for head in range(count) if site.head is None else (site.head,):
-            values[head] = _top(candidate)
-        editor.update(site, top=tuple(values))
+        site, info = match.site, calls.attention_info(match)
+        top = calls.with_value(site, editor, "top", _top(candidate), info.num_kv_heads)
+        editor.update(site, top=top)
         if _is_corrected(candidate):
-            corrected.apply(site, calls.attention_info(match), tensors["share"], editor)
+            corrected.apply(site, info, tensors["share"], editor)
 
 
 def _top(candidate: Candidate) -> int:

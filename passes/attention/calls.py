@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Match, Refusal
+from fxopt.ir.rewrite import Editor, Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.kernels.attention.grid import density
 from fxopt.kernels.attention.op import attention
+from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk import reference as topk
 
 CORRECTION_LAUNCHES = 10
@@ -39,6 +40,16 @@ def attention_info(match: Match) -> AttentionInfo:
     info = match.site.info
     assert isinstance(info, AttentionInfo)
     return info
+
+
+def with_value(site: Site, editor: Editor, name: str, value: int, count: int) -> tuple[int, ...]:
+    """The option `name` of a site's op, a number for each of `count` KV heads, with `value` for the
+    site's head, or for all where it has none."""
+    given: Any = editor.node(site).kwargs.get(name, (0,))
+    values = per_head(name, given, count)
+    for head in range(count) if site.head is None else (site.head,):
+        values[head] = value
+    return tuple(values)
 
 
 def attention_call(

@@ -22,7 +22,6 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.grid import density, near_keys
-from fxopt.kernels.attention.spec import per_head
 from fxopt.passes.attention import calls, emulation, mass
 
 
@@ -118,11 +117,8 @@ class Neighborhood:
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site, info = match.site, calls.attention_info(match)
-        given: Any = editor.node(site).kwargs.get("near", (0,))
-        values = per_head("near", given, info.num_kv_heads)
-        for head in range(info.num_kv_heads) if site.head is None else (site.head,):
-            values[head] = _near(candidate)
-        editor.update(site, grid=info.grid, near=tuple(values))
+        near = calls.with_value(site, editor, "near", _near(candidate), info.num_kv_heads)
+        editor.update(site, grid=info.grid, near=near)
 
 
 def _near(candidate: Candidate) -> int:

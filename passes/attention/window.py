@@ -20,7 +20,6 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
-from fxopt.kernels.attention.spec import per_head
 from fxopt.passes.attention import calls, corrected, emulation, mass
 
 
@@ -136,18 +135,12 @@ class Window:
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        site, count = match.site, calls.attention_info(match).num_kv_heads
-        kwargs = editor.node(site).kwargs
-        updated: dict[str, tuple[int, ...]] = {}
-        for name, value in zip(("window", "sink_tokens"), _choice(candidate), strict=True):
-            given: Any = kwargs.get(name, (0,))
-            values = per_head(name, given, count)
-            for head in range(count) if site.head is None else (site.head,):
-                values[head] = value
-            updated[name] = tuple(values)
-        editor.update(site, **updated)
+        site, info = match.site, calls.attention_info(match)
+        chosen = zip(("window", "sink_tokens"), _choice(candidate), strict=True)
+        editor.update(
+            site, **{n: calls.with_value(site, editor, n, v, info.num_kv_heads) for n, v in chosen}
+        )
         if _is_corrected(candidate):
-            info = calls.attention_info(match)
             corrected.apply(site, info, tensors["share"], editor)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import fxopt
 from fxopt.ir import ops
@@ -22,6 +22,7 @@ from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
 from fxopt.passes.attention.block_topk import BlockTopk
 from fxopt.passes.attention.calls import attention_call, kept_pairs, kept_tiles_call
 from fxopt.passes.attention.window import Window
+from tests.passes.attention_graph import GraphEditor
 
 INFO = AttentionInfo(
     num_heads=6, num_kv_heads=3, head_dim=16, value_dim=16, dtype=torch.float32, causal=True,
@@ -46,26 +47,6 @@ def matched(where: Site) -> Match:
 def labels(workload: Forward | Generate) -> list[str]:
     found = REWRITE.candidates(matched(site()), scenarios(workload))
     return [c.label for c in found if "+d" not in c.label]
-
-
-class GraphEditor:
-    """One attention node, edited in place."""
-
-    def __init__(self, **options: Any) -> None:
-        self.graph = fx.Graph()
-        inputs = [self.graph.placeholder(name) for name in "qkv"]
-        self.attend = self.graph.call_function(ops.attend, tuple(inputs), options)
-        self.graph.output(self.attend)
-
-    def node(self, site: Site) -> fx.Node:
-        return self.attend
-
-    def update(self, site: Site, **kwargs: Any) -> None:
-        for name, value in kwargs.items():
-            self.attend.update_kwarg(name, value)
-
-    def run(self, *tensors: Tensor) -> Tensor:
-        return fx.GraphModule(nn.Module(), self.graph)(*tensors)
 
 
 @pytest.mark.parametrize(

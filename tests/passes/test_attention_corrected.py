@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import fxopt
 from fxopt.decide.statistics import Recorded
@@ -26,6 +26,7 @@ from fxopt.passes.attention.calls import (
     visible_pairs,
 )
 from fxopt.passes.attention.window import Window
+from tests.passes.attention_graph import GraphEditor
 
 INFO = AttentionInfo(
     num_heads=6, num_kv_heads=3, head_dim=16, value_dim=16, dtype=torch.float32, causal=True,
@@ -150,26 +151,6 @@ def test_shares_are_the_best_of_the_prompt() -> None:
 def test_prompts_that_see_all_keys_fit_nothing() -> None:
     share = corrected.shares(Recorded(inputs=recorded(200)), window=[50])["share"]
     assert share.tolist() == [1] * 6
-
-
-class GraphEditor:
-    """One attention node, edited in place."""
-
-    def __init__(self, **options: Any) -> None:
-        self.graph = fx.Graph()
-        inputs = [self.graph.placeholder(name) for name in "qkv"]
-        self.attend = self.graph.call_function(ops.attend, tuple(inputs), options)
-        self.graph.output(self.attend)
-
-    def node(self, site: Site) -> fx.Node:
-        return self.attend
-
-    def update(self, site: Site, **kwargs: Any) -> None:
-        for name, value in kwargs.items():
-            self.attend.update_kwarg(name, value)
-
-    def run(self, *tensors: Tensor) -> Tensor:
-        return fx.GraphModule(nn.Module(), self.graph)(*tensors)
 
 
 def test_apply_changes_one_head_beside_others() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import fxopt
-from fxopt.ir import ops
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, LinearInfo, Site
 from fxopt.ir.workload import Scenario
@@ -19,6 +18,7 @@ from fxopt.kernels.attention.grid import density
 from fxopt.passes.attention.calls import attention_call, neighborhood_call
 from fxopt.passes.attention.neighborhood import Neighborhood
 from fxopt.passes.attention.window import Window
+from tests.passes.attention_graph import GraphEditor
 
 INFO = AttentionInfo(
     num_heads=6, num_kv_heads=3, head_dim=16, value_dim=16, dtype=torch.float32, causal=False,
@@ -38,26 +38,6 @@ def matched(**changes: Any) -> Match:
     match = REWRITE.match(site(**changes))
     assert isinstance(match, Match)
     return match
-
-
-class GraphEditor:
-    """One attention node, edited in place."""
-
-    def __init__(self, **options: Any) -> None:
-        self.graph = fx.Graph()
-        inputs = [self.graph.placeholder(name) for name in "qkv"]
-        self.attend = self.graph.call_function(ops.attend, tuple(inputs), options)
-        self.graph.output(self.attend)
-
-    def node(self, site: Site) -> fx.Node:
-        return self.attend
-
-    def update(self, site: Site, **kwargs: Any) -> None:
-        for name, value in kwargs.items():
-            self.attend.update_kwarg(name, value)
-
-    def run(self, *tensors: Tensor) -> Tensor:
-        return fx.GraphModule(nn.Module(), self.graph)(*tensors)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, fx
 
 import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
 from fxopt.ir import ops
@@ -19,6 +18,7 @@ from fxopt.ir.workload import Forward, Generate, Scenario, scenarios
 from fxopt.passes.attention.calls import attention_call, visible_pairs
 from fxopt.passes.attention.exact import Exact
 from fxopt.passes.attention.window import Window
+from tests.passes.attention_graph import GraphEditor
 
 INFO = AttentionInfo(
     num_heads=6, num_kv_heads=3, head_dim=16, value_dim=16, dtype=torch.float32, causal=True,
@@ -38,26 +38,6 @@ def matched(rewrite: Window | Exact, where: Site) -> Match:
     match = rewrite.match(where)
     assert isinstance(match, Match)
     return match
-
-
-class GraphEditor:
-    """One attention node, edited in place."""
-
-    def __init__(self, **options: Any) -> None:
-        self.graph = fx.Graph()
-        inputs = [self.graph.placeholder(name) for name in "qkv"]
-        self.attend = self.graph.call_function(ops.attend, tuple(inputs), options)
-        self.graph.output(self.attend)
-
-    def node(self, site: Site) -> fx.Node:
-        return self.attend
-
-    def update(self, site: Site, **kwargs: Any) -> None:
-        for name, value in kwargs.items():
-            self.attend.update_kwarg(name, value)
-
-    def run(self, *tensors: Tensor) -> Tensor:
-        return fx.GraphModule(torch.nn.Module(), self.graph)(*tensors)
 
 
 @pytest.mark.parametrize(
