@@ -62,6 +62,19 @@ def llama(layers: int = 1, tied: bool = False) -> tuple[nn.Module, dict[str, Any
     return LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(3, 97, (1, 40))}
 
 
+def vision() -> tuple[nn.Module, dict[str, Any]]:
+    """A class token before a grid that is large enough for windows in two dimensions."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=37 * 4, patch_size=4, num_channels=3, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    return model, {"pixel_values": torch.randn(1, 3, 37 * 4, 37 * 4)}
+
+
 def mixture(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
     """Two layers of seven experts, of which three are chosen for a token."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

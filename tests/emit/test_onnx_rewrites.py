@@ -8,7 +8,7 @@ import pytest
 
 import fxopt
 from fxopt import passes
-from tests.emit.onnx_cases import GENERATE, everywhere, llama, mixture, mlp
+from tests.emit.onnx_cases import GENERATE, everywhere, llama, mixture, mlp, vision
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -33,6 +33,8 @@ def test_every_rewrite_is_exported(name: str, tmp_path: Path) -> None:
         opt, chosen = everywhere(name, *mixture(), workload=DECODES)
     elif name.startswith("linear."):
         opt, chosen = everywhere(name, *mlp())
+    elif name == "attention.neighborhood":
+        opt, chosen = everywhere(name, *vision())
     else:
         opt, chosen = everywhere(name, *llama(), workload=GENERATE)
     kind = "generate" if opt.program.causal_lm else "forward"
