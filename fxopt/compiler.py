@@ -19,10 +19,10 @@ from .cost_models.memory import live_bytes
 from .decide.distill import Outcome, Trained, distil, find_blocks
 from .decide.mass import Masses
 from .decide.peaks import Points, points, shifted
+from .decide.problem import weighed
 from .decide.propose import Proposal, Proposals, propose
 from .decide.quality import Measurement
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
-from .decide.solve import weighed
 from .decide.table import Column, Priors, Swapped, Table, build, lowered, promising
 from .decide.verify import peak_live_bytes
 from .emit.editor import GraphEditor

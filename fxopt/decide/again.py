@@ -11,8 +11,9 @@ from ..ir.decision import KEEP, Alternative, Decision
 from ..ir.errors import PlanError, RowResult
 from ..ir.plan import Plan
 from .outlook import nearest_note
+from .problem import Group, Option, Problem, Row, total, weighed
 from .quality import QUALITIES, Quality
-from .solve import Group, Option, Problem, Row, nearest, solve, total, weighed
+from .solve import nearest, solve
 
 RESOURCES = ("latency", "weights", "kv_cache", "memory")
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from ..ir.units import format_value
 from .peaks import row_of
 from .prices import prices
+from .problem import Problem, total, value
 from .search import BYTE_ROWS, GAP, Choice, Rows, Search, Trial
-from .solve import Problem, solve, total, value
+from .solve import solve
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import vstack
 
+from .exact import columns_of, constraints, line_of, scale_of
 from .peaks import row_of
-from .solve import Problem, columns_of, constraints, line_of, scale_of
+from .problem import Problem
 
 SECONDS = 5.0
 

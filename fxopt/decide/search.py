@@ -12,7 +12,8 @@ from functools import partial
 
 from ..ir.errors import excess
 from .peaks import PEAK_ROWS, Points, row_at
-from .solve import Group, Problem, Row, nearest, solve, total, undominated
+from .problem import Group, Problem, Row, total, undominated
+from .solve import nearest, solve
 from .table import Column, Swapped, Table
 
 Choice = tuple[int, ...]

@@ -14,8 +14,8 @@ from ..ir.rewrite import Match
 from ..ir.site import AttentionInfo, GroupInfo, Site
 from ..ir.workload import Scenario
 from .peaks import PEAK_ROWS, row_at
+from .problem import Group, Option
 from .propose import Baseline, Proposal, Proposals, total_cost
-from .solve import Group, Option
 from .statistics import Recorded, Statistics
 
 KEEP = "keep"

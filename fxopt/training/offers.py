@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import fx
 
-from ..decide.solve import Group, Option, Problem, Row, solve
+from ..decide.problem import Group, Option, Problem, Row
+from ..decide.solve import solve
 from ..ir.saved import AGAIN
 from .forms import Choices, Form, Treatment
 from .schedule import schedule

@@ -17,7 +17,8 @@ from itertools import pairwise
 import numpy as np
 from torch import fx
 
-from ..decide.solve import Group, Option, Problem, Row, solve
+from ..decide.problem import Group, Option, Problem, Row
+from ..decide.solve import solve
 from .forms import Choices, Form, again, images
 from .offers import Known, Offers
 from .schedule import Schedule, schedule

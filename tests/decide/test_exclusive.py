@@ -7,7 +7,9 @@ import random
 
 import pytest
 
-from fxopt.decide.solve import Group, Option, Problem, Row, greedy, nearest, solve, value, violation
+from fxopt.decide.greedy import greedy
+from fxopt.decide.problem import Group, Option, Problem, Row, value, violation
+from fxopt.decide.solve import nearest, solve
 
 
 def problem(seed: int, exclusive: tuple[tuple[int, ...], ...]) -> Problem:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from fxopt.decide.prices import prices
-from fxopt.decide.solve import Group, Option, Problem, Row, solve, total
+from fxopt.decide.problem import Group, Option, Problem, Row, total
+from fxopt.decide.solve import solve
 
 
 def problem(limit: float, sites: int = 40, seed: int = 0) -> Problem:

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from fxopt.decide import search as module
+from fxopt.decide.problem import Problem, Solution
 from fxopt.decide.search import Limits, Search, robust
-from fxopt.decide.solve import Problem, Solution
 from fxopt.decide.table import Column, Table, kind
 from fxopt.ir.cost import Cost
 from fxopt.ir.site import Site

@@ -11,20 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxopt.decide import solve as solve_module
-from fxopt.decide.solve import (
+from fxopt.decide.greedy import greedy
+from fxopt.decide.problem import (
     Group,
     Option,
     Pair,
     Problem,
     Row,
-    greedy,
-    nearest,
-    solve,
     total,
     undominated,
     value,
     violation,
 )
+from fxopt.decide.solve import nearest, solve
 
 ROWS = ("error", "bytes", "seconds")
 PEAK = ("bytes@mlp", "bytes@rest")
