@@ -26,11 +26,13 @@ import transformers
 import fxopt
 from fxopt import passes
 from fxopt.compiler import Compiler
+from fxopt.decide.options import lowered
+from fxopt.decide.priors import Priors
 from fxopt.decide.propose import Proposal
 from fxopt.decide.quality import Kind, Reference
 from fxopt.decide.recover import recover
 from fxopt.decide.search import Limits, Search
-from fxopt.decide.table import Priors, Table, build, lowered
+from fxopt.decide.table import Table, build
 from fxopt.distilled import distilled
 from fxopt.ir.cost import Cost, OpCall
 from fxopt.ir.site import GroupInfo

@@ -32,10 +32,11 @@ from torch import Tensor
 import fxopt
 from fxopt.compiler import Compiler
 from fxopt.cost_models.timing import time_call
+from fxopt.decide.options import lowered
 from fxopt.decide.propose import Proposal
 from fxopt.decide.runs import DECODE_STEPS, calls
 from fxopt.decide.search import Choice
-from fxopt.decide.table import Table, build, lowered
+from fxopt.decide.table import Table, build
 from fxopt.decide.verify import peak_live_bytes, weight_bytes
 from fxopt.kernels import fp8_linear, quantized_linear
 from fxopt.pace import Pace

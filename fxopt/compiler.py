@@ -18,12 +18,14 @@ from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes
 from .decide.distill import Outcome, Trained, distil, find_blocks
 from .decide.mass import Masses
+from .decide.options import lowered, promising
 from .decide.peaks import Points, points, shifted
+from .decide.priors import Priors
 from .decide.problem import weighed
 from .decide.propose import Proposal, Proposals, propose
 from .decide.quality import Measurement
 from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
-from .decide.table import Column, Priors, Swapped, Table, build, lowered, promising
+from .decide.table import Column, Swapped, Table, build
 from .decide.verify import peak_live_bytes
 from .emit.editor import GraphEditor
 from .fingerprint import weights_fingerprint

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .cost_models.calls import Parts, Realised
 from .cost_models.timing import time_call, time_calls
+from .decide.options import calls_of, joint
 from .decide.propose import Proposal, total_cost
 from .decide.runs import DECODE_STEPS, calls, peak_temporaries
-from .decide.table import Column, Table, calls_of, joint
+from .decide.table import Column, Table
 from .emit.hollow import fresh, hollow, zeros_made_once
 from .emit.module import OptimizedModule
 from .ir.cost import Cost

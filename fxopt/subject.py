@@ -16,10 +16,10 @@ from .cost_models.hardware import Device, probe
 from .cost_models.memory import symbols_of
 from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
+from .decide.priors import Preparer
 from .decide.propose import Proposal
 from .decide.quality import QUALITIES, Kind, Quality, Reference, class_axis
 from .decide.statistics import Call, Statistics, collect
-from .decide.table import Preparer
 from .decide.verify import weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit

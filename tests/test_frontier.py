@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.decide.table import Priors
+from fxopt.decide.priors import Priors
 from fxopt.ir.errors import FxoptError
 
 

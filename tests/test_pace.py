@@ -13,9 +13,10 @@ import fxopt
 from fxopt import pace as paces
 from fxopt.compiler import Compiler
 from fxopt.cost_models.calls import Parts, Realised
+from fxopt.decide.options import lowered
 from fxopt.decide.runs import calls
 from fxopt.decide.search import identity
-from fxopt.decide.table import Table, build, lowered
+from fxopt.decide.table import Table, build
 from fxopt.decide.verify import peak_live_bytes, weight_bytes
 from fxopt.ir.site import LinearInfo
 from fxopt.kernels import quantized_linear

@@ -13,9 +13,9 @@ from torch import nn
 import fxopt
 from fxopt import measure as measure_module
 from fxopt.decide import runs
+from fxopt.decide.priors import Priors
 from fxopt.decide.quality import Reference
 from fxopt.decide.runs import Latency
-from fxopt.decide.table import Priors
 
 
 @pytest.fixture

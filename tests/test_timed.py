@@ -14,7 +14,7 @@ from fxopt import compiler as compiler_module
 from fxopt.compiler import Compiler
 from fxopt.cost_models.measured import Measured
 from fxopt.cost_models.timing import Timing
-from fxopt.decide.table import lowered, promising
+from fxopt.decide.options import lowered, promising
 from fxopt.ir.cost import OpCall
 from fxopt.passes.baseline import baseline_calls
 from fxopt.request import resolve

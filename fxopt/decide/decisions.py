@@ -12,8 +12,9 @@ from ..ir.evidence import Pair
 from ..ir.plan import KEEP, Alternative, Decision, Refused
 from ..ir.site import GroupInfo, Site
 from .explain import Choice, Explainer
+from .options import is_identity
 from .propose import Proposal, Proposals
-from .table import Column, Table, is_identity
+from .table import Column, Table
 
 
 class Masses(Protocol):

@@ -75,7 +75,7 @@ def find_blocks(
     before: list[fx.Node] = list(original.graph.nodes)
     after: list[fx.Node] = list(rewritten.graph.nodes)
     by_name, stand_in = ({n.name: n for n in nodes} for nodes in (before, after))
-    modules = [_module([_fqn(by_name[m.node]) for m in _members(site)]) for site, _ in trained]
+    modules = [_module([_fqn(by_name[m.node]) for m in site.members]) for site, _ in trained]
     by_module: dict[str, list[nn.Parameter]] = {}
     for module, (_, parameters) in zip(modules, trained, strict=True):
         outermost = min((m for m in modules if _below(module, m)), key=len)
@@ -298,10 +298,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one + other
-
-
-def _members(site: Site) -> Sequence[Site]:
-    return site.info.members if isinstance(site.info, GroupInfo) else (site,)
 
 
 def _fqn(node: fx.Node) -> str:

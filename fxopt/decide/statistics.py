@@ -163,11 +163,6 @@ def _sampled_score(output: Tensor, quality: Quality, generator: torch.Generator)
     return log_p.gather(1, labels.to(log_p.device)).sum(), log_p.shape[0]
 
 
-def _alone(site: Site) -> Sequence[Site]:
-    """The site, or the members of a group."""
-    return site.info.members if isinstance(site.info, GroupInfo) else (site,)
-
-
 def _by_expert(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """Each row times the transposed weight of its expert."""
     y = x.new_empty((len(x), weight.shape[1]))
@@ -183,7 +178,7 @@ def _given(inputs: Mapping[str, Tensor], name: str) -> list[Tensor]:
 class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, sites: Sequence[Site], quality: Quality) -> None:
         super().__init__(graph)
-        sites = [one for site in sites for one in _alone(site)]
+        sites = [one for site in sites for one in site.members]
         self.nodes: dict[str, Recorded] = {
             s.node: Recorded() for s in sites if s.family in ("linear", "attention")
         }

@@ -216,6 +216,11 @@ class Site:
     side: Literal["", "encoder"] = ""
     last: bool = False
 
+    @property
+    def members(self) -> tuple[Site, ...]:
+        """The sites of a group; of any other the site alone."""
+        return self.info.members if isinstance(self.info, GroupInfo) else (self,)
+
     def at(self, scenario: Scenario) -> Scenario | None:
         """A call of the workload as this site sees it; None where it does not run in it.
 

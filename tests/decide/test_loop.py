@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fxopt.decide.search import A_SITE, Choice, Limits, Search, Trial, improve, measure_swaps
 from fxopt.decide.table import Column, Swapped, Table
 from fxopt.ir.cost import Cost
+from fxopt.ir.site import LinearInfo, Site
 
 
 def column(label: str, seconds: float, weights: int, state: int, prior: float) -> Column:
@@ -26,9 +28,9 @@ def column(label: str, seconds: float, weights: int, state: int, prior: float) -
 
 
 def table(*groups: list[Column]) -> Table:
-    keys: Any = [
-        (SimpleNamespace(family="linear", key=f"layer.{i}", info=None),) for i in range(len(groups))
-    ]
+    info = LinearInfo("weight", None, 8, 8, torch.float32)
+    names = [f"layer.{i}" for i in range(len(groups))]
+    keys = [(Site("linear", name, name, info, name),) for name in names]
     return Table(keys, [list(group) for group in groups])
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.decide.priors import Preparer
 from fxopt.decide.propose import Proposal
 from fxopt.decide.statistics import Recorded, Statistics
-from fxopt.decide.table import Preparer
 from fxopt.ir.rewrite import Match
 from fxopt.ir.site import LinearInfo, Site
 from fxopt.passes.linear import projection, rounding

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from fxopt.decide.outlook import standing
 from fxopt.decide.search import Choice, Limits, Search, slope
 from fxopt.decide.table import Column, Table
 from fxopt.ir.cost import Cost
+from fxopt.ir.site import LinearInfo, Site
 
 KEPT = 10.0
 
@@ -29,7 +31,8 @@ def search(beside: float = 2.0) -> Search:
         ),)  # fmt: skip
         return Column(taken, Cost(seconds), error, error)
 
-    keys: Any = [(SimpleNamespace(family="linear", key=f"{i}", info=None),) for i in range(2)]
+    info = LinearInfo("weight", None, 8, 8, torch.float32)
+    keys = [(Site("linear", name, name, info, name),) for name in ("0", "1")]
     columns = [[column(4.0, 0.0), column(3.0, 0.1), column(2.0, 0.2)] for _ in keys]
     limits = Limits({"latency": 9.0, "error": 1.0}, {"latency": beside}, {"error": 1.0})
     return Search(Table(keys, columns), limits)

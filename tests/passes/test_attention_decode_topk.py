@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxopt.decide.table import calls_of
+from fxopt.decide.options import calls_of
 from fxopt.ir import ops
 from fxopt.ir.rewrite import Candidate, Match, Refusal
 from fxopt.ir.site import AttentionInfo, LinearInfo, Site

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.decide.table import calls_of
+from fxopt.decide.options import calls_of
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, LinearInfo, Site
 from fxopt.ir.workload import Generate, Scenario, scenarios
