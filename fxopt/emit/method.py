@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import keyword
 import math
 import operator
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from ..ir.ops import add_rms_norm, attend, gated, mix_channels, rms_norm, rotate
+from ..ir.ops import add_rms_norm, attend
 from .facts import facts, tensor_facts
 from .frames import Frame, floats, is_size_arithmetic, state_index
 from .layout import INDENT, WIDTH, assign, wrap
 from .loops import Loop, find_loops
+from .names import Names
 from .paths import module_path, tensor_path
+from .sizes import size_source
 from .spelling import ATOM, Expr, literal, spell
-from .targets import op_name, root
+from .targets import root
 from .tree import Tree
-
-_HINTS = {
-    "add": "x", "attend": "attention", "gated": "inner", "getitem": "item",
-    "mix_channels": "mixed", "rms_norm": "normed", "rotate": "rotated", "sym_size": "length",
-}  # fmt: skip
-_PASSING = {"mul", "to", "unsqueeze", "view", "expand", "reshape", "contiguous", "slice", "getitem",
-            "transpose", "permute", "index", "select"}  # fmt: skip
-# Names that generated code reads.
-_TAKEN = {
-    "self", "F", "nn", "torch", "math", "operator", "zip", "float", "slice", "getattr",
-    *(f.__name__ for f in (add_rms_norm, attend, gated, mix_channels, rms_norm, rotate)),
-}  # fmt: skip
 
 
 @dataclass
@@ -62,15 +49,11 @@ class Writer:
     tree: Tree
     frame: Frame
     methods: dict[int, Method]
-    hints: dict[fx.Node, str]
+    names: Names
     method: Method
     result: Any
     reserved: frozenset[str] = frozenset()
-    names: dict[fx.Node, str] = field(default_factory=dict)
-    owners: dict[str, fx.Node] = field(default_factory=dict)
-    left: Counter[fx.Node] = field(default_factory=Counter)
     pending: list[tuple[fx.Node, Expr, list[fx.Node]]] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
     def write(self) -> str:
@@ -78,7 +61,7 @@ class Writer:
         statements = [*self._statements(), Statement([], self._returned)]
         for statement in statements:
             for node in self._operands(statement):
-                self.left[node] += 1
+                self.names.left[node] += 1
         self._name_inputs()
         for statement in statements[:-1]:
             self._add(statement)
@@ -105,8 +88,8 @@ class Writer:
             elif id(item) in loops:
                 loop = loops[id(item)]
                 skip.update(id(frame) for frame in loop.frames)
-                self.hints[loop.result] = "x"
-                self.hints[loop.carried] = "x"
+                self.names.hints[loop.result] = "x"
+                self.names.hints[loop.carried] = "x"
                 yield Statement([loop.result], lambda ref, loop=loop: self._loop(loop, ref), loop)
             elif id(item) not in skip:
                 method = self.methods[id(item)]
@@ -132,9 +115,9 @@ class Writer:
         if node.target is attend:
             for role, value in zip("qkv", node.args, strict=False):
                 if isinstance(value, fx.Node):
-                    self.hints[value] = role
+                    self.names.hints[value] = role
         if node.target is add_rms_norm:
-            self.hints.update({user: ("x", "normed")[user.args[1]] for user in node.users})  # pyright: ignore
+            self.names.hints.update({user: ("x", "normed")[user.args[1]] for user in node.users})  # pyright: ignore
 
     def _call(self, frame: Frame, ref: Callable[[fx.Node], Expr]) -> Expr:
         method = self.methods[id(frame)]
@@ -197,59 +180,14 @@ class Writer:
             elif plain and node is plain[0] and tensor_facts(node) is not None:
                 base = "x"
             else:
-                base = self._hint(node)
-            self._bind(node, base)
-
-    def _hint(self, node: fx.Node) -> str:
-        origin: Any = node
-        while origin not in self.hints and op_name(origin) in _PASSING and origin.args:
-            source = origin.args[0]
-            if source in self.method.inputs:
-                return re.sub(r"_\d+$", "", self.names[source])
-            if not isinstance(source, fx.Node) or floats(source):
-                break
-            origin = source
-        if origin.op == "get_attr":
-            return "_".join(str(origin.target).split(".")[-2:])
-        if op_name(origin) == "sym_size" and not origin.args[1]:
-            return "batch"
-        name = self.hints.get(origin) or _HINTS.get(op_name(origin), op_name(origin))
-        return name.strip("_") or "x"
-
-    def _bind(self, node: fx.Node, base: str) -> str:
-        if not base.isidentifier() or keyword.iskeyword(base) or base in _TAKEN:
-            base = f"{base}_" if f"{base}_".isidentifier() else "x"
-        name, count = base, 0
-        while name in self.owners:
-            count += 1
-            name = f"{base}_{count}"
-        self.names[node] = name
-        self.owners[name] = node
-        return name
-
-    def _spend(self, used: Sequence[fx.Node]) -> None:
-        """The values in `used` are read; a name whose value is not read again is free."""
-        for node in used:
-            self.left[node] -= 1
-            name = self.names[node]
-            if not self.left[node] and self.owners.get(name) is node:
-                del self.owners[name]
-                if self._is_computed_here(node):
-                    self.dead.append(name)
-
-    def _is_computed_here(self, node: fx.Node) -> bool:
-        """Whether a value has memory that nothing but its name holds on to."""
-        known, source = tensor_facts(node), root(node)
-        here = source not in self.method.inputs and not floats(source)
-        return here and known is not None and len(known.shape) > 1
+                base = ""
+            self.names.bind(node, base)
 
     def _release(self) -> None:
         """Names outlive their last reader until the method ends; what is computed next must not
         find their memory taken."""
-        names = [name for name in dict.fromkeys(self.dead) if name not in self.owners]
-        if names:
+        if names := self.names.released():
             self.lines += wrap(f"{INDENT * 2}del {', '.join(names)}")
-        self.dead.clear()
 
     def _add(self, statement: Statement, prefix: str = "") -> None:
         operands = self._operands(statement)
@@ -271,7 +209,7 @@ class Writer:
         if wanted:
             del self.pending[len(self.pending) - len(wanted) :]
         only = statement.outputs[0] if len(statement.outputs) == 1 else None
-        if only is not None and self.left[only] == 1 and not prefix:
+        if only is not None and self.names.left[only] == 1 and not prefix:
             self.pending.append((only, expr, used))
             return
         self._flush()
@@ -283,11 +221,15 @@ class Writer:
         made = [node for node in statement.outputs if node is not None and root(node) is node]
         ops = [node for node in nested if node in self.frame.own]
         read = [u for node, _, used in self.pending if node in ops for u in used]
-        last = [u for u in set(read) if self.left[u] == read.count(u) and self._is_computed_here(u)]
+        last = [
+            u
+            for u in set(read)
+            if self.names.left[u] == read.count(u) and self.names.is_computed_here(u)
+        ]
         return bool(made and last) and sum(map(_width, last)) >= sum(map(_width, made))
 
     def _fits(self, statement: Statement, expr: Expr, prefix: str) -> bool:
-        names = (self._hint(node) if node else "_" for node in statement.outputs)
+        names = (self.names.hint(node) if node else "_" for node in statement.outputs)
         name = prefix or f"{', '.join(names)} = "
         return len(INDENT) * 2 + len(name) + len(expr.text) <= WIDTH
 
@@ -300,7 +242,7 @@ class Writer:
                 used.extend(texts[node][1])
                 return texts[node][0]
             used.append(node)
-            return Expr(self.names.get(node, "x"))
+            return Expr(self.names.get(node) or "x")
 
         expr = statement.write(lambda node: self._reference(node, [], named))
         return expr, used
@@ -315,10 +257,12 @@ class Writer:
     ) -> None:
         if "(" in expr.text and (prefix or any(root(node) is node for node in outputs)):
             self._release()
-        self._spend(used)
-        if any(node and self.left[node] for node in outputs) and not prefix:
+        self.names.spend(used)
+        if any(node and self.names.left[node] for node in outputs) and not prefix:
             names = [
-                self._bind(node, self._hint(node)) if node and self.left[node] else "_"
+                self.names.bind(node, self.names.hint(node))
+                if node and self.names.left[node]
+                else "_"
                 for node in outputs
             ]
             if expr.text == names[0] and len(names) == 1:
@@ -331,14 +275,14 @@ class Writer:
         """`for layer, state in zip(self.layers, past): x = layer(x, ..., state)`"""
         self._release()
         carried = self.names[loop.carried]
-        self._spend([loop.carried])
-        if carried in self.owners:
-            fresh = self._bind(loop.result, "x")
+        self.names.spend([loop.carried])
+        if self.names.taken(carried):
+            fresh = self.names.bind(loop.result, "x")
             self.lines.append(f"{INDENT * 2}{fresh} = {carried}")
         else:
-            fresh = self._bind(loop.result, carried)
-        layer = self._free(loop.singular)
-        states = [self._free("state", taken={layer}, skip=i) for i in range(len(loop.states))]
+            fresh = self.names.bind(loop.result, carried)
+        layer = self.names.free(loop.singular)
+        states = [self.names.free("state", taken={layer}, skip=i) for i in range(len(loop.states))]
         names = iter(states)
         words: list[str] = []
         for node in self.methods[id(loop.frames[0])].inputs:
@@ -357,14 +301,7 @@ class Writer:
         head = ", ".join([layer, *states])
         self.lines += wrap(f"{INDENT * 2}for {head} in {over}:")
         self.lines += wrap(f"{INDENT * 3}{fresh} = {layer}{call}({', '.join(words)})")
-        self._spend([node for node in loop.operands if node is not loop.carried])
-
-    def _free(self, base: str, taken: Collection[str] = (), skip: int = 0) -> str:
-        name, count = (base, 0) if not skip else (f"{base}_{skip}", skip)
-        while name in self.owners or name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        return name
+        self.names.spend([node for node in loop.operands if node is not loop.carried])
 
 
 def _width(node: fx.Node) -> int:
@@ -372,38 +309,6 @@ def _width(node: fx.Node) -> int:
     known = tensor_facts(node)
     sizes = [] if known is None else [size for size in known.shape if isinstance(size, int)]
     return math.prod(sizes)
-
-
-def size_source(frame: Frame, inputs: Sequence[fx.Node], node: fx.Node) -> tuple[fx.Node, str]:
-    """The value in reach of `frame` that has the length or device which `node` reads."""
-    found = find_size(frame, inputs, node)
-    assert found is not None
-    return found
-
-
-def find_size(frame: Frame, inputs: Sequence[fx.Node], node: fx.Node) -> tuple[fx.Node, str] | None:
-    """(value, "shape[1]") for a length, (value, "device") for a device; None if out of reach."""
-    source: Any = node.args[0]
-    if node.target is getattr:
-        near = [n for n in inputs if tensor_facts(n) is not None and not _maybe_none(n)]
-        chosen = source if source in inputs else (near[0] if near else None)
-        return None if chosen is None else (chosen, str(node.args[1]))
-    where = f"shape[{literal(node.args[1], lambda n: Expr(n.name)).text}]"
-    if source in inputs or (not floats(source) and source in set(frame.nodes())):
-        return source, where
-    wanted = facts(node)
-    for candidate in inputs if wanted is not None else ():
-        known = tensor_facts(candidate)
-        if known is not None and wanted in known.shape and not _maybe_none(candidate):
-            return candidate, f"shape[{known.shape.index(wanted)}]"
-    return None
-
-
-def _maybe_none(node: fx.Node) -> bool:
-    """An input that only masks attention may be left out by the caller."""
-    return node.op == "placeholder" and all(
-        user.target is attend and user.kwargs.get("mask") is node for user in node.users
-    )
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -20,8 +20,10 @@ from torch import fx, nn
 
 from .frames import Frame, floats, frame, is_size_arithmetic, state_index
 from .layout import INDENT
-from .method import Method, Writer, find_size
+from .method import Method, Writer
+from .names import Names
 from .paths import tensor_path
+from .sizes import find_size
 from .tree import Entry, Tree, leaf_class
 
 
@@ -101,7 +103,7 @@ class _Generator:
         for attempt in range(len(bodies) + 1):
             method.name = f"forward_{attempt}" if attempt else "forward"
             text = Writer(
-                self.tree, frame, self.methods, dict(self.hints), method,
+                self.tree, frame, self.methods, Names(inputs, dict(self.hints)), method,
                 self.result if is_root else None, self.reserved,
             ).write()  # fmt: skip
             if attempt == len(bodies):
