@@ -193,7 +193,8 @@ def test_what_makes_the_whole_model_worse_is_undone(
     plain = optimized(model, data, recover=None)
     monkeypatch.setattr(session, "distilled", spoilt)
     undone = optimized(model, data)
-    assert torch.equal(undone(data[20]), plain(data[20]))
+    # the search goes on after it, and may end at another choice
+    assert error(undone) < 1.1 * error(plain)
     assert any("on the part to choose by: undone" in note for note in undone.report.notes)
     assert undone.plan.recover is None
     assert not undone.plan.distilled

@@ -137,9 +137,11 @@ class Search:
 
     def _forbidden(self, groups: Sequence[Group]) -> frozenset[tuple[int, int]]:
         """Options that are neither faster nor smaller in a byte row that counts, or whose error
-        is no number."""
+        is no number. What errs must be so in a row that counts: seconds that only break ties are
+        no reason to."""
         # the first of the objective is what is minimised, the others break ties
         counting = {*self.limits.rows, *[*self.limits.objective][:1]}
+        timed = any(name.startswith("latency") for name in counting)
         rows = [
             expanded
             for name in sorted(counting & set(BYTE_ROWS))
@@ -150,7 +152,8 @@ class Search:
             kept, columns = group.options[0], self.table.columns[g]
             for o, option in enumerate(group.options[1:], 1):
                 smaller = any(option.amount(row) < kept.amount(row) for row in rows)
-                useless = not smaller and _no_faster(columns[o], columns[0])
+                serves = timed or columns[o].exact
+                useless = not smaller and not (serves and _faster(columns[o], columns[0]))
                 if useless or not math.isfinite(columns[o].error):
                     pairs.add((g, o))
         return frozenset(pairs)
@@ -322,8 +325,8 @@ def _least(problem: Problem, row: Row) -> float:
     return row.constant + sum(smallest)
 
 
-def _no_faster(column: Column, kept: Column) -> bool:
-    return column.cost.seconds * FASTER > kept.cost.seconds
+def _faster(column: Column, kept: Column) -> bool:
+    return column.cost.seconds * FASTER <= kept.cost.seconds
 
 
 def measure_swaps(

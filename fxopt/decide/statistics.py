@@ -17,6 +17,7 @@ from ..ir.errors import FxoptError
 from ..ir.ops import attend
 from ..ir.patches import output_rows, to_rows
 from ..ir.site import EmbeddingInfo, ExpertsInfo, GroupInfo, LinearInfo, Site
+from . import shrinkage
 from .calibration import Batch, padding_of
 from .quality import Quality, by_row
 
@@ -54,10 +55,12 @@ class Recorded:
 
     @property
     def gram(self) -> Tensor:
-        """E[x xT] in float64, [in, in]."""
+        """E[x xT] in float64, [in, in], shrunk as far as the rows that were seen are few."""
         if self.gram_sum is None:
             raise ValueError("no input was recorded at this site")
-        return self.gram_sum / max(self.gram_rows, 1)
+        rows = max(self.gram_rows, 1)
+        seen = self.gram_sum / rows
+        return shrinkage.shrunk(seen, shrinkage.intensity(seen, rows))
 
     def exact(self) -> Tensor:
         """What a linear, an embedding, or an expert each returns for the rows in `inputs`."""
@@ -139,6 +142,7 @@ def collect(
         counted += count
         attended += count if keep else 0
         recorder.end(score, len(batches), generator)
+    recorder.spread(generator)
     return Statistics(recorder.nodes, counted, attended)
 
 
@@ -295,6 +299,16 @@ class _Recorder(fx.Interpreter):
             kept = recorded.gradients
             recorded.gradients = grads if kept is None else torch.cat([kept, grads])
         self._live.clear()
+
+    def spread(self, generator: torch.Generator) -> None:
+        """Give the rows that were kept of linears the moments that their gram is shrunk to."""
+        for name in (*self.linear, *self.experts):
+            recorded = self.nodes[name]
+            if recorded.gram_sum is not None and "x" in recorded.inputs:
+                rows = max(recorded.gram_rows, 1)
+                seen = recorded.gram_sum / rows
+                x = recorded.inputs["x"]
+                recorded.inputs["x"] = shrinkage.spread(x, seen, rows, generator)
 
     def _gradients(self, score: Tensor) -> list[Tensor]:
         outputs = [output for _, _, output in self._live]

@@ -49,6 +49,11 @@ class Column:
         return "+".join(p.candidate.label for p in self.proposals) or KEEP
 
     @property
+    def exact(self) -> bool:
+        """Whether none of its rewrites changes an output."""
+        return all(p.rewrite.exact for p in self.proposals)
+
+    @property
     def error(self) -> float:
         """The best estimate of the additive error."""
         return self.prior if self.measured is None else self.measured

@@ -16,9 +16,11 @@ from fxopt.ir.cost import Cost
 from fxopt.ir.site import LinearInfo, Site
 
 
-def column(label: str, seconds: float, weights: int, state: int, prior: float) -> Column:
+def column(
+    label: str, seconds: float, weights: int, state: int, prior: float, exact: bool = False
+) -> Column:
     proposal: Any = SimpleNamespace(
-        rewrite=SimpleNamespace(name="linear.toy"),
+        rewrite=SimpleNamespace(name="linear.toy", exact=exact),
         candidate=SimpleNamespace(label=label),
         site=SimpleNamespace(family="linear", key="a"),
     )
@@ -52,10 +54,18 @@ def test_what_serves_no_row_is_never_taken() -> None:
     assert forbidden(options, {"error": 1.0}, latency) == {1, 2, 4}
     assert forbidden(options, {"error": 1.0, "weights": 90.0}, latency) == {2, 4}
     assert forbidden(options, {"error": 1.0, "kv_cache": 90.0}, latency) == {1, 2}
-    assert forbidden(options, {"error": 1.0}, {"memory": 1.0}) == {2}
+    assert forbidden(options, {"error": 1.0}, {"memory": 1.0}) == {2, 3}
     # as the compiler weighs them: one over what the original takes, ties in thousandths
-    assert forbidden(options, {"error": 1.0}, {"memory": 1e-8, "latency": 1e-3}) == {2}
+    assert forbidden(options, {"error": 1.0}, {"memory": 1e-8, "latency": 1e-3}) == {2, 3}
     assert forbidden(options, {"error": 1.0}, {"latency": 1.0, "memory": 1e-11}) == {1, 2, 4}
+
+
+def test_seconds_that_only_break_ties_are_no_reason_to_err() -> None:
+    faster = column("fast", 0.9, 100, 100, 0.0)
+    exact = column("exact", 0.9, 100, 100, 0.0, exact=True)
+    rows, ties = {"weights": 90.0}, {"error": 1.0, "latency": 1e-9}
+    assert forbidden([faster, exact], rows, ties) == {1}
+    assert forbidden([faster, exact], {**rows, "latency.decode": 1.0}, ties) == set()
 
 
 @pytest.mark.parametrize("prior", [math.nan, math.inf])

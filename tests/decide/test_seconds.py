@@ -25,7 +25,7 @@ def search(beside: float = 2.0) -> Search:
 
     def column(seconds: float, error: float) -> Column:
         taken: Any = () if seconds == 4.0 else (SimpleNamespace(
-            rewrite=SimpleNamespace(name="linear.toy"),
+            rewrite=SimpleNamespace(name="linear.toy", exact=False),
             site=SimpleNamespace(family="linear", key=""),
             candidate=SimpleNamespace(label=f"{seconds}"),
         ),)  # fmt: skip
