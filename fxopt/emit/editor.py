@@ -102,15 +102,15 @@ class GraphEditor:
         with self._body.inserting_before(old):
             new = self._body.create_node("get_attr", target, name=target.replace(".", "_"))
         new.meta = self._inherit(old)
-        fake = self._fake
-        new.meta["val"] = fake.from_tensor(value, static_shapes=True) if fake else value
+        self._see(new, value)
         self._record("tensor", site, "", describe(new))
         return new
 
     def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
-        name = str(node.target)
+        name, before = str(node.target), describe(node)
         self._attributes[name] = _held(change(self._attributes[name].detach()))
-        self._record("tensor", site, describe(node), describe(node))
+        self._see(node, self._attributes[name])
+        self._record("tensor", site, before, describe(node))
 
     def call(
         self, site: Site, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -171,6 +171,10 @@ class GraphEditor:
     def _inherit(self, old: fx.Node) -> dict[str, Any]:
         kept = {key: old.meta[key] for key in ("nn_module_stack", "fqn") if key in old.meta}
         return {**kept, "fxopt": self._rewrite, "site": old.meta.get("fqn", "")}
+
+    def _see(self, node: fx.Node, value: Tensor) -> None:
+        fake = self._fake
+        node.meta["val"] = fake.from_tensor(value, static_shapes=True) if fake else value
 
     def _infer(self, node: fx.Node) -> None:
         """Run the call on the fake tensors of its operands."""

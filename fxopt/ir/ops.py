@@ -102,14 +102,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def mix_channels(x: Tensor, matrices: Tensor) -> Tensor:
+def mix_channels(
+    x: Tensor, matrices: Tensor, heads: Sequence[int] = (), kv_heads: int = 0
+) -> Tensor:
     """The channels of each head times the matrix of its KV head.
 
-    x [B, H, N, D] and matrices [KV, D, E], of one dtype, H a multiple of KV; returns [B, H, N, E].
-    The matrices have no gradients: apart, those of queries and keys would change scores.
+    x [B, H, N, D] and matrices [KV, D, D], of one dtype, H a multiple of KV; returns [B, H, N, D].
+    With `heads` the matrices are those of these of `kv_heads` KV heads alone, and the others stay
+    as they are. They have no gradients: apart, those of queries and keys would change scores.
     """
-    grouped = x.unflatten(1, (matrices.shape[0], -1))
-    return torch.einsum("bkgnd,kde->bkgne", grouped, matrices.detach()).flatten(1, 2)
+    grouped = x.unflatten(1, (kv_heads if heads else matrices.shape[0], -1))
+    taken = torch.stack([grouped[:, head] for head in heads], 1) if heads else grouped
+    mixed = torch.einsum("bkgnd,kde->bkgne", taken, matrices.detach())
+    if heads:
+        parts = list(grouped.unbind(1))
+        for head, part in zip(heads, mixed.unbind(1), strict=True):
+            parts[head] = part
+        mixed = torch.stack(parts, 1)
+    return mixed.flatten(1, 2)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

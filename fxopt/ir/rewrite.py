@@ -90,7 +90,7 @@ class Editor(Protocol):
 
     def amend(self, site: Site, node: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
         """Let `node`, which `tensor` returned, read what `change` makes of the value that it reads,
-        of the same shape and dtype."""
+        of the same dtype and number of axes."""
         ...
 
     def call(

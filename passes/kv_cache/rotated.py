@@ -88,8 +88,7 @@ class Rotated(Blocks):
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        """The heads of a layer share both products; those that are not rotated have the identity
-        as their matrices."""
+        """The heads of a layer that are rotated share both products."""
         super().apply(match, candidate, tensors, editor)
         site, info = match.site, calls.attention_info(match)
         query, key = rotations(tensors["scale"], info.dtype)
@@ -99,13 +98,18 @@ class Rotated(Blocks):
 
 def _mix(site: Site, editor: Editor, argument: str, name: str, matrices: Tensor) -> None:
     """Let the attention of `site` read `argument` with the channels of this head mixed."""
-    mixed: Any = editor.node(site).args["qk".index(argument)]
-    if mixed.target is not mix_channels:
-        identity = torch.eye(matrices.shape[-1]).to(matrices).repeat(len(matrices), 1, 1)
-        mixed = editor.call(site, mix_channels, (mixed, editor.tensor(site, name, identity)), {})
-        editor.update(site, **{argument: mixed})
-    head = torch.arange(len(matrices), device=matrices.device) == site.head
-    editor.amend(site, mixed.args[1], lambda held: torch.where(head[:, None, None], matrices, held))
+    assert site.head is not None
+    read: Any = editor.node(site).args["qk".index(argument)]
+    mine, heads = matrices[site.head, None].clone(), [site.head]  # no view of all heads
+    if read.target is mix_channels:
+        (x, held), heads = read.args, sorted([*read.kwargs["heads"], site.head])
+        place = heads.index(site.head)
+        editor.amend(site, held, lambda kept: torch.cat([kept[:place], mine, kept[place:]]))
+    else:
+        x, held = read, editor.tensor(site, name, mine)
+    some = {"heads": tuple(heads), "kv_heads": len(matrices)} if len(heads) < len(matrices) else {}
+    mixed = editor.call(site, mix_channels, (x, held), some)
+    editor.update(site, **{argument: mixed})
 
 
 def channel_scale(inputs: Mapping[str, Any]) -> Tensor:

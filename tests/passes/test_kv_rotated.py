@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.capture import capture
 from fxopt.decide.statistics import Recorded
+from fxopt.decide.verify import weight_bytes
 from fxopt.emit.editor import GraphEditor
 from fxopt.emit.module import OptimizedModule, emit
 from fxopt.ir.ops import attend, mix_channels
@@ -24,6 +25,7 @@ from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Generate, scenarios
 from fxopt.kernels.kv_attention.layout import parse
 from fxopt.passes.kv_cache.blocks import Blocks
+from fxopt.passes.kv_cache.calls import rotation_call
 from fxopt.passes.kv_cache.rotated import Rotated, channel_scale, hadamard, rotations
 from tests.oracle import FakeQuantizedCache, FakeQuantizedLayer, fake_quantize
 
@@ -95,6 +97,17 @@ def test_each_head_has_its_own_matrix(batch: int, kv: int, group: int, tokens: i
     assert mixed.shape == (batch, kv * group, tokens, 3)
     for head in range(kv * group):
         torch.testing.assert_close(mixed[:, head], x[:, head] @ matrices[head // group])
+
+
+@given(st.sets(st.integers(0, 3), min_size=1), st.integers(1, 4), st.integers(0, 9))
+def test_heads_without_a_matrix_stay_as_they_are(heads: set[int], group: int, tokens: int) -> None:
+    x = torch.randn(2, 4 * group, tokens, 5, dtype=torch.float64)
+    matrices = torch.randn(len(heads), 5, 5, dtype=torch.float64)
+    mixed = mix_channels(x, matrices, sorted(heads), 4)
+    for head in range(4 * group):
+        of = head // group
+        want = x[:, head] @ matrices[sorted(heads).index(of)] if of in heads else x[:, head]
+        torch.testing.assert_close(mixed[:, head], want)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=64, max_size=64), st.integers(0, 9))
@@ -265,14 +278,19 @@ def test_decoding_is_that_of_the_original_over_mixed_keys(heads: tuple[int, ...]
     torch.testing.assert_close(opt(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_heads_that_are_not_mixed_read_what_they_read_before() -> None:
-    opt = rotated(tiny(), torch.full((2, 16), 2.0), (1,))
+@pytest.mark.parametrize("heads", [(0,), (1,), (0, 1)])
+def test_only_heads_that_are_mixed_have_matrices(heads: tuple[int, ...]) -> None:
+    """As many bytes as each of them is priced with."""
+    scale = torch.tensor([1.0, 2.0])[:, None].expand(2, 16)
+    opt = rotated(tiny(), scale, heads)
     attention = opt.get_submodule("model.layers.0.self_attn")
-    for name in ("query_rotation", "key_rotation"):
-        matrices: Any = getattr(attention, name)
-        assert torch.equal(matrices[0], torch.eye(16))
-        assert not torch.equal(matrices[1], torch.eye(16))
+    for side, name in enumerate(("query_rotation", "key_rotation")):
+        held: Any = getattr(attention, name)
+        assert torch.equal(held, rotations(scale, torch.float32)[side][list(heads)])
     assert opt.source.count("mix_channels(") == 2  # one line a side, layers in a loop
+    priced = rotation_call(replace(INFO, head_dim=16), WORK[0]).weight_bytes
+    held = weight_bytes(opt) - weight_bytes(rotated(tiny(), scale, ()))
+    assert held == 2 * len(heads) * priced  # of two layers
 
 
 def test_a_plan_with_it_is_saved_and_replayed(tmp_path: Path) -> None:
