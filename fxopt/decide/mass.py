@@ -43,20 +43,23 @@ class Masses:
         key = (node, rewrite.name, proposal.candidate.label)
         if key not in self._kept:
             inputs = self._statistics.at(proposal.site).inputs
-            rows = sampled(inputs, self._seed)
+            rows = sampled(inputs, self._seed, rewrite.decoding)
             with torch.no_grad():
                 found = rewrite.kept_mass(proposal.match, proposal.candidate, inputs, rows)
             self._kept[key] = found
         return self._kept[key]
 
 
-def sampled(inputs: Mapping[str, Any], seed: int) -> Tensor:
+def sampled(inputs: Mapping[str, Any], seed: int, decoding: bool = False) -> Tensor:
     """Places of at most `ROWS` queries of an attention call, one drawn from each of as many
-    stretches of equal length; padding, where the queries are the keys, is left out."""
+    stretches of equal length; padding, where the queries are the keys, is left out, and with
+    `decoding` the prompt."""
     queries, mask = inputs["q"].shape[2], inputs.get("mask")
     places = torch.arange(queries)
     if mask is not None and mask.shape[1] == queries:
         places = (mask != 0).any(0).nonzero().flatten().cpu()
+    if decoding:
+        places = places[places >= inputs.get("prompt", 0)]
     count = min(ROWS, len(places))
     drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     picked = (torch.arange(count) + drawn) * len(places) / max(count, 1)

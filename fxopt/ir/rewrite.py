@@ -180,6 +180,12 @@ class Masking(Protocol):
         """Whether keys are hidden by how far they are, not by what they hold."""
         ...
 
+    @property
+    def decoding(self) -> bool:
+        """Whether keys are hidden from decoded tokens alone, so that of these is said what is
+        kept."""
+        ...
+
     def is_mask(self, candidate: Candidate) -> bool:
         """Whether the candidate hides keys and changes nothing else: others have no kept mass."""
         ...

@@ -21,7 +21,7 @@ from fxopt.kernels.decode_topk.reference import (
 from .filled import fill, filled_attention
 from .heads import Arguments, Attend, block_mask, merge, take
 from .kept import check, packed_ranges
-from .layout import Blocks, parse
+from .layout import Blocks, parse, tile_size
 from .packing import pack_side, unpack_side
 
 QUERIES = 64
@@ -143,22 +143,51 @@ def _of_kept_tiles(
 ) -> Iterator[Tensor]:
     """Queries from position `begin` on, each over the tiles that it keeps of those that are whole
     when it comes; some at a time, as what each of them sees is a mask of its own."""
-    size, first = (TILE, 0) if fmt is None else (fmt.group, fmt.sink)
-    tiles, top_keys = ends[0].shape[2], run.top_keys[0]
-    shown = shown_tiles(mask, first + torch.arange(tiles + 1, device=k.device) * size)
     end = begin + run.q.shape[2]
     for low in range(begin, end, QUERIES):
         high = min(end, low + QUERIES)
-        q = run.q[:, :, low - begin : high - begin]
-        whole = torch.arange(low, high, device=k.device) // TILE if fmt is None else tiles
-        whole = torch.as_tensor(whole, device=k.device).expand(high - low)
-        bias = None
-        if tiles > tiles_read(top_keys, size):
-            kept = kept_tiles(q, *ends, shown, whole, top_keys, size, run.scale)
-            bias = as_bias(kept_keys(kept, whole, high, first, size), q)
+        q, rows = run.q[:, :, low - begin : high - begin], torch.arange(low, high, device=k.device)
+        whole = rows // TILE if fmt is None else torch.full_like(rows, ends[0].shape[2])
+        seen = _read(q, ends, mask, whole, high, fmt, run.top_keys[0], run.scale)
         known = None if mask is None else mask[:, :high]
-        part = replace(run, q=q, bias=bias)
+        part = replace(run, q=q, bias=None if seen is None else as_bias(seen, q))
         yield part.attend(attention, k[:, :, :high], v[:, :, :high], known)
+
+
+def keys_read(
+    q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor, fmt: Blocks | None, top_keys: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Which keys the tokens at positions `rows` [R] read when they are decoded from a head class
+    of `top_keys`, later ones included: bool [B, KV, R, T].
+
+    q [B, H, R, D] are their queries, k [B, KV, T, D] and mask [B, T] those of the whole sequence.
+    """
+    ends, whole = ranges(k), rows // TILE
+    if fmt is not None:
+        whole = torch.tensor([fmt.packed(row) for row in rows.tolist()], device=k.device)
+        whole, blocks = whole // fmt.group, fmt.packed(k.shape[2]) // fmt.group
+        keys = k[:, :, fmt.sink : fmt.sink + blocks * fmt.group].unflatten(2, (blocks, fmt.group))
+        valid = block_mask(mask, fmt.sink, blocks, fmt.group)
+        ends = packed_ranges(pack_side(keys, valid, "key", fmt.key_bits), fmt)
+    seen = _read(q, ends, mask, whole, k.shape[2], fmt, top_keys, scale)
+    if seen is not None:
+        return seen
+    return torch.ones(*k.shape[:2], len(rows), k.shape[2], dtype=torch.bool, device=k.device)
+
+
+def _read(
+    q: Tensor, ends: tuple[Tensor, Tensor], mask: Tensor | None, whole: Tensor, keys: int,
+    fmt: Blocks | None, top_keys: int, scale: float,
+) -> Tensor | None:  # fmt: skip
+    """Which of `keys` positions each query reads, by the ranges of the tiles, the first `whole` [N]
+    of which are whole when it comes; None where there are too few tiles to leave some out."""
+    size, first, tiles = tile_size(fmt), fmt.sink if fmt else 0, ends[0].shape[2]
+    if tiles <= tiles_read(top_keys, size):
+        return None
+    shown = shown_tiles(mask, first + torch.arange(tiles + 1, device=q.device) * size)
+    kept = kept_tiles(q, *ends, shown, whole, top_keys, size, scale)
+    return kept_keys(kept, whole, keys, first, size)
 
 
 def query_runs(total: int, prompt: int, fmt: Blocks | None) -> list[tuple[int, int, int]]:

@@ -53,6 +53,7 @@ class BlockTopk:
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15486"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
     near: ClassVar[bool] = False
+    decoding: ClassVar[bool] = False
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):

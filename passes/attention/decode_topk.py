@@ -21,8 +21,9 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.kv_attention.decoded import keys_read
 from fxopt.kernels.kv_attention.layout import HeadClass, Layout, with_top_keys
-from fxopt.passes.attention import calls, emulation
+from fxopt.passes.attention import calls, emulation, mass
 from fxopt.passes.kv_cache.calls import cached_call, hidden_keys
 
 
@@ -41,6 +42,8 @@ class DecodeTopk:
     exact: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.10774"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
+    near: ClassVar[bool] = False
+    decoding: ClassVar[bool] = True
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):
@@ -104,6 +107,19 @@ class DecodeTopk:
         """Every head of the op read so by the tokens from "prompt" on, each with its own query."""
         layout = Layout((HeadClass((), None, _top_keys(candidate)),))
         return emulation.attended_as_decoded(inputs, layout=str(layout))
+
+    def is_mask(self, candidate: Candidate) -> bool:
+        return True
+
+    def kept_mass(
+        self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
+    ) -> Tensor:
+        """Of the tokens that each query reads, those of the prompt all."""
+        q, k = inputs["q"].index_select(2, rows), inputs["k"]
+        top_keys, scale = _top_keys(candidate), inputs["scale"]
+        read = keys_read(q, k, inputs.get("mask"), rows, None, top_keys, scale)
+        read |= (rows < inputs["prompt"])[:, None]
+        return mass.kept(inputs, rows, read.repeat_interleave(q.shape[1] // k.shape[1], 1))
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor

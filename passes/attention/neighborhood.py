@@ -42,6 +42,7 @@ class Neighborhood:
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.04690"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
     near: ClassVar[bool] = True
+    decoding: ClassVar[bool] = False
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):

@@ -42,6 +42,7 @@ class Window:
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
     near: ClassVar[bool] = True
+    decoding: ClassVar[bool] = False
 
     def match(self, site: Site) -> Match | Refusal:
         if reason := calls.refusal(site):

@@ -36,6 +36,13 @@ def test_queries_are_drawn_evenly_and_never_from_padding(
     assert rows.equal(sampled({"q": torch.empty(1, 1, length, 1), "mask": mask}, seed))
 
 
+def test_decoding_is_sampled_behind_the_prompt() -> None:
+    inputs = {"q": torch.empty(1, 1, 600, 1), "mask": torch.ones(1, 600), "prompt": 500}
+    assert sampled(inputs, 0, decoding=True).tolist() == list(range(500, 600))
+    assert sampled({**inputs, "prompt": 100}, 0, decoding=True).min() < 104
+    assert sampled(inputs, 0).min() < 5
+
+
 def test_masks_of_other_keys_are_none_of_the_queries() -> None:
     inputs = {"q": torch.empty(1, 1, 3, 1), "mask": torch.zeros(1, 9)}
     assert sampled(inputs, 0).tolist() == [0, 1, 2]

@@ -190,6 +190,12 @@ def test_it_fetches_what_a_window_of_equal_cost_loses() -> None:
     assert error(kept) < 0.05
     assert error(lost) > 0.5
     torch.testing.assert_close(kept[:, :PROMPT], dense[:, :PROMPT])
+    queries = torch.arange(PROMPT, LENGTH, 7)
+    masses = [
+        mask.kept_mass(Match(site()), choice, inputs, queries).mean()
+        for mask, choice in ((REWRITE, candidate(512)), (Window(), near))
+    ]
+    assert masses[0] > 0.9 > 0.3 > masses[1]
     step = Scenario("decode", 1, 1, PROMPT)
     read = cached_call(replace(INFO, top_keys=512), None, step).bytes_read
     assert read < 1.35 * cached_call(INFO, None, step, 512).bytes_read

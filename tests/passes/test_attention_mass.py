@@ -14,6 +14,7 @@ from fxopt.ir.ops import attend
 from fxopt.ir.rewrite import Candidate, Masking, Match
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.passes.attention.block_topk import BlockTopk
+from fxopt.passes.attention.decode_topk import DecodeTopk
 from fxopt.passes.attention.neighborhood import Neighborhood
 from fxopt.passes.attention.window import Window
 
@@ -21,19 +22,26 @@ LENGTH = 1500
 CASES = {
     "window": (Window(), {"window": 70, "sink": 5}),
     "block_topk": (BlockTopk(), {"top": 50}),
+    "decode_topk": (DecodeTopk(), {"top_keys": 256}),
 }
 CALLS: dict[str, dict[str, Any]] = {
     "causal": {},
     "padded": {"mask": 37},
     "decoded": {"prompt": 1460},
     "few decoded": {"prompt": 200},
+    "padded and decoded": {"mask": 37, "prompt": 1440},
     "sinks and softcap": {"sinks": True, "softcap": 3.0},
     "own window": {"window": (300,), "sink_tokens": (5,)},
 }
 
 
-# block_topk refuses sites that have a window of their own
-SERVED = [(n, k) for n in CASES for k in CALLS if (n, k) != ("block_topk", "own window")]
+# only windows serve sites that have one of their own, and without a prompt nothing is decoded
+SERVED = [
+    (name, kind)
+    for name in CASES
+    for kind, call in CALLS.items()
+    if name == "window" or ("window" not in call and (name == "block_topk" or "prompt" in call))
+]
 
 
 def recorded(kind: str) -> dict[str, Any]:
@@ -84,8 +92,8 @@ def _check_identity(weights: Tensor, masked: Tensor, kept: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("near", [4, 9])
-def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(near: int) -> None:
+@pytest.mark.parametrize("window", [{"near": 4}, {"near": 9}])
+def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(window: dict[str, int]) -> None:
     site = match().site
     assert isinstance(site.info, AttentionInfo)
     place = Match(replace(site, info=replace(site.info, causal=False, grid=(4, 34, 44))))
@@ -93,7 +101,7 @@ def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(near: int) -> 
     rows = torch.tensor([0, 3, 4, 700, 1499])
     rewrite = Neighborhood()
     assert isinstance(rewrite, Masking)
-    candidate = Candidate(rewrite.name, "", {"near": near})
+    candidate = Candidate(rewrite.name, "", window)
     assert rewrite.is_mask(candidate)
     found = rewrite.kept_mass(place, candidate, inputs, rows)
     weights = attend(**inputs)[:, rows].transpose(1, 2)
