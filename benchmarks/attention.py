@@ -240,19 +240,21 @@ def windows_of_grids(report: Report) -> None:
     for grid, batch, dim in GRIDS:
         q, k, v = qkv(grids.tokens(grid), dim, batch, 16, 16)
         dense = min(seconds(partial(_dense, name, q, k, v)) for name in BACKENDS)
-        for near in (4, 8, 16, 32):
-            part = grids.density(grid, near)
+        edge = grids.edge(grid)
+        for near, dilation in ((4, 1), (8, 1), (16, 1), (32, 1), (edge, 2), (edge, 4)):
+            part = grids.density(grid, near, dilation)
             if part > 0.6:
                 continue
             options = (
                 None, None, None, dim**-0.5, False, [0], 0.0, [0], [0], [0], list(grid), [near],
+                [dilation],
             )  # fmt: skip
             ours = seconds(partial(attention, q, k, v, *options))
             call = in_order(bind(q, k, v, *options))
-            lists = lists_of_grid(grid, call.near, q.device)
+            lists = lists_of_grid(grid, call.near, dilation, q.device)
             report(
-                case="grid", grid=grid, batch=batch, dim=dim, near=near, density=round(part, 4),
-                dense_ms=ms(dense), ms=ms(ours),
+                case="grid", grid=grid, batch=batch, dim=dim, near=near, dilation=dilation,
+                density=round(part, 4), dense_ms=ms(dense), ms=ms(ours),
                 kernel_ms=ms(seconds(partial(attention_forward, call, lists))),
                 speedup=round(dense / ours, 2), overhead=round(ours / part / dense, 2),
             )  # fmt: skip

@@ -5,26 +5,29 @@ An error measured on sequences that a rewrite leaves exact says nothing of longe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .compiler import Compiler
 from .decide.quality import first_tensor
-from .ir.ops import attend
-from .kernels.attention import attention_reference
+from .ir.ops import arguments_of_attend, attend
 from .kernels.attention.delta import corrected_rows
 from .kernels.attention.grid import hides, tokens
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
+from .kernels.kv_attention.decoded import keys_read
 from .kernels.kv_attention.layout import left_out, parse
+from .passes.attention import mass
 
 ROWS = 8
 """Queries a sequence whose attention is looked at."""
 SEQUENCES = 2
+OPTIONS = ("window", "sink_tokens", "top", "near", "dilation")
+"""Those of `attend` that hide keys from KV heads."""
 LEAST = 0.01
 """The least share of attention that must fall on packed tokens for an error to speak of them."""
 
@@ -107,79 +110,72 @@ class _Walk(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target is attend:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self._look(n.name, *args, **kwargs)
+            self._look(n.name, arguments_of_attend(*args, **kwargs))
         return super().run_node(n)
 
-    def _look(
-        self,
-        name: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        sinks: Tensor | None = None,
-        state: Any = None,
-        start: Any = None,
-        *,
-        scale: float,
-        causal: bool = False,
-        window: Sequence[int] = (0,),
-        softcap: float = 0.0,
-        sink_tokens: Sequence[int] = (0,),
-        top: Sequence[int] = (0,),
-        delta: Sequence[int] = (0,),
-        layout: str = "",
-        grid: Sequence[int] = (),
-        near: Sequence[int] = (0,),
-    ) -> None:
-        heads, length = k.shape[1], k.shape[2]
-        prompt, group = self.prompt or q.shape[2], q.shape[1] // heads
-        deltas = per_head("delta", delta, q.shape[1], "query heads")
-        windows = per_head("window", window, heads)
-        hidden = zip(windows, per_head("sink_tokens", sink_tokens, heads), strict=True)
-        for h, (w, s) in enumerate(hidden):
+    def _look(self, name: str, call: Mapping[str, Any]) -> None:
+        self.left |= {(name, head): lost for head, lost in _losses(call, self.prompt)}
+        self.packed |= {(name, head): share for head, share in _packed_shares(call, self.prompt)}
+
+
+def _losses(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, bool]]:
+    """KV heads from which an option of `attend` may hide keys, and whether a query lost some."""
+    (heads, length), queries, grid = call["k"].shape[1:3], call["q"].shape[2], tuple(call["grid"])
+    prompt = prompt or queries
+    per_kv = (per_head(name, call[name], heads) for name in OPTIONS)
+    window, sink_tokens, top, near, dilation = per_kv
+    fixed, stored = _corrected(call), parse(call["layout"])
+    read = list(zip(stored.formats(heads), stored.top_keys(heads), strict=True))
+    for h in range(heads):
+        if window[h]:
             # a window that is corrected is one of prompts without their last rows
-            rows = corrected_rows(prompt) if any(deltas[h * group :][:group]) else length
-            if w:
-                self.left[name, h] = rows > w + s
-        tops = enumerate(per_head("top", top, heads))
-        self.left |= {(name, h): hides_some(prompt, prompt, t) for h, t in tops if t}
-        reaches = enumerate(per_head("near", near, heads))
-        same = bool(grid) and tokens(tuple(grid)) == length
-        self.left |= {(name, h): same and hides(tuple(grid), n) for h, n in reaches if n}
-        parsed = parse(layout)
-        formats = parsed.formats(heads)
-        read = zip(formats, parsed.top_keys(heads), strict=True)
-        self.left |= {
-            (name, h): left_out(f, length - 1, t) > 0 for h, (f, t) in enumerate(read) if t
-        }
-        if not any(formats):
-            return
-        shares: list[Tensor] = []
-        for row in _sampled(self.prompt if causal else 0, q.shape[2]):
-            seen = row + 1 if causal else length
-            # attention over marks of packed keys as values is the share that falls on them
-            marks = k.new_zeros(k.shape[0], heads, seen, 1)
-            for head, fmt in enumerate(formats):
-                stored = fmt.packed(row if causal else length) if fmt else 0
-                marks[:, head, fmt.sink if fmt else 0 :][:, :stored] = 1
-            share = attention_reference(
-                q[:, :, row : row + 1], k[:, :, :seen], marks,
-                None if mask is None else mask[:, :seen], _row(bias, row, seen), sinks,
-                scale, causal, window, softcap, sink_tokens, delta=delta,
-            )  # fmt: skip
-            shares.append(share.flatten().view(heads, -1).mean(1))
-        mean = torch.stack(shares).mean(0).tolist()
-        self.packed |= {(name, h): mean[h] for h, fmt in enumerate(formats) if fmt is not None}
+            rows = corrected_rows(prompt) if fixed[h] else length
+            yield h, rows > window[h] + sink_tokens[h]
+        if top[h]:
+            yield h, hides_some(prompt, prompt, top[h])
+        if near[h]:
+            yield h, tokens(grid) == length and hides(grid, near[h], dilation[h])
+        fmt, top_keys = read[h]
+        if top_keys:
+            yield h, left_out(fmt, length - 1, top_keys) > 0
 
 
-def _row(bias: Tensor | None, row: int, seen: int) -> Tensor | None:
-    """The bias of one query row."""
-    if bias is None:
-        return None
-    rows = bias if bias.shape[2] == 1 else bias[:, :, row : row + 1]
-    return rows[..., :seen]
+def _packed_shares(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, float]]:
+    """Packed KV heads, and how much of the attention of some decoded tokens fell on what was
+    packed when they came, of the keys that they read."""
+    q, k, causal, layout = call["q"], call["k"], call["causal"], parse(call["layout"])
+    (heads, length), group = k.shape[1:3], q.shape[1] // k.shape[1]
+    formats = layout.formats(heads)
+    if not any(formats):
+        return
+    rows = torch.tensor([*_sampled(prompt if causal else 0, q.shape[2])], device=k.device)
+    read = torch.ones(k.shape[0], heads, len(rows), length, dtype=torch.bool, device=k.device)
+    packed = torch.zeros_like(read)
+    for h, (fmt, top_keys) in enumerate(zip(formats, layout.top_keys(heads), strict=True)):
+        if fmt is None:
+            continue
+        for i, row in enumerate(rows.tolist()):
+            packed[:, h, i, fmt.sink :][:, : fmt.packed(row if causal else length)] = True
+        if top_keys:
+            own = q[:, h * group :][:, :group].index_select(2, rows)
+            keys, scale = k[:, h, None], call["scale"]
+            read[:, h, None] = keys_read(own, keys, call["mask"], rows, fmt, top_keys, scale)
+    window = per_head("window", call["window"], heads)
+    window = [0 if fixed else w for w, fixed in zip(window, _corrected(call), strict=True)]
+    # What is left with sinks of logits, which are no tokens, is what is not packed.
+    rest, whole = (
+        mass.kept({**call, "window": window}, rows, seen.repeat_interleave(group, 1))
+        for seen in (read & ~packed, read)
+    )
+    shares = (1 - rest / whole).unflatten(1, (heads, group)).mean((0, 2, 3)).tolist()
+    yield from ((h, shares[h]) for h, fmt in enumerate(formats) if fmt)
+
+
+def _corrected(call: Mapping[str, Any]) -> list[bool]:
+    """Whether `delta` corrects the queries of each KV head."""
+    delta = per_head("delta", call["delta"], call["q"].shape[1], "query heads")
+    group = len(delta) // call["k"].shape[1]
+    return [any(delta[first : first + group]) for first in range(0, len(delta), group)]
 
 
 def _sampled(first: int, queries: int) -> Iterator[int]:

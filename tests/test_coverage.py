@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import fxopt
-from fxopt.coverage import _Walk
-from fxopt.ir.ops import attend
+from fxopt.coverage import _sampled, _Walk
+from fxopt.ir.ops import attend, attend_as_decoded
+from fxopt.kernels.kv_attention.layout import Blocks
 
 hf = pytest.importorskip("transformers")
 
@@ -92,6 +93,44 @@ def test_calibration_that_leaves_no_tile_out_is_noticed(layout: str) -> None:
         walk = _Walk(module, length - 20)
         walk.run_flat([torch.randn(1, heads, length, 8) for heads in (4, 2, 2)])
         assert list(walk.left.values()) == [left, left]
+
+
+def walked(prompt: int, *inputs: Tensor, **options: Any) -> dict[tuple[str, int], float]:
+    """The share on packed tokens of an attention."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("q", "k", "v", "mask", "bias", "sinks")]
+    graph.output(graph.call_function(attend, tuple(nodes), {"scale": 0.3, **options}))
+    walk = _Walk(fx.GraphModule(torch.nn.Module(), graph), prompt)
+    walk.run_flat([*inputs, *[None] * (6 - len(inputs))])
+    return walk.packed
+
+
+@pytest.mark.parametrize("top", ["", "+t96"])
+def test_packed_shares_are_of_what_decoded_tokens_read(top: str) -> None:
+    """Beside decoding through a cache whose values are 1 where it is packed."""
+    fmt, length, prompt = Blocks(8, 8, 32, 32, 4), 400, 330
+    q, k = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (6, 3))
+    mask, sinks = torch.ones(2, length), torch.randn(6, dtype=torch.float64)
+    mask[1, :50] = 0
+    options: dict[str, Any] = {"window": [0, 0, 64], "sink_tokens": [2], "causal": True}
+    layout = f"0,2:{fmt}|1:{fmt}{top}"
+    found = walked(prompt, q, k, k, mask, None, sinks, **options, layout=layout)
+    expected = torch.zeros(3, dtype=torch.float64)
+    sampled = [*_sampled(prompt, length)]
+    for row in sampled:
+        marks = torch.zeros_like(k)
+        marks[:, :, fmt.sink :][:, :, : fmt.packed(row)] = 1
+        out = attend_as_decoded(
+            *(x[:, :, : row + 1] for x in (q, k, marks)), mask[:, : row + 1], None, sinks,
+            prompt=prompt, scale=0.3, **options, layout=layout,
+        )  # fmt: skip
+        expected += out[:, row, :, 0].unflatten(1, (3, 2)).mean((0, 2)) / len(sampled)
+    # keys of 8 bits are nearly what they stand for
+    assert list(found.values()) == pytest.approx(expected.tolist(), abs=2e-3)
+    assert len(found) == 3
+    dense = walked(prompt, q, k, k, mask, None, sinks, **options, layout=str(fmt))
+    whole, read = (shares["attend", 1] for shares in (dense, found))
+    assert read < whole - 0.05 if top else read == pytest.approx(whole)
 
 
 def test_calibration_that_a_corrected_window_hides_nothing_of_is_noticed() -> None:

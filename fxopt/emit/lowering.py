@@ -18,7 +18,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.fx.traceback import annotate
 
 from ..ir.errors import ExportError
-from ..ir.ops import attend
+from ..ir.ops import arguments_of_attend, attend
 from .attributes import attribute
 from .contrib import Target, packed_products
 from .frames import state_index
@@ -161,12 +161,12 @@ class Lowered(nn.Module):
         from ..kernels.attention.onnx import attention_onnx
         from ..kernels.kv_attention import cached_attention_functional
 
-        call = _attend_arguments(*args, **kwargs)
+        call = arguments_of_attend(*args, **kwargs)
         state, layout = call.pop("state"), call.pop("layout")
         call.pop("start")
         if not state:
             return attention_onnx(**call)
-        q, k, v, *_ = (call.pop(name) for name in (*"qkv", "grid", "near"))
+        q, k, v, *_ = (call.pop(name) for name in (*"qkv", "grid", "near", "dilation"))
         source: Any = node.kwargs["state"]
         out, present[source.args[1]] = cached_attention_functional(
             q, k, v, state, **call, layout=layout, attention=attention_onnx
@@ -254,22 +254,6 @@ def empty_states(lowered: Lowered, batch: int) -> list[Tensor]:
             parse(state.layout), batch, state.num_kv_heads, state.head_dim, state.value_dim, dtype
         )
     return found
-
-
-def _attend_arguments(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, bias: Any = None, sinks: Any = None,
-    state: Any = None, start: Any = None, *, scale: float, causal: bool = False,
-    window: Sequence[int] = (0,), softcap: float = 0.0, sink_tokens: Sequence[int] = (0,),
-    top: Sequence[int] = (0,), delta: Sequence[int] = (0,), layout: str = "",
-    grid: Sequence[int] = (), near: Sequence[int] = (0,),
-) -> dict[str, Any]:  # fmt: skip
-    """The arguments of `attend` by name, defaults filled in."""
-    return {
-        "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks, "state": state,
-        "start": start, "scale": scale, "causal": causal, "window": list(window),
-        "softcap": softcap, "sink_tokens": list(sink_tokens), "top": list(top),
-        "delta": list(delta), "layout": layout, "grid": list(grid), "near": list(near),
-    }  # fmt: skip
 
 
 def _provenance(node: fx.Node) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from ..ir.ops import ATTEND
 from .facts import tensor_facts
 from .targets import op_name
 
@@ -84,10 +85,6 @@ _TORCH = {
     "zeros_like.default", "ones_like.default", "maximum.default", "minimum.default",
 }  # fmt: skip
 _DEFAULTS = {"pin_memory": (False, None), "layout": (None, torch.strided)}
-_ATTEND_DEFAULTS: dict[str, Any] = {
-    "causal": False, "window": (0,), "softcap": 0.0, "sink_tokens": (0,), "top": (0,),
-    "delta": (0,), "layout": "", "grid": (), "near": (0,),
-}  # fmt: skip
 _MAX = 2**63 - 1
 _SIMPLE = re.compile(r"-?[\w.]+$")
 
@@ -243,7 +240,7 @@ def _attend(node: fx.Node, ref: Reference) -> Expr:
     given = {**positional, **node.kwargs}
     for name, value in given.items():
         frozen: Any = tuple(value) if isinstance(value, (list, tuple)) else value
-        if frozen is None or (name in _ATTEND_DEFAULTS and frozen == _ATTEND_DEFAULTS[name]):
+        if frozen is None or frozen == ATTEND.parameters[name].default:
             continue
         words.append(f"{name}={literal(frozen, ref).text}")
     return Expr(f"attend({', '.join(words)})")

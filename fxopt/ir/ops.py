@@ -6,8 +6,9 @@ state it is the stateless (differentiable) op, with one it appends to the state 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ def attend(
     layout: str = "",
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
 ) -> Tensor:
     """Attention with grouped-query heads.
 
@@ -60,7 +62,9 @@ def attend(
     and decoded tokens see all keys then. `near` n > 0 (one number, or one a KV head) needs a `grid`
     (p, n1, n2, ...): the tokens are p of no place, which see all and are seen by all, and
     n1 x n2 x ... that see what is nearer than n along each axis, and whole tiles of 64 of these;
-    calls with another number of tokens, all. A query that sees no key returns 0.
+    calls with another number of tokens, all. `dilation` d > 1 (one number, or one a KV head): of
+    the grid only every d-th place along each axis is seen, and n counts these. A query that sees no
+    key returns 0.
 
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
@@ -76,7 +80,7 @@ def attend(
     if state is None:
         return torch.ops.fxopt.attention.default(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
         )  # fmt: skip
     if any(near):
         raise ValueError("attend: near has no meaning where keys come one by one, from a state")
@@ -88,6 +92,17 @@ def attend(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, length, top, delta,
     )  # fmt: skip
+
+
+def arguments_of_attend(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of `attend` by name, defaults filled in."""
+    bound = ATTEND.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+ATTEND = inspect.signature(attend)
+"""Names, order and defaults of its arguments, for all that reads or writes calls of it."""
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -120,10 +120,10 @@ def _window_tiles(
 
 @functools.cache
 def lists_of_grid(
-    grid: tuple[int, ...], near: tuple[int, ...], device: torch.device
-) -> TileLists:  # fmt: skip
+    grid: tuple[int, ...], near: tuple[int, ...], dilation: int, device: torch.device
+) -> TileLists:
     """What each KV head sees of a call whose tokens are `in_order`, 0 for all; made once."""
-    seen = torch.from_numpy(grids.seen_by_heads(grid, near)[None])
+    seen = torch.from_numpy(grids.seen_by_heads(grid, near, dilation)[None])
     count, most = grids.tokens(grid), int(seen.sum(-1).max())
     return lists_from_map(
         seen.to(device), count, count, False, grids.TILE, grids.TILE, most=most

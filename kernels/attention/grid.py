@@ -8,6 +8,11 @@ Whole tiles are seen: all tokens of a tile see the same keys, at least those of 
 That is generalized neighborhood attention whose stride is the tile (arXiv 2504.16922); the kernel
 has no element to hide then, and what more is seen costs nothing more.
 
+Under a dilation d a place sees those of its own residues modulo d alone (Dilated Neighborhood
+Attention Transformer, arXiv 2209.15001). The places of one residue an axis are a class: a smaller
+grid, in which the window is an ordinary one. So class stands after class, each walked by itself;
+the classes of a dilation of 1 are the grid. A tile over the end of a class is part of both.
+
 A grid is (prefix, *sizes): tokens that come before it, a class token say, and tokens an axis, the
 last of which varies fastest. Tables are made once a grid, on the host, in numpy: a trace that asks
 for them gets constants.
@@ -35,97 +40,130 @@ def tokens(grid: Grid) -> int:
     return grid[0] + math.prod(grid[1:])
 
 
+def edge(grid: Grid) -> int:
+    """Places along each axis of a tile."""
+    return round(TILE ** (1 / (len(grid) - 1)))
+
+
 @functools.cache
-def order(grid: Grid) -> NDArray[np.int64]:
+def order(grid: Grid, dilation: int = 1) -> NDArray[np.int64]:
     """The token that stands at each place [N]; those of the prefix last, so that tiles and bands
     begin together."""
-    prefix, *sizes = grid
-    places = _coordinates(sizes)
-    edge, strip = round(TILE ** (1 / len(sizes))), np.zeros(places.shape[1], np.int64)
+    prefix, *_ = grid
+    classes, places, sizes = _coordinates(grid, dilation)
+    strip = np.zeros_like(classes)
     for size, place in zip(sizes[:-1], places, strict=False):
-        bands = max(1, round(size / edge))
+        bands = np.rint(size / edge(grid)).astype(np.int64).clip(1)
         strip = _walked(strip, place * bands // size, bands)
     along = _walked(strip, places[-1], sizes[-1])
-    return np.append(prefix + np.lexsort([*places[:-1], along]), np.arange(prefix))
+    return np.append(prefix + np.lexsort([*places[:-1], along, classes]), np.arange(prefix))
 
 
-def _walked(line: NDArray[np.int64], place: NDArray[np.int32], count: int) -> NDArray[np.int64]:
+def _walked(
+    line: NDArray[np.int64], place: NDArray[np.int64], count: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Steps of a walk along lines of `count` places, every other one backwards."""
     return line * count + np.where(line % 2, count - 1 - place, place)
 
 
 @functools.cache
-def seen_tiles(grid: Grid, near: int) -> NDArray[np.bool_]:
-    """Whether tiles see each other, [tiles, tiles]: they do where some token of the box around one
-    is nearer than `near`, along each axis, to the box around the other. Tiles with tokens of the
-    prefix see, and are seen by, all."""
+def seen_tiles(grid: Grid, near: int, dilation: int = 1) -> NDArray[np.bool_]:
+    """Whether tiles see each other, [tiles, tiles]; all do where `near` is 0.
+
+    They do where they have places of one class, and some place of the box around those of one tile
+    is nearer than `near`, along each axis of the class, to the box around those of the other. Tiles
+    with tokens of the prefix see, and are seen by, all."""
     prefix, *sizes = grid
-    places = _coordinates(sizes)[:, order(grid)[: math.prod(sizes)] - prefix]
-    count = -(-tokens(grid) // TILE)
-    # The last place stands for the prefix and for the end of the last tile.
-    filled = np.pad(places, [(0, 0), (0, count * TILE - places.shape[1])], mode="edge")
-    boxes = filled.reshape(len(sizes), count, TILE)
-    first, last = boxes.min(2), boxes.max(2)
-    seen = np.ones((count, count), bool)
+    count, in_grid = -(-tokens(grid) // TILE), math.prod(sizes)
+    if not near:
+        return np.ones((count, count), bool)
+    classes, places, _ = (
+        x[..., order(grid, dilation)[:in_grid] - prefix] for x in _coordinates(grid, dilation)
+    )
+    tile = np.arange(in_grid) // TILE
+    begins = np.flatnonzero(np.diff(tile, prepend=-1) | np.diff(classes, prepend=-1))
+    first, last = (f.reduceat(places, begins, axis=1) for f in (np.minimum, np.maximum))
+    close = classes[begins, None] == classes[begins]
     for low, high in zip(first, last, strict=True):
         apart = low[None, :] - high[:, None]
-        seen &= np.maximum(apart, apart.T) < near
-    whole = (np.arange(count) + 1) * TILE > places.shape[1]
+        close &= np.maximum(apart, apart.T) < near
+    # From the pieces that ends of classes make of tiles to whole ones.
+    pieces = np.flatnonzero(np.diff(tile[begins], prepend=-1))
+    close = np.logical_or.reduceat(np.logical_or.reduceat(close, pieces, 0), pieces, 1)
+    seen = np.pad(close, (0, count - len(close)))
+    whole = (np.arange(count) + 1) * TILE > in_grid
     whole &= prefix > 0
     return seen | whole[:, None] | whole[None, :]
 
 
-def seen_by_heads(grid: Grid, near: Sequence[int]) -> NDArray[np.bool_]:
-    """`seen_tiles` of heads, [heads, tiles, tiles]; all where `near` is 0."""
-    count = -(-tokens(grid) // TILE)
-    whole = np.ones((count, count), bool)
-    return np.stack([seen_tiles(grid, n) if n else whole for n in near])
+def seen_by_heads(grid: Grid, near: Sequence[int], dilation: int = 1) -> NDArray[np.bool_]:
+    """`seen_tiles` of heads, [heads, tiles, tiles]."""
+    return np.stack([seen_tiles(grid, n, dilation) for n in near])
 
 
-def hides(grid: Grid, near: int) -> bool:
+def hides(grid: Grid, near: int, dilation: int = 1) -> bool:
     """Whether some tile is not seen by another."""
-    return bool(grid) and near > 0 and not seen_tiles(grid, near).all()
+    return not seen_tiles(grid, near, dilation).all()
 
 
-def density(grid: Grid, near: int) -> float:
-    """Part of the pairs of tiles that is computed; 1 for `near` 0."""
-    return float(seen_tiles(grid, near).mean()) if near else 1.0
+def density(grid: Grid, near: int, dilation: int = 1) -> float:
+    """Part of the pairs of tiles that is computed."""
+    return float(seen_tiles(grid, near, dilation).mean())
 
 
-def spans(grid: Grid, near: int, number: int) -> list[tuple[int, int]]:
+def spans(grid: Grid, near: int, dilation: int, number: int) -> list[tuple[int, int]]:
     """The places that a tile of queries sees, as ranges."""
-    steps = np.diff(seen_tiles(grid, near)[number].astype(np.int8), prepend=0, append=0)
+    line = seen_tiles(grid, near, dilation)[number]
+    steps = np.diff(line.astype(np.int8), prepend=0, append=0)
     begins, ends = (np.flatnonzero(steps == sign) * TILE for sign in (1, -1))
     return [(int(b), min(int(e), tokens(grid))) for b, e in zip(begins, ends, strict=True)]
 
 
 @functools.cache
-def places(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+def places(grid: Grid, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`order` on a device, and its inverse: the place of each token. Kept, so that a captured CUDA
     graph copies nothing, and as what a backward may save, whoever asks first."""
     with torch.inference_mode(False):
-        there = torch.from_numpy(order(grid))
+        there = torch.from_numpy(order(grid, dilation))
         return there.to(device), there.argsort().to(device)
 
 
 def near_keys(
-    length: int, grid: Grid, near: Sequence[int], device: torch.device, rows: Tensor | None = None
+    length: int,
+    grid: Grid,
+    near: Sequence[int],
+    dilation: Sequence[int],
+    device: torch.device,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Which of the tokens see each other, in the order of the sequence: [1, KV, 1, N, N]; with
     `rows` [R], what these see alone: [1, KV, 1, R, N].
 
-    `near` has one entry a KV head, 0 where a head sees all keys; so do all heads where `length`
-    is not that of the grid. Traceable for any length.
+    `near` and `dilation` have one entry a KV head, a `near` of 0 where it sees all keys; so do all
+    heads where `length` is not that of the grid. Traceable for any length.
     """
-    tile = torch.tensor((np.argsort(order(grid)) // TILE).tolist(), device=device)
-    at = tile.index_select(0, torch.arange(length, device=device).clamp(max=tokens(grid) - 1))
-    table = torch.tensor(seen_by_heads(grid, near).tolist(), device=device)
-    by = at if rows is None else at.index_select(0, rows)
-    seen = table.index_select(1, by).index_select(2, at)
+    token = torch.arange(length, device=device).clamp(max=tokens(grid) - 1)
+
+    def seen(reach: int, spacing: int) -> Tensor:
+        tile = torch.tensor((np.argsort(order(grid, spacing)) // TILE).tolist(), device=device)
+        table = torch.tensor(seen_tiles(grid, reach, spacing).tolist(), device=device)
+        at = tile.index_select(0, token)
+        by = at if rows is None else at.index_select(0, rows)
+        return table.index_select(0, by).index_select(1, at)
+
+    heads = list(zip(near, dilation, strict=True))
+    kinds = {kind: seen(*kind) for kind in dict.fromkeys(heads)}
     other = torch.full((1,), length, device=device) != tokens(grid)
-    return (seen | other)[None, :, None]
+    return (torch.stack([kinds[kind] for kind in heads]) | other)[None, :, None]
 
 
-def _coordinates(sizes: Sequence[int]) -> NDArray[np.int32]:
-    """Of each token of the grid, [axes, N]."""
-    return np.indices(sizes, np.int32).reshape(len(sizes), -1)
+def _coordinates(
+    grid: Grid, dilation: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of each token of the grid: its class [N], its place in that and the sizes of it [axes, N]."""
+    sizes = np.array(grid[1:], np.int64)[:, None]
+    at = np.indices(grid[1:], np.int64).reshape(len(sizes), -1)
+    residues, classes = at % dilation, np.zeros(at.shape[1], np.int64)
+    for residue in residues:
+        classes = classes * dilation + residue
+    return classes, at // dilation, -((residues - sizes) // dilation)

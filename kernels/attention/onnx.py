@@ -32,6 +32,7 @@ def attention_onnx(
     delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
@@ -43,7 +44,7 @@ def attention_onnx(
     if not exporting or sinks is not None or softcap > 0 or any(delta):
         return attention_traceable(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
         )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
@@ -52,7 +53,8 @@ def attention_onnx(
         kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
         seen = kept if seen is None else seen & kept
     if any(near):
-        close = near_keys(queries, tuple(grid), per_head("near", near, kv), q.device)
+        reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
+        close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
         seen = close if seen is None else seen & close
     added, some = _added(seen, bias, q)
     shape = (*q.shape[:3], v.shape[3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from .spec import Attention, bind, in_order, pick, put, query_heads
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
     "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
-    "int[] delta=[0], int[] grid=[], int[] near=[0]) -> Tensor"
+    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""
@@ -37,49 +36,12 @@ HOPPER_BACKENDS = [
 ]
 
 
-def attention_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: Sequence[int],
-    softcap: float,
-    sink_tokens: Sequence[int],
-    top: Sequence[int] = (0,),
-    delta: Sequence[int] = (0,),
-    grid: Sequence[int] = (),
-    near: Sequence[int] = (0,),
-) -> Tensor:
+def attention_cuda(*inputs: Any, **options: Any) -> Tensor:
     """`attention_reference` by the fastest kernel that CUDA has for the call."""
-    return _forward(
-        bind(
-            q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
-        )
-    )[0]  # fmt: skip
+    return _forward(bind(*inputs, **options))[0]
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: Sequence[int],
-    softcap: float,
-    sink_tokens: Sequence[int],
-    top: Sequence[int] = (0,),
-    delta: Sequence[int] = (0,),
-    grid: Sequence[int] = (),
-    near: Sequence[int] = (0,),
-) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -132,7 +94,10 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     bounded = [h for h in heads if call.window[h] and h not in fixed]
     dense = sorted({*heads}.difference(fixed, kept, local, bounded))
     long = bool(kept or fixed) or call.q.shape[2] >= LEAST_QUERIES
-    shares: list[tuple[list[int], Way]] = [(local, "neighborhood")] if local else []
+    shares: list[tuple[list[int], Way]] = [
+        ([h for h in local if call.dilation[h] == dilation], "neighborhood")
+        for dilation in sorted({call.dilation[h] for h in local})
+    ]
     if dense and long and call.heads(dense).plain:
         shares.append((dense, "library"))
     else:
@@ -172,7 +137,7 @@ def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
 
     if way != "neighborhood":
         return attention_forward(call, _lists(call, way))
-    _, places = grids.places(call.grid, call.q.device)
+    _, places = grids.places(call.grid, call.dilation[0], call.q.device)
     out, lse = attention_forward(in_order(call), _lists(call, way))
     return out.index_select(1, places), lse.index_select(2, places)
 
@@ -188,7 +153,7 @@ def ask(call: Attention) -> Tensor:
 
 def _lists(call: Attention, way: Way) -> TileLists | None:
     if way == "neighborhood":
-        return lists_of_grid(call.grid, call.near, call.q.device)
+        return lists_of_grid(call.grid, call.near, call.dilation[0], call.q.device)
     if way != "kept tiles":
         return None
     from fxopt.kernels.block_topk.triton import kept_lists
@@ -239,7 +204,7 @@ def _backward_of(
 
     if way != "neighborhood":
         return attention_gradients(gradient, out, lse, call, _lists(call, way))
-    tokens, places = grids.places(call.grid, call.q.device)
+    tokens, places = grids.places(call.grid, call.dilation[0], call.q.device)
     rows = (gradient.index_select(1, tokens), out.index_select(1, tokens))
     found = attention_gradients(
         *rows, lse.index_select(2, tokens), in_order(call), _lists(call, way)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ def attention_reference(
     delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -54,42 +56,23 @@ def attention_reference(
     return compute(
         bind(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
         )
     )  # fmt: skip
 
 
-def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: Sequence[int],
-    softcap: float,
-    sink_tokens: Sequence[int],
-    top: Sequence[int] = (0,),
-    delta: Sequence[int] = (0,),
-    grid: Sequence[int] = (),
-    near: Sequence[int] = (0,),
-) -> tuple[Tensor, Tensor]:
-    """Attention and, for each row, the logarithm of the sum of its exponentials.
+def attention_with_lse(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`attention_reference` and, for each row, the logarithm of the sum of its exponentials.
 
     Returns ([B, N, H, Dv], lse [B, H, N] in float32, or float64 for float64 inputs). lse counts
     the sink logit; it is -inf where a query sees no key. For a subset S of the keys,
     o - o_S = (1 - exp(lse_S - lse)) * (mean of v under the dropped weights - o_S).
     Raises ValueError where rows are corrected: theirs is no sum over keys.
     """
-    call = bind(
-        q, k, v, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, top, delta, grid, near,
-    )  # fmt: skip
+    call = bind(*inputs, **options)
     if any(call.delta):
         raise ValueError("attention: rows that delta corrects have no log-sum-exp")
-    out = _empty(call)
+    out, q = _empty(call), call.q
     lse = torch.empty(q.shape[:3], dtype=sum_dtype(q), device=q.device)
     for part in parts(without_idle_mask(call)):
         for start, stop in tiles(part):

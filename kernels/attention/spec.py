@@ -18,7 +18,7 @@ class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
-    keys, and `delta` one a query head.
+    keys, `dilation` has one as well, 1 where `near` is 0, and `delta` one a query head.
     """
 
     q: Tensor
@@ -36,6 +36,7 @@ class Attention:
     delta: tuple[int, ...]
     grid: tuple[int, ...]
     near: tuple[int, ...]
+    dilation: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -73,7 +74,9 @@ class Attention:
         """KV heads by equal window, sink, kept tiles and neighbourhood, corrected ones apart."""
         groups: dict[tuple[int, ...], list[int]] = {}
         fixed = map(self.is_corrected, range(self.num_kv_heads))
-        choices = zip(self.window, self.sink_tokens, self.top, fixed, self.near, strict=True)
+        choices = zip(
+            self.window, self.sink_tokens, self.top, fixed, self.near, self.dilation, strict=True
+        )
         for head, choice in enumerate(choices):
             groups.setdefault(choice, []).append(head)
         return list(groups.values())
@@ -87,7 +90,8 @@ class Attention:
         """The same call, all keys seen."""
         none = (0,) * self.num_kv_heads
         whole = {"window": none, "sink_tokens": none, "top": none, "near": none}
-        return replace(self, **whole, delta=(0,) * self.q.shape[1])
+        one = (1,) * self.num_kv_heads
+        return replace(self, **whole, dilation=one, delta=(0,) * self.q.shape[1])
 
     def heads(self, chosen: Sequence[int]) -> Attention:
         """The same call on some of the KV heads and their query heads."""
@@ -109,6 +113,7 @@ class Attention:
             top=tuple(self.top[h] for h in chosen),
             delta=tuple(self.delta[h] for h in queries),
             near=tuple(self.near[h] for h in chosen),
+            dilation=tuple(self.dilation[h] for h in chosen),
         )
 
 
@@ -128,6 +133,7 @@ def bind(
     delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
     neighbourhood.
@@ -159,14 +165,18 @@ def bind(
         if not long or not (windows[head] or kept[head]):
             added[own] = [0] * group
     grid, reaches = tuple(grid), per_head("near", near, kv)
+    spacings = per_head("dilation", dilation, kv)
     if any(reaches):
-        _check_near(reaches, grid, mask, bias, causal, asked)
-    whole = any(reaches) and q.shape[2] == k.shape[2] == grids.tokens(grid)
+        _check_near(reaches, spacings, grid, mask, bias, causal, asked)
+        whole = q.shape[2] == k.shape[2] == grids.tokens(grid)
+        pairs = zip(reaches, spacings, strict=True)
+        reaches = [n if whole and grids.hides(grid, n, d) else 0 for n, d in pairs]
+    spacings = [d if n else 1 for n, d in zip(reaches, spacings, strict=True)]
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
         tuple(kept), tuple(added),
-        grid, tuple(n if whole and grids.hides(grid, n) else 0 for n in reaches),
+        grid, tuple(reaches), tuple(spacings),
     )  # fmt: skip
 
 
@@ -203,11 +213,12 @@ def _check_delta(
 
 
 def _check_near(
-    near: Sequence[int], grid: tuple[int, ...], mask: Tensor | None, bias: Tensor | None,
-    causal: bool, window: Sequence[int],
+    near: Sequence[int], dilation: Sequence[int], grid: tuple[int, ...], mask: Tensor | None,
+    bias: Tensor | None, causal: bool, window: Sequence[int],
 ) -> None:  # fmt: skip
     wrong = {
         "is a number of tokens, 0 for all": min(near) < 0,
+        f"needs a dilation of 1 or more, not {list(dilation)}": min(dilation) < 1,
         "needs a grid (prefix, size, ...)": len(grid) < 2 or grid[0] < 0 or min(grid[1:]) < 1,
         "takes no causal attention, mask or bias": causal or mask is not None or bias is not None,
         "and window exclude each other in one head": any(
@@ -220,8 +231,8 @@ def _check_near(
 
 
 def in_order(call: Attention) -> Attention:
-    """A call with a neighbourhood whose tokens stand tile after tile; see `grid`."""
-    tokens, _ = grids.places(call.grid, call.q.device)
+    """A call with neighbourhoods of one dilation whose tokens stand tile after tile; see `grid`."""
+    tokens, _ = grids.places(call.grid, call.dilation[0], call.q.device)
     q, k, v = (x.index_select(2, tokens) for x in (call.q, call.k, call.v))
     return replace(call, q=q, k=k, v=v)
 

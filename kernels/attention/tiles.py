@@ -77,7 +77,8 @@ def parts(call: Attention) -> Iterator[Part]:
     for heads in call.head_groups():
         part, tokens = call.heads(heads), None
         if part.near[0]:
-            part, (tokens, _) = in_order(part), grids.places(part.grid, part.q.device)
+            tokens, _ = grids.places(part.grid, part.dilation[0], part.q.device)
+            part = in_order(part)
         rank = _rank(part) if part.sink_tokens[0] else None
         rows = query_heads(heads, call.group_size)
         yield Part(part, rows, rank, _sink_end(part, rank), tokens)
@@ -239,7 +240,7 @@ def _spans(part: Part, first: int, last: int) -> Spans:
     """Columns that a query at positions `first` to `last` can reach, as a few ranges."""
     call = part.call
     if call.near[0]:
-        return grids.spans(call.grid, call.near[0], first // grids.TILE)
+        return grids.spans(call.grid, call.near[0], call.dilation[0], first // grids.TILE)
     window, total = call.window[0], call.k.shape[2]
     end = last + 1 if call.causal else last + window if window else total
     end = max(0, min(total, end))

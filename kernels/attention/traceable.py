@@ -31,6 +31,7 @@ def attention_traceable(
     delta: Sequence[int] = (0,),
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -54,7 +55,8 @@ def attention_traceable(
         kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
         seen = kept if seen is None else seen & kept
     if any(near):
-        close = near_keys(queries, tuple(grid), per_head("near", near, kv), q.device)
+        reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
+        close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
         seen = close if seen is None else seen & close
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
 

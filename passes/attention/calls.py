@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
+from fxopt.ir.ops import ATTEND
 from fxopt.ir.rewrite import Editor, Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
@@ -45,7 +46,7 @@ def attention_info(match: Match) -> AttentionInfo:
 def with_value(site: Site, editor: Editor, name: str, value: int, count: int) -> tuple[int, ...]:
     """The option `name` of a site's op, a number for each of `count` KV heads, with `value` for the
     site's head, or for all where it has none."""
-    given: Any = editor.node(site).kwargs.get(name, (0,))
+    given: Any = editor.node(site).kwargs.get(name, ATTEND.parameters[name].default)
     values = per_head(name, given, count)
     for head in range(count) if site.head is None else (site.head,):
         values[head] = value
@@ -109,24 +110,27 @@ def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall
     )
 
 
-def neighborhood_call(info: AttentionInfo, scenario: Scenario, near: int) -> OpCall:
+def neighborhood_call(
+    info: AttentionInfo, scenario: Scenario, near: int, dilation: int = 1
+) -> OpCall:
     """One KV head whose query heads see the tiles that are near on the site's grid; see `attend`.
 
     Queries, keys and values are copied to their places, and the result back from them.
     """
     dense = attention_call(info, scenario)
     moved = dense.bytes_read + dense.bytes_written
-    kept = f"near{near}g{'x'.join(map(str, info.grid))}"
+    spaced = f"every{dilation}" if dilation > 1 else ""
+    kept = f"near{near}{spaced}g{'x'.join(map(str, info.grid))}"
     return replace(
         dense,
         key=_key(info, scenario, kept),
-        flops=dense.flops * density(info.grid, near),
+        flops=dense.flops * density(info.grid, near, dilation),
         bytes_read=dense.bytes_read + moved,
         bytes_written=dense.bytes_written + moved,
         temporary_bytes=int(moved),
         launches=5,
         family=_family(info, kept),
-        run=_runner(info, scenario, 0, 0, near=near),
+        run=_runner(info, scenario, 0, 0, near=near, dilation=dilation),
     )
 
 
@@ -227,6 +231,7 @@ def _runner(
     top: int = 0,
     delta: int = 0,
     near: int = 0,
+    dilation: int = 1,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
@@ -244,7 +249,7 @@ def _runner(
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near],
+            info.grid, [near], [dilation],
         )  # fmt: skip
 
     return run

@@ -2,11 +2,13 @@
 
     attend(q, k, v)
     attend(q, k, v, grid=(1, 64, 64), near=(8, 0))    # KV head 0 only, 15 x 15 places or more
+    attend(q, k, v, grid=(1, 64, 64), near=(8, 0), dilation=(2, 1))    # every other one of 29 x 29
 
 Pays at high resolutions, in heads that look around (NATTEN; Faster Neighborhood Attention;
 generalized neighborhood attention, whose stride is the tile here). A window along the sequence, as
-`attention.window` has, is a few whole rows of the image instead. Tokens before the grid's, such as
-a class token, see all and are seen by all.
+`attention.window` has, is a few whole rows of the image instead. Dilated (DiNAT), it reaches
+further at the same cost, for heads that look far where values change slowly. Tokens before the
+grid's, such as a class token, see all and are seen by all.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
-from fxopt.kernels.attention.grid import density, near_keys
+from fxopt.kernels.attention.grid import density, edge, near_keys
 from fxopt.passes.attention import calls, emulation, mass
 
 
@@ -29,9 +31,11 @@ from fxopt.passes.attention import calls, emulation, mass
 class Neighborhood:
     """A place of the grid sees those nearer than one of `reaches` along each axis, and the tiles in
     which these lie; a reach is offered where at most `most` of the pairs are computed under it, and
-    fewer than under the next larger one."""
+    fewer than under the next larger one. One of `dilations`, at a reach of one tile, is offered
+    where more places along some axis are of one residue than such a window has."""
 
     reaches: tuple[int, ...] = (4, 8, 16, 32)
+    dilations: tuple[int, ...] = (2, 4)
     most: float = 0.6
 
     name: ClassVar[str] = "attention.neighborhood"
@@ -64,12 +68,21 @@ class Neighborhood:
         return [
             Candidate(self.name, _window(grid, near), {"near": near})
             for near in self._fitting(grid)
+        ] + [
+            Candidate(
+                self.name,
+                f"{_window(grid, edge(grid), dilation)}/{dilation}",
+                {"near": edge(grid), "dilation": dilation},
+            )
+            for dilation in self.dilations
+            if max(grid[1:]) // dilation > 2 * edge(grid) - 1
+            and density(grid, edge(grid), dilation) <= self.most
         ]
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         """Why there is no candidate for these scenarios, in numbers; None if there are some."""
         grid = calls.attention_info(match).grid
-        if self._fitting(grid):
+        if self.candidates(match, scenarios):
             return None
         least = min(self.reaches)
         return (
@@ -85,7 +98,8 @@ class Neighborhood:
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """The pairs of whole tiles, and the tokens put in their order and back."""
-        return [calls.neighborhood_call(calls.attention_info(match), scenario, _near(candidate))]
+        info, near, dilation = calls.attention_info(match), _near(candidate), _dilation(candidate)
+        return [calls.neighborhood_call(info, scenario, near, dilation)]
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
@@ -100,8 +114,8 @@ class Neighborhood:
         inputs: Mapping[str, Any],
     ) -> Tensor:
         """Every head of the op under this window."""
-        grid = calls.attention_info(match).grid
-        return emulation.attended(inputs, grid=grid, near=[_near(candidate)])
+        window = {"near": [_near(candidate)], "dilation": [_dilation(candidate)]}
+        return emulation.attended(inputs, grid=calls.attention_info(match).grid, **window)
 
     def is_mask(self, candidate: Candidate) -> bool:
         return True
@@ -111,21 +125,32 @@ class Neighborhood:
     ) -> Tensor:
         """Of the tiles that each query sees."""
         grid, queries = calls.attention_info(match).grid, inputs["q"].shape[2]
-        visible = near_keys(queries, grid, [_near(candidate)], rows.device, rows)
+        near, dilation = [_near(candidate)], [_dilation(candidate)]
+        visible = near_keys(queries, grid, near, dilation, rows.device, rows)
         return mass.kept(inputs, rows, visible[:, 0])
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site, info = match.site, calls.attention_info(match)
-        near = calls.with_value(site, editor, "near", _near(candidate), info.num_kv_heads)
-        editor.update(site, grid=info.grid, near=near)
+        window = {"near": _near(candidate)}
+        if (dilation := _dilation(candidate)) > 1:
+            window["dilation"] = dilation
+        options = {
+            name: calls.with_value(site, editor, name, value, info.num_kv_heads)
+            for name, value in window.items()
+        }
+        editor.update(site, grid=info.grid, **options)
 
 
 def _near(candidate: Candidate) -> int:
     return int(candidate.parameters["near"])
 
 
-def _window(grid: tuple[int, ...], near: int) -> str:
-    """Places of the window in the middle of the grid: "15x15"."""
-    return "x".join(str(min(size, 2 * near - 1)) for size in grid[1:])
+def _dilation(candidate: Candidate) -> int:
+    return int(candidate.parameters.get("dilation", 1))
+
+
+def _window(grid: tuple[int, ...], near: int, dilation: int = 1) -> str:
+    """Places that a window in the middle of the grid sees: "15x15"."""
+    return "x".join(str(min(-(-size // dilation), 2 * near - 1)) for size in grid[1:])

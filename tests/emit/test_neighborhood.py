@@ -23,8 +23,15 @@ HIGH, WIDE = 36, 40
 GRID = (1, HIGH, WIDE)
 
 
+def seen(near: int, dilation: int) -> Tensor:
+    """Which tokens see each other, [N, N]."""
+    tile = np.argsort(order(GRID, dilation)) // TILE
+    return torch.from_numpy(seen_tiles(GRID, near, dilation)[tile][:, tile])
+
+
 class Case:
-    """`opt` has windows in both heads of two layers; `masked` is what it should compute."""
+    """`opt` has windows in both heads of two layers, a dilated one among them; `masked` is what it
+    should compute."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -36,15 +43,17 @@ class Case:
         self.images = torch.randn(3, 3, 2 * HIGH, 2 * WIDE)
         example = {"pixel_values": self.images[:1]}
         self.opt, chosen = everywhere("attention.neighborhood", self.model, example)
-        assert [proposal.candidate.label for proposal in chosen] == ["7x7", "15x15"] * 2
+        labels = [proposal.candidate.label for proposal in chosen]
+        assert labels == ["7x7", "15x15", "15x15/2", "7x7"]
         self.masked: Any = copy.deepcopy(self.model)
         self.masked.config._attn_implementation = "grid_reference"
-        tile = np.argsort(order(GRID)) // TILE
-        maps = np.stack([seen_tiles(GRID, near)[tile][:, tile] for near in (4, 8)])
-        self.seen = torch.from_numpy(maps)
+        layers = [module for module in self.masked.modules() if hasattr(module, "q_proj")]
+        windows = [((4, 1), (8, 1)), ((8, 2), (4, 1))]
+        for layer, heads in zip(layers, windows, strict=True):
+            layer.seen = torch.stack([seen(*window) for window in heads])
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> Any:
-        scores = (q @ k.mT * module.scaling).masked_fill(~self.seen, -torch.inf)
+        scores = (q @ k.mT * module.scaling).masked_fill(~module.seen, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
 
     @torch.no_grad()
@@ -66,6 +75,7 @@ def case() -> Iterator[Case]:
 def test_it_is_the_model_under_the_mask(case: Case) -> None:
     expected = case.expected(case.images)
     assert "near=(4, 8)" in case.opt.source
+    assert "near=(8, 4), dilation=(2, 1)" in case.opt.source
     torch.testing.assert_close(case.opt(pixel_values=case.images).logits, expected)
     dense = case.model(pixel_values=case.images).logits
     assert (expected - dense).abs().max() > 0.01
@@ -77,7 +87,7 @@ def test_it_is_saved_loaded_and_compiled(case: Case, tmp_path: Path) -> None:
     expected = case.opt(pixel_values=images).logits
     case.opt.save(tmp_path / "saved")
     again = fxopt.load(tmp_path / "saved")
-    assert "near=(4, 8)" in again.source
+    assert "near=(8, 4), dilation=(2, 1)" in again.source
     torch.testing.assert_close(again(pixel_values=images).logits, expected)
     compiled = torch.compile(case.opt, fullgraph=True)
     torch.testing.assert_close(compiled(pixel_values=images).logits, expected, rtol=1e-3, atol=1e-4)
@@ -116,13 +126,29 @@ def test_a_budget_gets_them() -> None:
         image_size=96, patch_size=2,
     )  # fmt: skip
     data = [{"pixel_values": torch.randn(1, 3, 96, 96)} for _ in range(3)]
+    model = hf.ViTForImageClassification(config).eval()
     opt = fxopt.optimize(
-        hf.ViTForImageClassification(config).eval(), fxopt.Budget(relative_error=0.1), data[0],
-        calibration=data, rewrites=["attention.neighborhood"],
+        model, fxopt.Budget(relative_error=0.1), data[0], calibration=data,
+        rewrites=["attention.neighborhood"],
     )  # fmt: skip
-    assert {decision.label for decision in opt.plan.rewritten} == {"15x15"}
+    assert {decision.label for decision in opt.plan.rewritten} <= {"15x15", "15x15/2"}
     assert len(opt.plan.rewritten) == 2
     assert not any("heads with a window" in note for note in opt.report.notes)
+
+
+def test_a_dilated_window_is_replayed(tmp_path: Path) -> None:
+    config = hf.ViTConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=96, patch_size=2,
+    )  # fmt: skip
+    model = hf.ViTForImageClassification(config).eval()
+    data = [{"pixel_values": torch.randn(1, 3, 96, 96)} for _ in range(3)]
+    options: dict[str, Any] = {"calibration": data, "rewrites": ["attention.neighborhood"]}
+    plan = fxopt.plan(model, fxopt.Budget(relative_error=0.5), data[0], **options)
+    plan.decisions[0].choose("attention.neighborhood", label="15x15/2")
+    plan.save(tmp_path / "plan.json")
+    again = fxopt.apply(model, fxopt.Plan.load(tmp_path / "plan.json"), example_inputs=data[0])
+    assert "dilation=(2, " in again.source
 
 
 def test_a_resized_dino_is_exported(tmp_path: Path) -> None:

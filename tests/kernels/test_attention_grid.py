@@ -29,31 +29,49 @@ SIZES = st.one_of(st.tuples(st.integers(1, 400)), *([st.tuples(*[st.integers(1, 
                   for n, m in ((2, 30), (3, 9))]))  # fmt: skip
 
 
-def windows(grid: Sequence[int], near: int) -> Tensor:
+def inside(a: Sequence[int], b: Sequence[int], near: int, dilation: int) -> bool:
+    """Whether a place lies in the window of another."""
+    apart = [divmod(abs(x - y), dilation) for x, y in zip(a, b, strict=True)]
+    return all(steps < near and not rest for steps, rest in apart)
+
+
+def windows(grid: Sequence[int], near: int, dilation: int = 1) -> Tensor:
     """Which tokens see each other by their windows alone, [N, N]."""
     prefix, *sizes = grid
     places = list(itertools.product(*map(range, sizes)))
     seen = torch.ones(prefix + len(places), prefix + len(places), dtype=torch.bool)
     for i, a in enumerate(places):
         for j, b in enumerate(places):
-            inside = all(abs(x - y) < near for x, y in zip(a, b, strict=True))
-            seen[prefix + i, prefix + j] = inside
+            seen[prefix + i, prefix + j] = inside(a, b, near, dilation)
     return seen
 
 
-def visible(grid: tuple[int, ...], near: int) -> Tensor:
-    """Which tokens see each other by the boxes around their tiles, [N, N]."""
+def visible(grid: tuple[int, ...], near: int, dilation: int = 1) -> Tensor:
+    """Which tokens see each other by the boxes around what their tiles have of a class, [N, N]."""
     prefix, *sizes = grid
     places = [None] * prefix + list(itertools.product(*map(range, sizes)))
-    order = list(grids.order(grid))
+    order = list(grids.order(grid, dilation))
     tiles = [order[i : i + grids.TILE] for i in range(0, len(order), grids.TILE)]
 
+    def boxes(tile: list[int]) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+        """The first and the last place along each axis, by residues."""
+        found: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for place in (places[t] for t in tile):
+            assert place is not None
+            found.setdefault(tuple(x % dilation for x in place), []).append(place)
+        return {r: [(min(c), max(c)) for c in zip(*box, strict=True)] for r, box in found.items()}
+
     def close(some: list[int], others: list[int]) -> bool:
-        boxes = [[places[t] for t in tile] for tile in (some, others)]
-        if None in boxes[0] + boxes[1]:
+        if None in [places[t] for t in (*some, *others)]:
             return True
-        sides = [[(min(c), max(c)) for c in zip(*box, strict=True)] for box in boxes]
-        return all(c - b < near and a - d < near for (a, b), (c, d) in zip(*sides, strict=True))
+        mine, theirs = boxes(some), boxes(others)
+        return any(
+            all(
+                c - b < near * dilation and a - d < near * dilation
+                for (a, b), (c, d) in zip(mine[r], theirs[r], strict=True)
+            )
+            for r in mine.keys() & theirs.keys()
+        )
 
     seen = torch.zeros(len(order), len(order), dtype=torch.bool)
     for some, others in itertools.product(tiles, tiles):
@@ -62,16 +80,19 @@ def visible(grid: tuple[int, ...], near: int) -> Tensor:
     return seen
 
 
-def naive(inputs: Sequence[Tensor], grid: tuple[int, ...], near: Sequence[int]) -> Tensor:
+def naive(
+    inputs: Sequence[Tensor], grid: tuple[int, ...], near: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:  # fmt: skip
     """In float64; [B, N, H, Dv]."""
     q, k, v = (x.double() for x in inputs)
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     scores = q @ k.mT * q.shape[3] ** -0.5
-    for head, reach in enumerate(near):
+    for head, (reach, spacing) in enumerate(zip(near, dilation, strict=True)):
         if reach:
-            mine = slice(head * group, (head + 1) * group)
-            scores[:, mine] = scores[:, mine].masked_fill(~visible(grid, reach), -torch.inf)
+            mine, seen = slice(head * group, (head + 1) * group), visible(grid, reach, spacing)
+            scores[:, mine] = scores[:, mine].masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -82,43 +103,47 @@ def random(
     return tuple(torch.randn(batch, n, count, 16).to(dtype) for n in (heads, kv, kv))
 
 
-def call(grid: tuple[int, ...], near: Sequence[int]) -> tuple[Any, ...]:
+def call(
+    grid: tuple[int, ...], near: Sequence[int], dilation: Sequence[int] = (1,)
+) -> tuple[Any, ...]:
     """What follows q, k, v in a call of the op."""
-    return (None, None, None, 0.25, False, [0], 0.0, [0], [0], [0], list(grid), list(near))
+    none = (None, None, None, 0.25, False, [0], 0.0, [0], [0], [0])
+    return (*none, list(grid), list(near), list(dilation))
 
 
-@given(sizes=SIZES, prefix=st.integers(0, 130))
+@given(sizes=SIZES, prefix=st.integers(0, 130), dilation=st.integers(1, 5))
 def test_every_token_has_one_place_and_the_prefix_comes_last(
-    sizes: tuple[int, ...], prefix: int
+    sizes: tuple[int, ...], prefix: int, dilation: int
 ) -> None:
-    order = grids.order((prefix, *sizes))
+    order = grids.order((prefix, *sizes), dilation)
     assert sorted(order) == list(range(prefix + math.prod(sizes)))
     assert list(order[math.prod(sizes) :]) == list(range(prefix))
 
 
-@given(sizes=SIZES, prefix=st.integers(0, 70), near=st.integers(1, 12))
+@given(sizes=SIZES, prefix=st.integers(0, 70), near=st.integers(1, 12), dilation=st.integers(1, 4))
 def test_tiles_see_each_other_alike_and_more_in_wider_windows(
-    sizes: tuple[int, ...], prefix: int, near: int
+    sizes: tuple[int, ...], prefix: int, near: int, dilation: int
 ) -> None:
     grid = (prefix, *sizes)
-    seen = grids.seen_tiles(grid, near)
+    seen = grids.seen_tiles(grid, near, dilation)
     assert (seen == seen.T).all()
     assert seen.diagonal().all()
-    assert not (seen & ~grids.seen_tiles(grid, near + 1)).any()
-    assert grids.density(grid, near) == seen.sum() / len(seen) ** 2
-    tile = np.argsort(grids.order(grid)) // grids.TILE
-    assert torch.equal(torch.from_numpy(seen[tile][:, tile]), visible(grid, near))
+    assert not (seen & ~grids.seen_tiles(grid, near + 1, dilation)).any()
+    assert grids.density(grid, near, dilation) == seen.sum() / len(seen) ** 2
+    tile = np.argsort(grids.order(grid, dilation)) // grids.TILE
+    assert torch.equal(torch.from_numpy(seen[tile][:, tile]), visible(grid, near, dilation))
     for number, line in enumerate(seen):
-        columns = [c for begin, end in grids.spans(grid, near, number) for c in range(begin, end)]
+        spans = grids.spans(grid, near, dilation, number)
+        columns = [c for begin, end in spans for c in range(begin, end)]
         listed = np.flatnonzero(line.repeat(grids.TILE)[: grids.tokens(grid)])
         assert columns == list(listed)
 
 
 @pytest.mark.parametrize("grid", [(1, 14, 14), (3, 11, 17), (0, 4, 6, 7), (0, 23)])
-@pytest.mark.parametrize("near", [1, 3, 6])
-def test_tokens_see_at_least_their_windows(grid: tuple[int, ...], near: int) -> None:
-    seen = visible(grid, near)
-    assert not (windows(grid, near) & ~seen).any()
+@pytest.mark.parametrize(("near", "dilation"), [(1, 1), (3, 1), (6, 1), (1, 2), (3, 2), (2, 4)])
+def test_tokens_see_at_least_their_windows(grid: tuple[int, ...], near: int, dilation: int) -> None:
+    seen = visible(grid, near, dilation)
+    assert not (windows(grid, near, dilation) & ~seen).any()
     assert seen[: grid[0]].all()
     assert seen[:, : grid[0]].all()
 
@@ -131,6 +156,17 @@ def test_tiles_are_compact_whatever_the_sizes_are(sizes: tuple[int, ...], most: 
     assert 0.05 < grids.density((1, *sizes), 4) < most
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dilation"), [((64, 64), 2), ((64, 64), 4), ((16, 32, 32), 2), ((512,), 4)]
+)
+def test_dilated_windows_are_whole_tiles(sizes: tuple[int, ...], dilation: int) -> None:
+    """As many tiles of a class as in a grid of its size, and none of another class."""
+    classes = dilation ** len(sizes)
+    small, near = (0, *(size // dilation for size in sizes)), grids.edge((0, *sizes))
+    whole = grids.density(small, near) / classes
+    assert grids.density((0, *sizes), near, dilation) == pytest.approx(whole)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_reference_is_attention_over_the_visible_tokens(grid: tuple[int, ...]) -> None:
     inputs, near = random(grid), (4, 1)
@@ -141,11 +177,22 @@ def test_the_reference_is_attention_over_the_visible_tokens(grid: tuple[int, ...
     out, lse = attention_with_lse(*inputs, *call(grid, near))
     torch.testing.assert_close(out, expected)
     ordered = in_order(bind(*inputs, *call(grid, near)))
-    lists = lists_of_grid(grid, ordered.near, torch.device("cpu"))
+    lists = lists_of_grid(grid, ordered.near, 1, torch.device("cpu"))
     sparse, sums = block_sparse(ordered.q, ordered.k, ordered.v, lists, scale=0.25, causal=False)
-    tokens, places = grids.places(grid, torch.device("cpu"))
+    tokens, places = grids.places(grid, 1, torch.device("cpu"))
     torch.testing.assert_close(sparse[:, places], expected)
     torch.testing.assert_close(sums, lse[:, :, tokens])
+
+
+@pytest.mark.parametrize("grid", [(1, 29, 30), (0, 7, 11, 10), (2, 300)])
+def test_the_reference_is_attention_over_dilated_windows(grid: tuple[int, ...]) -> None:
+    inputs, near, dilation = random(grid), (2, 3), (2, 3)
+    expected = naive(inputs, grid, near, dilation)
+    assert not visible(grid, 2, 2).all()
+    options = call(grid, near, dilation)
+    torch.testing.assert_close(attention_reference(*inputs, *options), expected)
+    torch.testing.assert_close(attention_traceable(*inputs, *options), expected)
+    torch.testing.assert_close(attention_with_lse(*inputs, *options)[0], expected)
 
 
 def test_heads_choose_apart_beside_windows_softcap_and_sinks() -> None:
@@ -182,13 +229,18 @@ def test_other_lengths_see_all_keys() -> None:
     torch.testing.assert_close(attention_traceable(*inputs, *options), dense)
 
 
-@pytest.mark.parametrize("near", [(4, 2), (3, 0)])
-def test_gradients_are_those_of_attention_over_the_visible_tokens(near: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("near", "dilation"), [((4, 2), (1, 1)), ((3, 0), (1, 1)), ((3, 2), (2, 3))]
+)
+def test_gradients_are_those_of_attention_over_the_visible_tokens(
+    near: tuple[int, ...], dilation: tuple[int, ...]
+) -> None:
     grid = (1, 14, 15)
     inputs = [x.requires_grad_() for x in random(grid)]
     weight = torch.randn(2, grids.tokens(grid), 4, 16, dtype=torch.float64)
-    expected = torch.autograd.grad((naive(inputs, grid, near) * weight).sum(), inputs)
-    found = torch.autograd.grad((attention(*inputs, *call(grid, near)) * weight).sum(), inputs)
+    expected = torch.autograd.grad((naive(inputs, grid, near, dilation) * weight).sum(), inputs)
+    out = attention(*inputs, *call(grid, near, dilation))
+    found = torch.autograd.grad((out * weight).sum(), inputs)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -204,16 +256,19 @@ def test_a_first_call_that_only_infers_spoils_no_gradient() -> None:
 
 
 def through_the_op(grid: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    """Output and gradients of one local and one dense head, within the reference's rounding."""
+    """Output and gradients of one local, one dilated and one dense head, within the reference's
+    rounding."""
+    near, dilation = (1, 2, 0), (1, 2, 1)
     assert not visible(grid, 1).all()
-    inputs = [x.to(device).requires_grad_() for x in random(grid, 2, 2, dtype, batch=1)]
-    options, near = call(grid, (1, 0)), (1, 0)
+    assert not visible(grid, 2, 2).all()
+    inputs = [x.to(device).requires_grad_() for x in random(grid, 3, 3, dtype, batch=1)]
+    options = call(grid, near, dilation)
     out = attention(*inputs, *options)
     gradient = torch.randn_like(out)
     found = [out, *torch.autograd.grad(out, inputs, gradient)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     exact = attention_reference(*wide, *options)
-    torch.testing.assert_close(exact.cpu(), naive([x.cpu() for x in wide], grid, near))
+    torch.testing.assert_close(exact.cpu(), naive([x.cpu() for x in wide], grid, near, dilation))
     expected = [exact, *torch.autograd.grad(exact, wide, gradient.double())]
     plain = attention_reference(*inputs, *options)
     same = [plain, *torch.autograd.grad(plain, inputs, gradient)]
@@ -254,6 +309,8 @@ def test_the_ops_are_sound() -> None:
         ({"bias": torch.zeros(1, 1, 145, 145)}, "near takes no causal attention, mask or bias"),
         ({"window": (9, 0)}, "near and window exclude each other"),
         ({"near": (1, 2, 3)}, "near has 3 entries"),
+        ({"dilation": (0,)}, r"near needs a dilation of 1 or more, not \[0, 0\]"),
+        ({"dilation": (1, 2, 3)}, "dilation has 3 entries"),
     ],
 )
 def test_wrong_calls_are_refused(change: dict[str, Any], reason: str) -> None:

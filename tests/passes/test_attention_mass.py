@@ -92,7 +92,7 @@ def _check_identity(weights: Tensor, masked: Tensor, kept: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("window", [{"near": 4}, {"near": 9}])
+@pytest.mark.parametrize("window", [{"near": 4}, {"near": 9}, {"near": 8, "dilation": 2}])
 def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(window: dict[str, int]) -> None:
     site = match().site
     assert isinstance(site.info, AttentionInfo)

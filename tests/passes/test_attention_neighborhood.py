@@ -67,15 +67,22 @@ def test_other_families_are_refused() -> None:
 @pytest.mark.parametrize(
     ("grid", "labels"),
     [
-        ((1, 37, 37), ["7x7", "15x15"]),
-        ((0, 64, 64), ["15x15", "31x31"]),
-        ((1, 128, 128), ["15x15", "31x31", "63x63"]),
-        ((5, 8, 48, 48), ["7x7x7", "8x15x15", "8x31x31"]),
+        ((1, 28, 28), ["7x7"]),
+        ((1, 37, 37), ["7x7", "15x15", "15x15/2"]),
+        ((0, 64, 64), ["15x15", "31x31", "15x15/2", "15x15/4"]),
+        ((1, 128, 128), ["15x15", "31x31", "63x63", "15x15/2", "15x15/4"]),
+        ((5, 8, 48, 48), ["7x7x7", "8x15x15", "8x31x31", "4x7x7/2", "2x7x7/4"]),
     ],
 )
 def test_windows_fit_the_grid(grid: tuple[int, ...], labels: list[str]) -> None:
     assert [c.label for c in REWRITE.candidates(matched(grid=grid), [])] == labels
     assert REWRITE.refusal(matched(grid=grid), []) is None
+
+
+def test_a_grid_of_dilated_windows_alone_is_not_refused() -> None:
+    rewrite = Neighborhood(reaches=(32,))
+    assert [c.label for c in rewrite.candidates(matched(), [])] == ["15x15/2"]
+    assert rewrite.refusal(matched(), []) is None
 
 
 def test_small_grids_are_refused_in_numbers() -> None:
@@ -99,7 +106,10 @@ def test_prices_follow_the_tiles() -> None:
     some, more = (neighborhood_call(INFO, scenario, near) for near in (4, 8))
     assert some.flops == dense.flops * density(INFO.grid, 4)
     assert some.flops < more.flops < 0.6 * dense.flops
-    assert len({dense.key, some.key, more.key}) == 3
+    dilated = neighborhood_call(INFO, scenario, 8, 2)
+    assert dilated.flops == dense.flops * density(INFO.grid, 8, 2)
+    assert len({dense.key, some.key, more.key, dilated.key}) == 4
+    assert len({dense.family, some.family, more.family, dilated.family}) == 4
     # Queries, keys and values are written once more in their order, and the result read.
     extra = 2 * TOKENS * (2 * 2 + 2) * 16 * 4
     moved, before = (call.bytes_read + call.bytes_written for call in (some, dense))
@@ -138,14 +148,32 @@ def test_apply_changes_one_head_beside_windows() -> None:
     torch.testing.assert_close(editor.run(q, k, v)[:, :, :2], dense[:, :, :2])
 
 
+def test_apply_dilates_one_head_alone() -> None:
+    editor = GraphEditor(scale=0.25)
+    q, k, v = (torch.randn(1, heads, TOKENS, 16) for heads in (6, 3, 3))
+    inputs = {"q": q, "k": k, "v": v, "scale": 0.25}
+    plain, *_, dilated = REWRITE.candidates(matched(), [])
+    for head, candidate in ((1, dilated), (2, plain)):
+        match = Match(site(head))
+        REWRITE.apply(match, candidate, {}, editor)  # pyright: ignore[reportArgumentType]
+    assert editor.attend.kwargs["near"] == (0, 8, 4)
+    assert editor.attend.kwargs["dilation"] == (1, 2, 1)
+    out = editor.run(q, k, v)
+    for head, candidate in ((1, dilated), (2, plain)):
+        emulated = REWRITE.emulate(matched(), candidate, {}, inputs)
+        mine = slice(2 * head, 2 * head + 2)
+        torch.testing.assert_close(out[:, :, mine], emulated[:, :, mine])
+
+
 EDGE, SPREAD = 64, 2.0
 
 
 class Planted(nn.Module):
     """Two heads of 16 channels over a grid and a class token: the first looks at places nearby in
-    both directions, the second everywhere alike, at values that differ from place to place."""
+    both directions, or under a dilation of 2 at every other one, the second everywhere alike, at
+    values that differ from place to place."""
 
-    def __init__(self) -> None:
+    def __init__(self, dilation: int = 1) -> None:
         super().__init__()
         self.patch = nn.Conv2d(32, 32, 1)
         self.patch.weight.data = torch.eye(32).view(32, 32, 1, 1)
@@ -155,8 +183,10 @@ class Planted(nn.Module):
         places = torch.stack([line.repeat_interleave(EDGE), line.repeat(EDGE)], 1)
         # Scores fall with the square of the distance, and are the same at all queries but for that.
         wanted = torch.cat([places, torch.ones_like(places)], 1)
-        given = torch.cat([2 * places, -(places**2)], 1) / (2 * SPREAD**2)
-        self.q, self.k = (nn.Parameter(F.pad(x, (0, 12, 1, 0))) for x in (wanted, given))
+        given = torch.cat([2 * places, -(places**2)], 1) / (2 * (SPREAD * dilation) ** 2)
+        other = 8.0 * (dilation - 1) * (-1.0) ** places  # 8 at places of the same parity, else -8
+        wanted, given = torch.cat([wanted, (-1.0) ** places], 1), torch.cat([given, other], 1)
+        self.q, self.k = (nn.Parameter(F.pad(x, (0, 10, 1, 0))) for x in (wanted, given))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).mT
@@ -175,7 +205,8 @@ def image() -> Tensor:
 
 
 @pytest.mark.slow
-def test_the_local_head_gets_it_and_the_global_one_is_kept() -> None:
+def test_the_local_head_gets_it_and_the_global_one_every_fourth_place() -> None:
+    """Values of neighbouring places are alike: some of them have the mean of all."""
     data = [image() for _ in range(3)]
     plan = fxopt.plan(
         Planted().eval(), fxopt.Budget(relative_error=0.02), data[0], calibration=data,
@@ -185,9 +216,26 @@ def test_the_local_head_gets_it_and_the_global_one_is_kept() -> None:
     assert first.key.endswith("kv=0")
     assert first.label in ("15x15", "31x31")
     assert first.error < 0.02**2
-    assert second.rewrite not in ("attention.neighborhood", "attention.window")
+    assert second.label == "15x15/4"
     offered = {other.label: other.error for other in second.alternatives}
     assert offered["31x31"] > 0.02
     # A window along the sequence is a few whole rows: of equal cost, it loses columns above.
     windows = {other.label: other.error for other in first.alternatives}
     assert windows["w256"] > 0.02**2
+
+
+@pytest.mark.slow
+def test_a_head_that_looks_at_every_other_place_gets_a_dilated_window() -> None:
+    data = [torch.randn(1, 32, EDGE, EDGE) for _ in range(3)]
+    plan = fxopt.plan(
+        Planted(dilation=2).eval(), fxopt.Budget(relative_error=0.02), data[0], calibration=data,
+        rewrites=["attention"],
+    )  # fmt: skip
+    first, second = plan.decisions
+    assert first.label == "15x15/2"
+    assert second.rewrite not in ("attention.neighborhood", "attention.window")
+    assert first.error < 0.02**2
+    assert first.kept_mass is not None
+    assert first.kept_mass.low > 0.99
+    offered = {other.label: other.error for other in first.alternatives}
+    assert min(offered["15x15"], offered["15x15/4"]) > 0.02**2
