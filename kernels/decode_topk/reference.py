@@ -39,12 +39,17 @@ def nearest(size: int) -> int:
     return max(1, NEAREST // size)
 
 
-def ranges(k: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of each channel, [B, h, tiles, D], of the whole tiles of k
-    [B, h, T, D]."""
+def ranges(k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each channel, [B, h, tiles, D], of the keys of the whole tiles
+    of k [B, h, T, D] that mask [B, T] shows; 0 where it shows none."""
     whole = k.shape[2] // TILE
     tiles = k[:, :, : whole * TILE].unflatten(2, (whole, TILE))
-    return tiles.amin(3), tiles.amax(3)
+    if mask is None:
+        return tiles.amin(3), tiles.amax(3)
+    shown = (mask[:, : whole * TILE] != 0).unflatten(1, (whole, TILE))[:, None, :, :, None]
+    low, high = (torch.where(shown, tiles, end) for end in (torch.inf, -torch.inf))
+    low, high, none = low.amin(3), high.amax(3), ~shown.any(3)
+    return low.masked_fill(none, 0.0), high.masked_fill(none, 0.0)
 
 
 def estimate(q: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:

@@ -102,8 +102,8 @@ def _choose_kernel(
 
 @triton.jit
 def _note_kernel(
-    key, low, high, start_ptr, N, TOKENS, TILES,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    key, shown, low, high, start_ptr, N, TOKENS, TILES, shown_b,
+    H: tl.constexpr, D: tl.constexpr, HAS_SHOWN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The ranges of one tile that the N new tokens behind `start` may have filled."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -113,10 +113,19 @@ def _note_kernel(
         o_t, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
         m_d = o_d < D
         at = (i_bh * TOKENS + tile * TILE + o_t)[:, None] * D + o_d[None, :]
-        b_k = tl.load(key + at, mask=m_d[None, :], other=0.0)
+        b_k = tl.load(key + at, mask=m_d[None, :], other=0.0).to(tl.float32)
+        if HAS_SHOWN:
+            b_shown = tl.load(shown + i_bh // H * shown_b + tile * TILE + o_t)
+            m_k = (b_shown != 0)[:, None]
+            b_low = tl.min(tl.where(m_k, b_k, float("inf")), 0)
+            b_high = tl.max(tl.where(m_k, b_k, float("-inf")), 0)
+            m_none = b_low > b_high
+            b_low, b_high = tl.where(m_none, 0.0, b_low), tl.where(m_none, 0.0, b_high)
+        else:
+            b_low, b_high = tl.min(b_k, 0), tl.max(b_k, 0)
         row = (i_bh * TILES + tile) * D + o_d
-        tl.store(low + row, tl.min(b_k, 0).to(low.dtype.element_ty), mask=m_d)
-        tl.store(high + row, tl.max(b_k, 0).to(high.dtype.element_ty), mask=m_d)
+        tl.store(low + row, b_low.to(low.dtype.element_ty), mask=m_d)
+        tl.store(high + row, b_high.to(high.dtype.element_ty), mask=m_d)
 
 
 def kept_list(
@@ -155,13 +164,15 @@ def kept_list(
     return listed, count
 
 
-def note_ranges(part: dict[str, Tensor], start: Tensor, queries: int) -> None:
-    """Write the ranges of the tiles of an exact class that new tokens filled."""
+def note_ranges(part: dict[str, Tensor], start: Tensor, queries: int, shown: Tensor | None) -> None:
+    """Write the ranges of the tiles of an exact class that new tokens filled; `shown` [B, T] is 0
+    where a key is hidden."""
     if RANGES[0] not in part:
         return
     low, high = (part[name] for name in RANGES)
     batch, heads, tiles, dim = low.shape
     _note_kernel[(batch * heads, queries // topk.TILE + 1)](
-        part["key"], low, high, start, queries, part["key"].shape[2], tiles,
-        D=dim, BLOCK_D=triton.next_power_of_2(dim),
+        part["key"], part["key"] if shown is None else shown, low, high, start, queries,
+        part["key"].shape[2], tiles, 0 if shown is None else shown.stride(0),
+        H=heads, D=dim, HAS_SHOWN=shown is not None, BLOCK_D=triton.next_power_of_2(dim),
     )  # fmt: skip

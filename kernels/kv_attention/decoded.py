@@ -102,7 +102,7 @@ def _decode(
     total = k.shape[2]
     mixed_k, mixed_v = (k, v) if fmt is None else (k.clone(), v.clone())
     packed = 0
-    ends = ranges(k) if fmt is None else (k[:, :, :0], k[:, :, :0])
+    ends = ranges(k, mask) if fmt is None else (k[:, :, :0], k[:, :, :0])
     outputs: list[Tensor] = []
     for low, high, boundary in query_runs(total, prompt, fmt):
         if fmt is not None and boundary > packed:
@@ -163,8 +163,9 @@ def keys_read(
 
     q [B, H, R, D] are their queries, k [B, KV, T, D] and mask [B, T] those of the whole sequence.
     """
-    ends, whole = ranges(k), rows // TILE
-    if fmt is not None:
+    if fmt is None:
+        ends, whole = ranges(k, mask), rows // TILE
+    else:
         whole = torch.tensor([fmt.packed(row) for row in rows.tolist()], device=k.device)
         whole, blocks = whole // fmt.group, fmt.packed(k.shape[2]) // fmt.group
         keys = k[:, :, fmt.sink : fmt.sink + blocks * fmt.group].unflatten(2, (blocks, fmt.group))

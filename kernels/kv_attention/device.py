@@ -55,7 +55,7 @@ def attend_and_append(
         begin = tokens_before(queries, start, mask, length)
         out = attend_image(attention, arguments, new, part, mask, fmt, begin)
     append(new, part, start, rank, fmt, counts)
-    note_ranges(part, start, queries)
+    note_ranges(part, start, queries, rank)
     return out
 
 

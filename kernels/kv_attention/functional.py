@@ -110,7 +110,9 @@ def _of_kept_tiles(
     if fmt is None:
         # One tile more than there are, since no size of a trace may be 0 or 1.
         size, first, room = TILE, 0, (total + TILE - 1) // TILE + 1
-        low, high = ranges(F.pad(keys, (0, 0, 0, room * TILE - total)))
+        more = room * TILE - total
+        known = None if mask is None else F.pad(mask, (0, more))
+        low, high = ranges(F.pad(keys, (0, 0, 0, more)), known)
         whole: Any = (total - queries) // TILE
     else:
         size, first, whole = fmt.group, fmt.sink, part["key"].shape[2]

@@ -63,11 +63,13 @@ def leaves_some(arguments: Arguments, tiles: int, size: int) -> bool:
     return top_keys > 0 and single and tiles > tiles_read(top_keys, size)
 
 
-def note_ranges(part: dict[str, Tensor], begin: int, end: int) -> None:
-    """Write the ranges of the tiles of an exact class that tokens from `begin` to `end` filled."""
+def note_ranges(part: dict[str, Tensor], begin: int, end: int, mask: Tensor | None) -> None:
+    """Write the ranges of the tiles of an exact class that tokens from `begin` to `end` filled;
+    `mask` is that of all tokens so far."""
     first, last = begin // TILE, end // TILE
     if RANGES[0] in part and last > first:
-        found = ranges(part["key"][:, :, first * TILE : last * TILE])
+        filled = slice(first * TILE, last * TILE)
+        found = ranges(part["key"][:, :, filled], None if mask is None else mask[:, filled])
         for name, x in zip(RANGES, found, strict=True):
             part[name][:, :, first:last] = x
 

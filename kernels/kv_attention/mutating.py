@@ -96,7 +96,7 @@ def attend_exact(
     attention: Attend, chosen: Arguments, new: Part, part: Part, mask: Tensor | None, begin: int
 ) -> Tensor:
     """Attention over the stored and the new tokens of an exact head class, which are stored."""
-    keys, values = append_exact(part, new, begin)
+    keys, values = append_exact(part, new, mask, begin)
     if leaves_some(chosen, begin // TILE, TILE):
         rest = [x[:, :, begin // TILE * TILE :] for x in (keys, values)]
         return attend_kept(attention, chosen, exact_tiles(part, begin), (part, None), rest, mask)
@@ -127,7 +127,7 @@ def attend_image(
     return chosen.attend(attention, keys, values, mask)
 
 
-def append_exact(part: Part, new: Part, begin: int) -> tuple[Tensor, Tensor]:
+def append_exact(part: Part, new: Part, mask: Tensor | None, begin: int) -> tuple[Tensor, Tensor]:
     """Write the new tokens; all keys and values so far, as views."""
     end = begin + new["key"].shape[2]
     capacity = part["key"].shape[2]
@@ -135,7 +135,7 @@ def append_exact(part: Part, new: Part, begin: int) -> tuple[Tensor, Tensor]:
         raise ValueError(_full(end, capacity))
     for side in SIDES:
         part[side].narrow(2, begin, end - begin).copy_(new[side])
-    note_ranges(part, begin, end)
+    note_ranges(part, begin, end, mask)
     return part["key"].narrow(2, 0, end), part["value"].narrow(2, 0, end)
 
 

@@ -91,7 +91,7 @@ def store_first(part: Part, new: Part, start: Tensor, fmt: Blocks | None) -> Non
     """Fill one head class with keys and values [B, h, N, D], as `cached_attention` does with those
     of a prompt once it has attended. `start` is 0, on their device."""
     if fmt is None:
-        append_exact(part, new, 0)
+        append_exact(part, new, None, 0)
         return
     part["block_start"].zero_()
     if start.is_cuda and _served(new["key"].dtype, (new["key"].shape[3], new["value"].shape[3])):

@@ -32,9 +32,11 @@ def draw(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def padding(tokens: int) -> Tensor:
-    """The second row begins with hidden tokens, a whole tile of them and more."""
+    """The second row begins with hidden tokens, a whole tile of them and more, and has a few amid
+    the others."""
     mask = torch.ones(2, tokens, dtype=torch.int64)
     mask[1, :170] = 0
+    mask[1, 300:310] = 0
     return mask
 
 
@@ -54,7 +56,8 @@ def by_definition(
         found: dict[int, list[float]] = {}
         for tile in range(whole):
             span = slice(first + tile * size, first + (tile + 1) * size)
-            low, high = keys[span].amin(0), keys[span].amax(0)
+            shown = keys[span][mask[row, span].bool()] if mask[row, span].any() else keys[span]
+            low, high = shown.amin(0), shown.amax(0)
             if fmt is not None:
                 valid = mask[row, span].bool()[None, None, None, :, None]
                 for x, side, bits in (
@@ -113,6 +116,7 @@ def test_a_decoded_token_reads_the_tiles_of_the_definition(layout: str, masked: 
     prompt, new = 900, 3
     x, total = draw(prompt + new), prompt + new
     mask = padding(total) if masked else torch.ones(2, total, dtype=torch.int64)
+    x[1][:, :, :310] *= torch.where(mask[:, :310] == 0, 9.0, 1.0)[:, None, :, None]
     outputs = decode(layout, [prompt, *[1] * new], x, mask if masked else None)
     parsed = parse(layout)
     formats, chosen = parsed.formats(KV), parsed.top_keys(KV)
