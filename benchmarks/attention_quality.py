@@ -42,6 +42,7 @@ from fxopt.decide.propose import Proposal, propose
 from fxopt.decide.quality import Reference
 from fxopt.decide.search import Limits, Search, measure_swaps
 from fxopt.decide.table import Column, Table
+from fxopt.passes.attention import corrected
 from fxopt.passes.baseline import baseline_calls
 from fxopt.request import resolve
 from fxopt.session import Session
@@ -135,11 +136,11 @@ class Bench:
 
     @cached_property
     def uniform(self) -> dict[tuple[str, str], Choice]:
-        """Every candidate, in all heads that take it, by its rewrite and label."""
+        """Every candidate, in all heads that take it, by its mask and label."""
         found: dict[tuple[str, str], list[Proposal]] = {}
         for column in chain.from_iterable(self.table.columns):
             for p in column.proposals:
-                found.setdefault((p.rewrite.name, p.candidate.label), []).append(p)
+                found.setdefault((mask_of(p), p.candidate.label), []).append(p)
         return dict(found)
 
     def decided(self, kl: float) -> fxopt.Plan:
@@ -195,10 +196,10 @@ class Bench:
         return line
 
     def solved(self, names: Sequence[str]) -> list[Choice]:
-        """Of least predicted KL with these rewrites, at each of `SHARES` that they can reach."""
+        """Of least predicted KL with these masks, at each of `SHARES` that they can reach."""
 
         def allowed(column: Column) -> bool:
-            return all(p.rewrite.name in names for p in column.proposals)
+            return all(mask_of(p) in names for p in column.proposals)
 
         columns = [[c for c in columns if allowed(c)] for columns in self.table.columns]
         table = Table(self.table.keys, columns, self.table.factor)
@@ -239,6 +240,11 @@ class Bench:
             )  # fmt: skip
             found += int((told[:, self.answer.start :].cpu() == part[:, self.answer]).all(1).sum())
         return found / max(len(self.documents), 1)
+
+
+def mask_of(p: Proposal) -> str:
+    """The rewrite; one that is corrected by rows that see all keys is a mask of its own."""
+    return p.rewrite.name + corrected.SUFFIX * p.candidate.label.endswith(corrected.SUFFIX)
 
 
 def counted(plan: Choice, heads: int) -> str:

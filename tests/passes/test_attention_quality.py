@@ -6,10 +6,13 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+
+from fxopt.ir.rewrite import Candidate
+from fxopt.passes.attention.window import Window
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -47,6 +50,14 @@ def test_points_are_drawn_by_share_and_by_power_of_ten(monkeypatch: pytest.Monke
     said = [c.findtext(f"{SVG}title") for c in titled]
     assert said[0] == "attention.<a>, all alike: 25% at 0.1"
     assert said[-1] == "all masks, each by itself: 50% at 0.001"
+
+
+def test_what_is_corrected_is_a_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    bench = loaded("attention_quality", monkeypatch)
+    for label, name in (("w512", "attention.window"), ("w512+d64", "attention.window+d64")):
+        proposal = SimpleNamespace(rewrite=Window(), candidate=Candidate("", label, {}))
+        assert bench.mask_of(proposal) == name
 
 
 @pytest.mark.slow
