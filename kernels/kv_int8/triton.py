@@ -18,6 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, processors, tile
+from fxopt.kernels._triton.kv_parts import (
+    codes,
+    gathered,
+    joined,
+    parts,
+    query_plane,
+    scattered,
+    step_of,
+    weight_plane,
+)
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.triton import (
@@ -39,86 +49,6 @@ LEAST_DEPTH = 32
 STAGES = 3
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-# Adding 1.5 * 2 ** 23 rounds to the nearest integer, which the low bits then hold.
-_ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _codes(b_byte, PLANE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Plane PLANE of packed integers as int8; those of 8 bits less 128.
-
-    Four bytes at a time: per byte it is four times the instructions.
-    """
-    if not ASM:
-        if BITS == 8:
-            return (b_byte ^ 128).to(tl.int8, bitcast=True)
-        return ((b_byte >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
-    if BITS == 8:
-        asm: tl.constexpr = "xor.b32 $0, $1, 0x80808080;"
-    elif BITS == 4 and PLANE == 0:
-        asm: tl.constexpr = "and.b32 $0, $1, 0x0f0f0f0f;"
-    elif BITS == 4:
-        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f;}"
-    elif PLANE == 0:
-        asm: tl.constexpr = "and.b32 $0, $1, 0x03030303;"
-    elif PLANE == 1:
-        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 2; and.b32 $0, t, 0x03030303;}"
-    elif PLANE == 2:
-        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x03030303;}"
-    else:
-        asm: tl.constexpr = "{.reg .b32 t; shr.u32 t, $1, 6; and.b32 $0, t, 0x03030303;}"
-    return tl.inline_asm_elementwise(asm, "=r,r", [b_byte], dtype=tl.int8, is_pure=True, pack=4)
-
-
-@triton.jit
-def _parts(b_x, b_top):
-    """int8 [..., 2], high part and residual of `b_x`, whose magnitudes are at most `b_top`."""
-    b_y = b_x * (127 / tl.maximum(b_top, 1e-30))
-    b_high = b_y + _ROUND
-    b_rest = (b_y - (b_high - _ROUND)) * 254 + _ROUND
-    return tl.join(b_high, b_rest).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def _step_of(b_top):
-    return b_top * (1 / (127 * 254))
-
-
-@triton.jit
-def _joined(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr):
-    """float32 [SIZE, ROWS] of sums int32 [SIZE, 2 * ROWS] of high parts and residuals."""
-    b_weight = tl.where(tl.arange(0, 2) == 0, 254, 1)
-    b_x = tl.reshape(b_x, (SIZE, ROWS, 2)) * b_weight[None, None, :]
-    return tl.sum(b_x, 2).to(tl.float32)
-
-
-@triton.jit
-def _query_plane(b_x, PLANE: tl.constexpr, PLANES: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """[W, 2 * R]: plane PLANE of [PLANES, R, W, 2]. The sum selects, and costs nothing."""
-    o_p = tl.arange(0, PLANES)
-    b_x = tl.where((o_p == PLANE)[:, None, None, None], b_x, 0)
-    return tl.reshape(tl.permute(tl.sum(b_x, 0).to(tl.int8), (1, 0, 2)), (W, 2 * R))
-
-
-@triton.jit
-def _weight_plane(b_x, PLANE: tl.constexpr, PLANES: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """[W, 2 * R]: plane PLANE of [PLANES * W, 2 * R]."""
-    o_p = tl.arange(0, PLANES)
-    b_x = tl.reshape(b_x, (PLANES, W, 2 * R))
-    return tl.sum(tl.where((o_p == PLANE)[:, None, None], b_x, 0), 0).to(tl.int8)
-
-
-@triton.jit
-def _scattered(b_x, GROUP: tl.constexpr):
-    """Numbers of tokens, in the order in which `_packed_share` has them in the rows of a tile."""
-    return tl.reshape(tl.permute(tl.reshape(b_x, (GROUP // 32, 8, 4)), (0, 2, 1)), (GROUP,))
-
-
-@triton.jit
-def _gathered(b_x, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of a tile in the order of tokens."""
-    b_x = tl.permute(tl.reshape(b_x, (GROUP // 32, 4, 8, COLUMNS)), (0, 2, 1, 3))
-    return tl.reshape(b_x, (GROUP, COLUMNS))
 
 
 @triton.jit
@@ -177,8 +107,8 @@ def _packed_share(
         b_vb = tl.load(value + i_block * (DV * VW) + o_v[:, None] * VW + o_vw[None, :])
         b_ks = tl.load(key_scale + i_block * D + o_d).to(tl.float32)
         b_kz = tl.load(key_zero + i_block * D + o_d).to(tl.float32)
-        b_vs = _scattered(tl.load(value_scale + i_block * GROUP + o_t), GROUP).to(tl.float32)
-        b_vz = _scattered(b_next, GROUP).to(tl.float32)
+        b_vs = scattered(tl.load(value_scale + i_block * GROUP + o_t), GROUP).to(tl.float32)
+        b_vz = scattered(b_next, GROUP).to(tl.float32)
         if K_BITS == 8:
             b_kz += 128 * b_ks
         if V_BITS == 8:
@@ -190,13 +120,13 @@ def _packed_share(
 
         b_x = b_q * tl.reshape(b_ks, (K_PLANES, 1, KW))
         b_top = tl.max(tl.max(tl.abs(b_x), 2), 0)
-        b_x8 = _parts(b_x, b_top[None, :, None])
+        b_x8 = parts(b_x, b_top[None, :, None])
         b_base = tl.sum(tl.sum(b_q * tl.reshape(b_kz, (K_PLANES, 1, KW)), 2), 0)
         b_dot = tl.zeros((GROUP, 2 * R), tl.int32)
         for i_p in tl.static_range(K_PLANES):
-            b_plane = _query_plane(b_x8, i_p, K_PLANES, KW, R)
-            b_dot = tl.dot(_codes(b_kb, i_p, K_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
-        b_s = _joined(b_dot, GROUP, R) * _step_of(b_top)[None, :] + b_base[None, :]
+            b_plane = query_plane(b_x8, i_p, K_PLANES, KW, R)
+            b_dot = tl.dot(codes(b_kb, i_p, K_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
+        b_s = joined(b_dot, GROUP, R) * step_of(b_top)[None, :] + b_base[None, :]
         if HAS_SOFTCAP:
             b_s = (softcap * _LOG2E) * (1 - 2 / (tl.exp(2 * b_s / softcap) + 1))
 
@@ -223,12 +153,12 @@ def _packed_share(
 
         b_w = b_p * b_vs[:, None]
         b_top = tl.max(b_w, 0)
-        b_w8 = _gathered(tl.reshape(_parts(b_w, b_top[None, :]), (GROUP, 2 * R)), GROUP, 2 * R)
+        b_w8 = gathered(tl.reshape(parts(b_w, b_top[None, :]), (GROUP, 2 * R)), GROUP, 2 * R)
         b_dot = tl.zeros((DV, 2 * R), tl.int32)
         for i_p in tl.static_range(V_PLANES):
-            b_plane = _weight_plane(b_w8, i_p, V_PLANES, VW, R)
-            b_dot = tl.dot(_codes(b_vb, i_p, V_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
-        b_acc = b_acc * b_alpha[None, :] + _joined(b_dot, DV, R) * _step_of(b_top)[None, :]
+            b_plane = weight_plane(b_w8, i_p, V_PLANES, VW, R)
+            b_dot = tl.dot(codes(b_vb, i_p, V_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
+        b_acc = b_acc * b_alpha[None, :] + joined(b_dot, DV, R) * step_of(b_top)[None, :]
         low, high = next_low, next_high
 
     tl.store(out_m + i_out + o_r, b_m * (1 / _LOG2E), mask=o_r < rows)
