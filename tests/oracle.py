@@ -7,6 +7,7 @@ code under test: the original model with this cache says what a packed cache has
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,28 +34,51 @@ def bfloat16_above(x: Tensor) -> Tensor:
     return -bfloat16_below(-x)
 
 
-def fake_quantize(x: Tensor, valid: Tensor, bits: int, dim: int) -> Tensor:
-    """`x` through `bits`-bit integers that share a range along `dim`; `valid` is broadcast."""
-    exact, levels = wide(x), 2**bits - 1
+E4M3 = torch.tensor([m / 8 * 2.0**-6 for m in range(8)] + [
+    (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)
+][:-1], dtype=torch.float64)  # fmt: skip
+"""What can be stored of either sign, by the byte."""
+
+
+def nearest_e4m3(x: Tensor) -> Tensor:
+    """The nearest number of `E4M3`, of two the one of the even byte; `x` is at most 448."""
+    size, between = x.abs().double(), (E4M3[1:] + E4M3[:-1]) / 2
+    below = torch.bucketize(size, between)
+    tie = size == between[below.clamp(max=len(between) - 1)]
+    return (E4M3[below + (tie & (below % 2 == 1))] * x.sign()).to(x.dtype)
+
+
+def fake_quantize(x: Tensor, valid: Tensor, bits: int | str, dim: int) -> Tensor:
+    """`x` [..., tokens, channels] through `bits`-bit integers that share a range along `dim`, or
+    through e4m3 numbers ("f8"), about the middle of the range along tokens; `valid` is broadcast.
+    """
+    exact = wide(x)
     valid = valid.expand_as(exact)
     low = torch.where(valid, exact, torch.inf).amin(dim, keepdim=True)
     high = torch.where(valid, exact, -torch.inf).amax(dim, keepdim=True)
     some = valid.any(dim, keepdim=True)
-    zero = bfloat16_below(torch.where(some, low, 0.0))
-    scale = bfloat16_above((torch.where(some, high, 0.0) - zero) / levels)
+    low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+    if isinstance(bits, str):
+        zero = bfloat16_below((low + high) / 2) if dim == x.dim() - 2 else torch.zeros_like(low)
+        scale = bfloat16_above(torch.maximum(high - zero, zero - low) / 448)
+        q = torch.where(scale > 0, (exact - zero) / scale, 0.0).clamp(-448, 448)
+        return (nearest_e4m3(q) * scale + zero).to(x.dtype)
+    levels = 2**bits - 1
+    zero = bfloat16_below(low)
+    scale = bfloat16_above((high - zero) / levels)
     q = torch.where(scale > 0, ((exact - zero) / scale).round(), 0.0)
     return (q.clamp(0, levels) * scale + zero).to(x.dtype)
 
 
-def parse(text: str, heads: int) -> list[tuple[int, int, int, int, int] | None]:
+def parse(text: str, heads: int) -> list[Any]:
     """(K bits, V bits, group, residual, sink) of each KV head; None is exact."""
-    found: dict[int, tuple[int, int, int, int, int] | None] = {}
+    found: dict[int, Any] = {}
     for part in text.split("|"):
         chosen, _, spelled = part.rpartition(":")
-        numbers = re.fullmatch(r"k(\d+)v(\d+)g(\d+)r(\d+)s(\d+)", spelled)
-        values = tuple(map(int, numbers.groups())) if numbers else None
+        numbers = re.fullmatch(r"k(f8|\d+)v(f8|\d+)g(\d+)r(\d+)s(\d+)", spelled)
+        values = tuple(x if x == "f8" else int(x) for x in numbers.groups()) if numbers else None
         for head in map(int, chosen.split(",")) if chosen else range(heads):
-            found[head] = values  # type: ignore[assignment]
+            found[head] = values
     return [found[head] for head in range(heads)]
 
 
@@ -83,7 +107,7 @@ class FakeQuantizedLayer(DynamicLayer):
             self.images = (stored[0], stored[1])
         return seen[0], seen[1]
 
-    def _pack(self, head: int, fmt: tuple[int, ...], exact: tuple[Tensor, Tensor],
+    def _pack(self, head: int, fmt: Any, exact: tuple[Tensor, Tensor],
               stored: list[Tensor]) -> None:  # fmt: skip
         key_bits, value_bits, group, residual, sink = fmt
         length = exact[0].shape[2]
@@ -94,7 +118,7 @@ class FakeQuantizedLayer(DynamicLayer):
             span = slice(sink + done, sink + end)
             valid = self._valid(exact[0].shape[0], span)
             for side, bits, dim in ((0, key_bits, 1), (1, value_bits, 2)):
-                if bits < 16:
+                if bits != 16:
                     image = fake_quantize(exact[side][:, head, span], valid, bits, dim)
                     stored[side][:, head, span] = image
             done = end

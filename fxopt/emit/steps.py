@@ -126,7 +126,11 @@ def replayable(ids: Tensor, states: tuple[State, ...]) -> bool:
         return False
     return all(
         decodes_on_device(
-            s.num_heads // s.num_kv_heads * ids.shape[1], (s.head_dim, s.value_dim), s.dtype
+            s.num_heads // s.num_kv_heads * ids.shape[1],
+            (s.head_dim, s.value_dim),
+            s.dtype,
+            s.layout,
+            ids.device,
         )
         for s in states
     )

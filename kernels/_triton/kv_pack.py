@@ -6,6 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fxopt.kernels.kv_attention import packing
+
+LARGEST = tl.constexpr(packing.LARGEST)
+
 
 @triton.jit
 def _bfloat16_below(x):
@@ -128,3 +132,47 @@ def pack_values(
         b_byte += tl.where(m_x, b_code, 0) << (i_p * BITS)
     p_out = packed + (i_block * D + o_d)[None, :] * W + o_w[:, None]
     tl.store(p_out, b_byte.to(tl.uint8), mask=m_d[None, :] & (o_w < W)[:, None])
+
+
+@triton.jit
+def _float8(b_x):
+    """The nearest e4m3 numbers to float32 numbers of up to 448, as float32; the interpreter's cast
+    is exact for no others. They are 2 ** -3 of the power of two below them apart, or 2 ** -9."""
+    b_power = (b_x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    b_round = tl.maximum(b_power, 0.015625) * 1572864.0  # 1.5 * 2 ** 23 * 2 ** -3
+    return (b_x + b_round) - b_round
+
+
+@triton.jit
+def pack_float8(
+    codes, scale, zero, ring, new, i_bh, i_block, low, end, rank, fresh, RING, N,
+    D: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, HAS_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys about the middle of each channel, row by row; values about 0, channel by channel."""
+    AXIS: tl.constexpr = 0 if KEYS else 1
+    o_t, o_d = tl.arange(0, GROUP)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    p, m_t, m_valid = _due(tl.arange(0, GROUP), low, end, rank, HAS_RANK)
+    m_d = o_d < D
+    m_x = m_valid[:, None] & m_d
+    o_c = tl.arange(0, BLOCK_D)
+    b_x = _load_tokens(ring, new, i_bh, p, m_t, o_c, o_c < D, fresh, RING, N, D).to(tl.float32)
+    b_low = tl.min(tl.where(m_x, b_x, float("inf")), AXIS, keep_dims=True)
+    b_high = tl.max(tl.where(m_x, b_x, -float("inf")), AXIS, keep_dims=True)
+    some = b_low <= b_high
+    b_low, b_high = tl.where(some, b_low, 0.0), tl.where(some, b_high, 0.0)
+    b_zero = tl.zeros_like(b_low)
+    p_scale, m_scale = scale + i_block * GROUP + o_t, o_t < GROUP
+    if KEYS:
+        b_zero = _bfloat16_below(b_low / 2 + b_high / 2)
+        p_scale, m_scale = scale + i_block * D + o_d, m_d
+        tl.store(zero + i_block * D + o_d, b_zero.to(zero.dtype.element_ty), mask=m_d)
+    b_top = tl.maximum(b_high - b_zero, b_zero - b_low)
+    b_scale = -_bfloat16_below(-tl.div_rn(b_top, tl.zeros_like(b_top) + LARGEST))
+    tl.store(p_scale, b_scale.to(scale.dtype.element_ty), mask=m_scale)
+    b_y = tl.div_rn(b_x - b_zero, tl.where(b_scale > 0, b_scale, 1.0) + b_x * 0)
+    b_y = _float8(tl.minimum(tl.maximum(tl.where(m_x, b_y, 0.0), -LARGEST), LARGEST))
+    p_out = codes + (i_block * GROUP + o_t) * D + o_d
+    if not KEYS:
+        p_out = codes + (i_block * D + o_d) * GROUP + o_t
+    tl.store(p_out, b_y.to(codes.dtype.element_ty), mask=m_d & (o_t < GROUP))

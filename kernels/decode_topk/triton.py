@@ -15,6 +15,7 @@ from torch import Tensor
 from fxopt.kernels.block_topk.triton import select_warps
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import RANGES, Blocks
+from fxopt.kernels.kv_attention.packing import code_range
 from fxopt.kernels.kv_attention.triton import blocks_used
 
 from . import reference as topk
@@ -36,12 +37,12 @@ def _whole_tiles(start_ptr, block_start, BLOCKS, GROUP: tl.constexpr):
 
 @triton.jit
 def _estimate_kernel(
-    q, low, high, start_ptr, block_start, out, TILES, scale, width,
+    q, low, high, start_ptr, block_start, out, TILES, scale, least, width,
     G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Estimates [B * KV, G, TILES] of q [B * KV, G, D]. Of packed keys `low` and `high` are zero
-    and scale, and `width` scales lie between the least and the largest key."""
+    and scale; the least key is `least` scales from the zero and the largest `width` scales on."""
     i_bh = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     whole = _whole_tiles(start_ptr, block_start, TILES, GROUP)
@@ -53,6 +54,7 @@ def _estimate_kernel(
         b_high = tl.load(high + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         b_width = b_high - b_low
         if GROUP > 0:
+            b_low += b_high * least
             b_width = b_high * width
         b_middle = b_low + b_width / 2
         b_width *= b_width / 12
@@ -145,9 +147,10 @@ def kept_list(
     starts = part.get("block_start", start)
     kind = {"G": group, "GROUP": 0 if fmt is None else size}
     mass = torch.empty((batch * heads, group, tiles), device=q.device)
+    least, largest = (0.0, 0.0) if fmt is None else code_range(fmt.key_bits)
     _estimate_kernel[(batch * heads, triton.cdiv(tiles, BLOCK_T))](
         q, part[names[0]], part[names[1]], start, starts, mass, tiles, float(arguments.scale),
-        0.0 if fmt is None else 2.0**fmt.key_bits - 1,
+        least, largest - least,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_T=BLOCK_T, **kind,
     )  # fmt: skip
     most = topk.tiles_read(top_keys, size)

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels._triton.common import tile
-from fxopt.kernels._triton.kv_pack import copy_block, pack_keys, pack_values
+from fxopt.kernels._triton.kv_pack import copy_block, pack_float8, pack_keys, pack_values
 from fxopt.kernels.kv_attention.layout import Blocks
+from fxopt.kernels.kv_attention.packing import width
 
 
 @triton.jit
@@ -77,6 +78,11 @@ def _pack_block(
         v += to_sink * DV
         if K_BITS == 16:
             copy_block(key, recent_k, k, i_bh, i_block, low, end, fresh, RING, N, D, GROUP, BLOCK_K)
+        elif key.dtype.element_ty.is_fp8():
+            pack_float8(
+                key, key_scale, key_zero, recent_k, k, i_bh, i_block, low, end, rank, fresh,
+                RING, N, D, GROUP, True, HAS_RANK, BLOCK_K,
+            )  # fmt: skip
         else:
             pack_keys(
                 key, key_scale, key_zero, recent_k, k, i_bh, i_block, low, end, rank, fresh,
@@ -86,6 +92,11 @@ def _pack_block(
             copy_block(
                 value, recent_v, v, i_bh, i_block, low, end, fresh, RING, N, DV, GROUP, BLOCK_V
             )
+        elif value.dtype.element_ty.is_fp8():
+            pack_float8(
+                value, value_scale, value_zero, recent_v, v, i_bh, i_block, low, end, rank, fresh,
+                RING, N, DV, GROUP, False, HAS_RANK, BLOCK_V,
+            )  # fmt: skip
         else:
             pack_values(
                 value, value_scale, value_zero, recent_v, v, i_bh, i_block, low, end, rank, fresh,
@@ -260,8 +271,9 @@ def _stored(part: dict[str, Tensor], none: Tensor) -> list[Tensor]:
 def _packing(new: dict[str, Tensor], fmt: Blocks, rank: Tensor | None) -> dict[str, Any]:
     """What a kernel that packs is compiled for."""
     heads, dim = new["key"].shape[1], new["key"].shape[3]
+    key_bits, value_bits = width(fmt.key_bits), width(fmt.value_bits)
     return {
         "H": heads, "D": dim, "DV": new["value"].shape[3], "GROUP": fmt.group, "SINK": fmt.sink,
-        "K_BITS": fmt.key_bits, "V_BITS": fmt.value_bits, "HAS_RANK": rank is not None,
-        "BLOCK_K": triton.next_power_of_2(dim // max(1, 8 // fmt.key_bits)),
+        "K_BITS": key_bits, "V_BITS": value_bits, "HAS_RANK": rank is not None,
+        "BLOCK_K": triton.next_power_of_2(dim // max(1, 8 // key_bits)),
     }  # fmt: skip

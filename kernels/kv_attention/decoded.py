@@ -209,6 +209,6 @@ def _image(
     x: Tensor, valid: Tensor | None, side: str, fmt: Blocks
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`x` [B, h, blocks * group, D] as it comes back from packed storage, and what is stored."""
-    bits = fmt.key_bits if side == "key" else fmt.value_bits
+    bits = fmt.bits(side)
     stored = pack_side(x.unflatten(2, (-1, fmt.group)), valid, side, bits)
     return unpack_side(stored, side, bits, x.dtype).flatten(2, 3), stored

@@ -28,7 +28,7 @@ from fxopt.kernels.decode_topk.reference import (
 from .heads import Arguments, Attend, block_mask, merge, take
 from .kept import check, packed_ranges
 from .layout import Blocks, parse, split_state
-from .packing import pack_side, unpack_side
+from .packing import join_blocks, pack_side, unpack_side
 
 SIDES = ("key", "value")
 
@@ -130,8 +130,7 @@ def stored_pieces(
     part: dict[str, Tensor], side: str, fmt: Blocks, dtype: torch.dtype
 ) -> list[Tensor]:
     """All stored keys (or values) in the order of positions, as the attention reads them."""
-    bits = fmt.key_bits if side == "key" else fmt.value_bits
-    image = unpack_side(part, side, bits, dtype)
+    image = unpack_side(part, side, fmt.bits(side), dtype)
     batch, heads, blocks, group, channels = image.shape
     pieces = [image.reshape(batch, heads, blocks * group, channels), part[f"recent_{side}"]]
     return [part[f"sink_{side}"], *pieces] if fmt.sink else pieces
@@ -163,9 +162,8 @@ def append(
             present[f"sink_{side}"] = exact.narrow(2, 0, sink)
         fresh = exact.narrow(2, sink, packed)
         fresh = fresh.reshape(batch, heads, fresh_blocks, fmt.group, channels)
-        bits = fmt.key_bits if side == "key" else fmt.value_bits
-        for name, value in pack_side(fresh, valid, side, bits).items():
-            present[name] = torch.cat([part[name], value], 2)
+        for name, value in pack_side(fresh, valid, side, fmt.bits(side)).items():
+            present[name] = join_blocks(part[name], value)
         rest = unpacked - sink - packed
         present[f"recent_{side}"] = exact.narrow(2, sink + packed, rest)
     return present

@@ -19,7 +19,7 @@ from fxopt.kernels.decode_topk.reference import (
 
 from .heads import Arguments, Attend
 from .layout import RANGES, Blocks
-from .packing import unpack_side, wide
+from .packing import code_range, unpack_side, wide
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ def packed_tiles(part: dict[str, Tensor], fmt: Blocks, used: int) -> Tiles:
 
 
 def packed_ranges(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
-    """Between which numbers the channels of packed keys lie, [B, h, blocks, D]: an integer times a
-    scale above a zero."""
+    """Between which numbers the channels of packed keys lie, [B, h, blocks, D]: a code times a
+    scale from a zero on."""
     zero, scale = (wide(part[f"key_{name}"].squeeze(3)) for name in ("zero", "scale"))
-    return zero, zero + (2**fmt.key_bits - 1) * scale
+    least, largest = code_range(fmt.key_bits)
+    return zero + least * scale, zero + largest * scale
 
 
 def attend_kept(
@@ -143,10 +144,9 @@ def _gathered(
     if fmt is None:
         slot = torch.arange(tiles.size, device=places.device)
         return picked(part[side], places[..., None] * tiles.size + slot)
-    bits = fmt.key_bits if side == "key" else fmt.value_bits
     names = (side, f"{side}_scale", f"{side}_zero")
     some = {name: picked(part[name], places) for name in names if name in part}
-    return unpack_side(some, side, bits, dtype).flatten(2, 3)
+    return unpack_side(some, side, fmt.bits(side), dtype).flatten(2, 3)
 
 
 def _seen(tiles: Tiles, places: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -4,6 +4,7 @@
     "k4v4g64r64s4"                     every KV head: 4-bit K and V, groups of 64 tokens,
                                        a residual of 64 tokens and 4 sink tokens kept exactly
     "0,2:k4v4g64r64s4|1,3:exact"       heads 0 and 2 packed, heads 1 and 3 exact
+    "k8vf8g128r64s4"                   8-bit integers as keys and e4m3 numbers as values
     "k4v4g64r64s4+t4096"               a token that is decoded reads, of the packed ones, blocks of
                                        4096 tokens: those of the most estimated attention
 
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from fxopt.kernels.decode_topk.reference import TILE, tiles_read
 
-BITS = (16, 8, 4, 2)
+from .packing import FLOAT8, Bits, has_zero, width
+
+BITS: tuple[Bits, ...] = (16, 8, FLOAT8, 4, 2)
 GROUPS = (32, 64, 128)
-_FORMAT = re.compile(r"k(\d+)v(\d+)g(\d+)r(\d+)s(\d+)")
+_FORMAT = re.compile(r"k(\d+|f8)v(\d+|f8)g(\d+)r(\d+)s(\d+)")
 RANGES = ("key_low", "key_high")
 """Of the keys of each whole tile that is stored exactly: the least and the largest of a channel."""
 FIXED = ("block_start", *RANGES)
@@ -41,12 +44,12 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Blocks:
     """Packed storage: a block holds `group` tokens and is packed once.
 
-    16 bits on one side keep that side in the model's dtype. The newest `residual` tokens and
-    the first `sink` positions are never packed.
+    16 bits on one side keep that side in the model's dtype, "f8" stores e4m3 numbers. The newest
+    `residual` tokens and the first `sink` positions are never packed.
     """
 
-    key_bits: int
-    value_bits: int
+    key_bits: Bits
+    value_bits: Bits
     group: int
     residual: int
     sink: int
@@ -64,10 +67,14 @@ class Blocks:
     def refusal(self, head_dim: int) -> str | None:
         """Why keys of this size cannot be packed; None if they can. Values always can: they are
         packed along the tokens of a block, which every width divides."""
-        bits = self.key_bits
+        bits = width(self.key_bits)
         if bits < 16 and head_dim % (8 // bits):
             return f"{bits}-bit K needs channels divisible by {8 // bits}, got {head_dim}"
         return None
+
+    def bits(self, side: str) -> Bits:
+        """Those of "key" or "value"."""
+        return self.key_bits if side == "key" else self.value_bits
 
     def packed(self, length: int) -> int:
         """Tokens that are packed once `length` tokens have been seen without any crop."""
@@ -141,6 +148,11 @@ def left_out(fmt: Blocks | None, past: int, top_keys: int) -> int:
     return max(0, whole - tiles_read(top_keys, size)) if top_keys else 0
 
 
+def to_bits(text: str | float) -> Bits:
+    """What a label or a plan says of one side."""
+    return FLOAT8 if text == FLOAT8 else int(text)
+
+
 def parse_format(text: str) -> Blocks | None:
     """One format; "exact" (and 16 bits on both sides) is None."""
     if text == "exact":
@@ -148,7 +160,8 @@ def parse_format(text: str) -> Blocks | None:
     found = _FORMAT.fullmatch(text)
     if not found:
         raise ValueError(f"'{text}' is no cache format; write 'exact' or like 'k4v4g64r64s4'")
-    blocks = Blocks(*map(int, found.groups()))
+    key, value, *sizes = found.groups()
+    blocks = Blocks(to_bits(key), to_bits(value), *map(int, sizes))
     return None if blocks.key_bits == blocks.value_bits == 16 else blocks
 
 
@@ -217,8 +230,9 @@ def state_shapes(
     uint8; key_scale and key_zero [B, h, blocks, 1, D] bfloat16; recent_key [B, h, recent, D], a
     ring in which the token at position p (from the sink's end) lies at p % recent; the same for
     values, but with value [B, h, blocks, Dv, group*bits/8], packed along the tokens, and scale
-    and zero [B, h, blocks, group, 1]. A 16-bit side is [B, h, blocks, group, D], without scale
-    and zero. A sink of 0 tokens is left out.
+    and zero [B, h, blocks, group, 1]. An "f8" side is float8_e4m3fn of 8 bits, its values without
+    zero. A 16-bit side is [B, h, blocks, group, D], without scale and zero. A sink of 0 tokens is
+    left out.
     """
     if fmt is None:
         names = RANGES if ranged else ()
@@ -230,21 +244,21 @@ def state_shapes(
     blocks = fmt.packed(capacity) // fmt.group
     recent = max(0, min(capacity - fmt.sink, fmt.residual + fmt.group - 1))
     shapes: Shapes = {"block_start": ((blocks + 1,), torch.int64)}
-    for side, bits, channels in (
-        ("key", fmt.key_bits, head_dim),
-        ("value", fmt.value_bits, value_dim),
-    ):
+    for side, channels in (("key", head_dim), ("value", value_dim)):
+        bits = fmt.bits(side)
         if fmt.sink:
             shapes[f"sink_{side}"] = ((batch, heads, fmt.sink, channels), dtype)
         if bits == 16:
             shapes[side] = ((batch, heads, blocks, fmt.group, channels), dtype)
         else:
-            row, stored = (1, channels), (fmt.group, channels * bits // 8)
+            row, stored = (1, channels), (fmt.group, channels * width(bits) // 8)
             if side == "value":
-                row, stored = (fmt.group, 1), (channels, fmt.group * bits // 8)
-            shapes[side] = ((batch, heads, blocks, *stored), torch.uint8)
+                row, stored = (fmt.group, 1), (channels, fmt.group * width(bits) // 8)
+            kind = torch.float8_e4m3fn if bits == FLOAT8 else torch.uint8
+            shapes[side] = ((batch, heads, blocks, *stored), kind)
             shapes[f"{side}_scale"] = ((batch, heads, blocks, *row), torch.bfloat16)
-            shapes[f"{side}_zero"] = ((batch, heads, blocks, *row), torch.bfloat16)
+            if has_zero(side, bits):
+                shapes[f"{side}_zero"] = ((batch, heads, blocks, *row), torch.bfloat16)
         shapes[f"recent_{side}"] = ((batch, heads, recent, channels), dtype)
     return shapes
 

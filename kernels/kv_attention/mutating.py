@@ -148,8 +148,7 @@ def _pieces(part: Part, side: str, fmt: Blocks, begin: int, dtype: torch.dtype) 
     starts: list[int] = part["block_start"].tolist()
     used = blocks_used(part)
     stored = {name: x[:, :, :used] for name, x in part.items() if name.startswith(side)}
-    bits = fmt.key_bits if side == "key" else fmt.value_bits
-    image = unpack_side(stored, side, bits, dtype).flatten(2, 3)
+    image = unpack_side(stored, side, fmt.bits(side), dtype).flatten(2, 3)
     if used * fmt.group != starts[-1]:
         image = image[:, :, _slots(starts[: used + 1], fmt.group, image.device)]
     *sink, newest = _exact_pieces(part, side, fmt, begin)
@@ -252,11 +251,10 @@ def _pack(
             valid = torch.ones(tail.shape[0], high - low, dtype=torch.bool, device=tail.device)
         padding = valid.new_zeros(valid.shape[0], short)
         valid = torch.cat([valid[:, :hole], padding, valid[:, hole:]], 1)
-    bits = fmt.key_bits if side == "key" else fmt.value_bits
     fresh = tail.unflatten(2, (len(bounds), fmt.group))
     if valid is not None:
         valid = valid.reshape(-1, 1, len(bounds), fmt.group, 1)
-    for name, value in pack_side(fresh, valid, side, bits).items():
+    for name, value in pack_side(fresh, valid, side, fmt.bits(side)).items():
         part[name][:, :, used : used + len(bounds)] = value
 
 

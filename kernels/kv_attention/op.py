@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from fxopt.kernels._register import register
 from fxopt.kernels.attention.op import attention_cuda
 
 from . import reference
-from .layout import Blocks
+from .layout import Blocks, parse
 from .mutating import Part, append_exact, append_packed
+from .packing import FLOAT8
+
+FLOAT8_CAPABILITY = (8, 9)
+"""The first of NVIDIA's that converts e4m3 numbers."""
 
 _ATTENTION = (
     "Tensor? mask, Tensor? bias, Tensor? sinks, "
@@ -76,7 +80,7 @@ def _cached_cuda(
     delta: Sequence[int] = (0,),
 ) -> Tensor:
     kernels = None
-    if _served(q.dtype, (q.shape[3], v.shape[3])):
+    if _served(q.dtype, (q.shape[3], v.shape[3])) and _reads(layout, q.device):
         from .device import attend_and_append
 
         kernels = partial(attend_and_append, attention_cuda)
@@ -94,7 +98,9 @@ def store_first(part: Part, new: Part, start: Tensor, fmt: Blocks | None) -> Non
         append_exact(part, new, None, 0)
         return
     part["block_start"].zero_()
-    if start.is_cuda and _served(new["key"].dtype, (new["key"].shape[3], new["value"].shape[3])):
+    k, v = new["key"], new["value"]
+    served = start.is_cuda and _served(k.dtype, (k.shape[3], v.shape[3]))
+    if served and _reads(str(fmt), k.device):
         from fxopt.kernels.kv_append.triton import append
 
         append(new, part, start, None, fmt)
@@ -106,10 +112,21 @@ def _served(dtype: torch.dtype, dims: tuple[int, int]) -> bool:
     return _triton.AVAILABLE and dtype != torch.float64 and max(dims) <= 256
 
 
-def decodes_on_device(rows: int, dims: tuple[int, int], dtype: torch.dtype) -> bool:
+@lru_cache(maxsize=4096)
+def _reads(layout: str, device: torch.device) -> bool:
+    """Whether kernels on a GPU read what `layout` stores: e4m3 numbers where it converts them."""
+    formats = [entry.format for entry in parse(layout).classes if entry.format]
+    if all(FLOAT8 not in (fmt.key_bits, fmt.value_bits) for fmt in formats):
+        return True
+    return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+
+
+def decodes_on_device(
+    rows: int, dims: tuple[int, int], dtype: torch.dtype, layout: str, device: torch.device
+) -> bool:
     """Whether `cached_attention` on a GPU learns lengths there alone, for `rows` queries a KV head
     of `dims` (head_dim, value_dim): then it may be part of a CUDA graph."""
-    if not _served(dtype, dims):
+    if not _served(dtype, dims) or not _reads(layout, device):
         return False
     from .device import MOST_ROWS
 

@@ -18,6 +18,16 @@ from fxopt.kernels._triton.common import DOT_UPCAST, dot, processors, tile
 
 from .heads import Arguments
 from .layout import Blocks
+from .packing import width
+
+
+@triton.jit
+def _code(b_stored, shift, BITS: tl.constexpr):
+    """What is stored as float32: e4m3 numbers, or the integers that begin at bit `shift`."""
+    if b_stored.dtype.is_fp8():
+        return b_stored.to(tl.float32)
+    else:  # what follows a return is compiled as well
+        return ((b_stored.to(tl.int32) >> shift) & ((1 << BITS) - 1)).to(tl.float32)
 
 
 @triton.jit
@@ -30,12 +40,11 @@ def _load_keys(
     if BITS == 16:
         return tl.load(packed + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
     W: tl.constexpr = D * BITS // 8
-    p_byte = packed + rows[:, None] * W + (channels % W)[None, :]
-    b_byte = tl.load(p_byte, mask=mask, other=0).to(tl.int32)
-    b_code = (b_byte >> ((channels // W) * BITS)[None, :]) & ((1 << BITS) - 1)
+    b_stored = tl.load(packed + rows[:, None] * W + (channels % W)[None, :], mask=mask)
+    b_code = _code(b_stored, ((channels // W) * BITS)[None, :], BITS)
     b_scale = tl.load(scale + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
     b_zero = tl.load(zero + channels, mask=m_channels, other=0.0).to(tl.float32)[None, :]
-    return tl.where(mask, b_code.to(tl.float32) * b_scale + b_zero, 0.0).to(dtype)
+    return tl.where(mask, b_code * b_scale + b_zero, 0.0).to(dtype)
 
 
 @triton.jit
@@ -48,12 +57,12 @@ def _load_values(
     if BITS == 16:
         return tl.load(packed + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
     W: tl.constexpr = GROUP * BITS // 8
-    p_byte = packed + channels[None, :] * W + (rows % W)[:, None]
-    b_byte = tl.load(p_byte, mask=mask, other=0).to(tl.int32)
-    b_code = (b_byte >> ((rows // W) * BITS)[:, None]) & ((1 << BITS) - 1)
-    b_scale = tl.load(scale + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
-    b_zero = tl.load(zero + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
-    return tl.where(mask, b_code.to(tl.float32) * b_scale + b_zero, 0.0).to(dtype)
+    b_stored = tl.load(packed + channels[None, :] * W + (rows % W)[:, None], mask=mask)
+    b_x = _code(b_stored, ((rows // W) * BITS)[:, None], BITS)
+    b_x *= tl.load(scale + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    if not b_stored.dtype.is_fp8():
+        b_x += tl.load(zero + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    return tl.where(mask, b_x, 0.0).to(dtype)
 
 
 @triton.jit
@@ -327,7 +336,7 @@ def decode(
         listed.shape[-1] if kept else 0, 0 if rank is None else rank.stride(0), *strides,
         arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
-        K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
+        K_BITS=width(fmt.key_bits), V_BITS=width(fmt.value_bits), CAUSAL=arguments.causal,
         HAS_RANK=rank is not None, HAS_BIAS=bias is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),

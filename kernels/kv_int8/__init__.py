@@ -1,1 +1,1 @@
-"""Decoding over packed blocks as integers, on int8 tensor cores."""
+"""Decoding over packed blocks as they are stored, on int8 or float16 tensor cores."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxopt.kernels.kv_attention.layout import Blocks
+from fxopt.kernels.kv_attention.packing import width
 
 # What a multiprocessor of an H100 holds: bytes of shared memory, and warps of 255 registers.
 SHARED, WARPS = 228 * 1024, 8
@@ -16,18 +17,18 @@ def warps(fmt: Blocks, rows: int) -> int:
     """One, for up to four query rows: two that exchange planes of 4-bit keys took 3.6 times as
     long. Keys of 8 bits have one plane, and spill in one warp, which took twice as long; so do
     more rows (1.4 times as long with 8 of them, 1.8 with 16)."""
-    return 2 if fmt.key_bits == 8 or rows > 4 else 1
+    return 2 if width(fmt.key_bits) == 8 or rows > 4 else 1
 
 
 def exact_tile(fmt: Blocks) -> int:
     """Tokens that are stored exactly, read at a time. 32 took 3 % less than 16 of the whole with
     8 bits, as much with 4 and a quarter more with 2, where programs are smaller without them."""
-    return 16 if min(fmt.key_bits, fmt.value_bits) == 2 else 32
+    return 16 if 2 in (fmt.key_bits, fmt.value_bits) else 32
 
 
 def at_once(fmt: Blocks, dim: int, value_dim: int, num_warps: int, num_stages: int) -> int:
     """Programs that one multiprocessor runs at a time."""
-    stored = fmt.group * (dim * fmt.key_bits + value_dim * fmt.value_bits) // 8
+    stored = fmt.group * (dim * width(fmt.key_bits) + value_dim * width(fmt.value_bits)) // 8
     # Scales, what tiles are exchanged through, and what the driver takes, as compiled.
     held = (num_stages - 1) * stored + 4096
     return max(1, min(WARPS // num_warps, SHARED // held))

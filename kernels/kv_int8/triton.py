@@ -1,10 +1,11 @@
-"""Decoding over packed blocks on int8 tensor cores.
+"""Decoding over packed blocks on int8 tensor cores, or float16 ones where blocks are of e4m3.
 
 Stored integers are multiplied as they are. What they are multiplied with is split into two int8
 parts, x ≈ (high * 254 + residual) * step, which are two columns of the same tile: with up to four
 query rows a KV head they fill columns that a tile of the tensor core has anyway. Scales go to the
 other operand: the one of a key's channel to the query, the one of a value's token to its weight;
-zeros become a number per row. Sums of products are exact, so the error is that of 15 bits.
+zeros become a number per row. Sums of products are exact, so the error is that of 15 bits. e4m3
+numbers differ in what both operands are (`_triton/kv_parts.py`), and values of them have no zeros.
 
 Tiles are transposed: scores are [tokens, rows] and outputs [channels, rows], because a tile has 16
 rows and only 8 columns, and packed storage is the larger side.
@@ -30,6 +31,7 @@ from fxopt.kernels._triton.kv_parts import (
 )
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks
+from fxopt.kernels.kv_attention.packing import FLOAT8, width
 from fxopt.kernels.kv_attention.triton import (
     blocks_used,
     combine,
@@ -41,7 +43,7 @@ from fxopt.kernels.kv_attention.triton import (
 
 from . import launch
 
-BITS = (8, 4, 2)
+BITS = (8, FLOAT8, 4, 2)
 DIMS = (64, 128)
 MOST_ROWS = 16
 # An int8 instruction sums 32 products.
@@ -80,6 +82,8 @@ def _packed_share(
     V_PLANES: tl.constexpr = 8 // V_BITS
     KW: tl.constexpr = D // K_PLANES
     VW: tl.constexpr = GROUP // V_PLANES
+    K_FLOAT: tl.constexpr = key.dtype.element_ty.is_fp8()
+    V_FLOAT: tl.constexpr = value.dtype.element_ty.is_fp8()
     o_t, o_d, o_v, o_r = tl.arange(0, GROUP), tl.arange(0, D), tl.arange(0, DV), tl.arange(0, R)
     o_kw, o_vw = tl.arange(0, KW), tl.arange(0, VW)
     o_n = o_t // 32 * 32 + o_t % 8 * 4 + o_t % 32 // 8
@@ -98,7 +102,8 @@ def _packed_share(
     i_x = _counted(first, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
     low, high = tl.load(block_start + i_x), tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
     p_zero = value_zero + i_bh * BLOCKS * GROUP + o_t
-    b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
+    if not V_FLOAT:
+        b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
 
     for i_n in range(first, end):
         i_block = i_bh * BLOCKS + _counted(i_n, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
@@ -108,25 +113,26 @@ def _packed_share(
         b_ks = tl.load(key_scale + i_block * D + o_d).to(tl.float32)
         b_kz = tl.load(key_zero + i_block * D + o_d).to(tl.float32)
         b_vs = scattered(tl.load(value_scale + i_block * GROUP + o_t), GROUP).to(tl.float32)
-        b_vz = scattered(b_next, GROUP).to(tl.float32)
-        if K_BITS == 8:
+        if K_BITS == 8 and not K_FLOAT:
             b_kz += 128 * b_ks
-        if V_BITS == 8:
-            b_vz += 128 * b_vs
-        b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
+        if not V_FLOAT:
+            b_vz = scattered(b_next, GROUP).to(tl.float32)
+            if V_BITS == 8:
+                b_vz += 128 * b_vs
+            b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
         # Two loads, though one is the other's: a loop that carries over two steps is not pipelined.
         next_low = tl.load(block_start + i_x)
         next_high = tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
 
         b_x = b_q * tl.reshape(b_ks, (K_PLANES, 1, KW))
         b_top = tl.max(tl.max(tl.abs(b_x), 2), 0)
-        b_x8 = parts(b_x, b_top[None, :, None])
+        b_x8 = parts(b_x, b_top[None, :, None], K_FLOAT)
         b_base = tl.sum(tl.sum(b_q * tl.reshape(b_kz, (K_PLANES, 1, KW)), 2), 0)
-        b_dot = tl.zeros((GROUP, 2 * R), tl.int32)
+        b_dot = tl.zeros((GROUP, 2 * R), tl.float32 if K_FLOAT else tl.int32)
         for i_p in tl.static_range(K_PLANES):
             b_plane = query_plane(b_x8, i_p, K_PLANES, KW, R)
-            b_dot = tl.dot(codes(b_kb, i_p, K_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
-        b_s = joined(b_dot, GROUP, R) * step_of(b_top)[None, :] + b_base[None, :]
+            b_dot = tl.dot(codes(b_kb, i_p, K_BITS, ASM), b_plane, b_dot, out_dtype=b_dot.dtype)
+        b_s = joined(b_dot, GROUP, R) * step_of(b_top, K_FLOAT)[None, :] + b_base[None, :]
         if HAS_SOFTCAP:
             b_s = (softcap * _LOG2E) * (1 - 2 / (tl.exp(2 * b_s / softcap) + 1))
 
@@ -149,16 +155,19 @@ def _packed_share(
         b_alpha = tl.exp2(b_m - b_ref)
         b_m = b_new
         b_l = b_l * b_alpha + tl.sum(b_p, 0)
-        b_z = b_z * b_alpha + tl.sum(b_p * b_vz[:, None], 0)
+        if not V_FLOAT:
+            b_z = b_z * b_alpha + tl.sum(b_p * b_vz[:, None], 0)
 
         b_w = b_p * b_vs[:, None]
         b_top = tl.max(b_w, 0)
-        b_w8 = gathered(tl.reshape(parts(b_w, b_top[None, :]), (GROUP, 2 * R)), GROUP, 2 * R)
-        b_dot = tl.zeros((DV, 2 * R), tl.int32)
+        b_w8 = tl.reshape(parts(b_w, b_top[None, :], V_FLOAT), (GROUP, 2 * R))
+        b_w8 = gathered(b_w8, GROUP, 2 * R)
+        b_dot = tl.zeros((DV, 2 * R), tl.float32 if V_FLOAT else tl.int32)
         for i_p in tl.static_range(V_PLANES):
             b_plane = weight_plane(b_w8, i_p, V_PLANES, VW, R)
-            b_dot = tl.dot(codes(b_vb, i_p, V_BITS, ASM), b_plane, b_dot, out_dtype=tl.int32)
-        b_acc = b_acc * b_alpha[None, :] + joined(b_dot, DV, R) * step_of(b_top)[None, :]
+            b_dot = tl.dot(codes(b_vb, i_p, V_BITS, ASM), b_plane, b_dot, out_dtype=b_dot.dtype)
+        b_y = joined(b_dot, DV, R) * step_of(b_top, V_FLOAT)[None, :]
+        b_acc = b_acc * b_alpha[None, :] + b_y
         low, high = next_low, next_high
 
     tl.store(out_m + i_out + o_r, b_m * (1 / _LOG2E), mask=o_r < rows)
@@ -266,7 +275,7 @@ def serves(
     if fmt.key_bits not in BITS or fmt.value_bits not in BITS:
         return False
     dims = new["key"].shape[3], new["value"].shape[3]
-    depths = dims[0] * fmt.key_bits // 8, fmt.group * fmt.value_bits // 8
+    depths = dims[0] * width(fmt.key_bits) // 8, fmt.group * width(fmt.value_bits) // 8
     rows = arguments.q.shape[1] // new["key"].shape[1] * arguments.q.shape[2]
     return (
         arguments.bias is None
@@ -316,14 +325,14 @@ def decode_packed(
     _decode_packed_kernel[(batch * heads, shares)](
         q, k, v, start, part["block_start"], part.get("sink_key", none),
         part.get("sink_value", none), part["key"], part["key_scale"], part["key_zero"],
-        part["value"], part["value_scale"], part["value_zero"], part["recent_key"],
+        part["value"], part["value_scale"], part.get("value_zero", none), part["recent_key"],
         part["recent_value"], none if rank is None else rank,
         none if windows is None else windows, listed, listed_count, partial, top, total,
         start.new_empty(3) if counts is None else counts, queries, blocks, ring,
         fmt.residual + fmt.sink, listed.shape[-1] if kept else 0,
         0 if rank is None else rank.stride(0), arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, GROUP=fmt.group, SINK=fmt.sink,
-        K_BITS=fmt.key_bits, V_BITS=fmt.value_bits, CAUSAL=arguments.causal,
+        K_BITS=width(fmt.key_bits), V_BITS=width(fmt.value_bits), CAUSAL=arguments.causal,
         HAS_RANK=rank is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST, ASM=not INTERPRETED,
         R=tile(rows, least=4), TILE=exact_tile, EXACT=exact_shares, HAS_LIST=kept is not None,

@@ -25,6 +25,7 @@ LAYOUTS = [
     "k4v4g32r8s4",
     "k2v8g32r0s0",
     "k8v2g64r5s1",
+    "kf8vf8g32r8s4",
     "0:k8v4g32r8s4|1:exact",
     "1:k4v16g32r5s3|0:k16v2g32r40s4",
 ]
@@ -222,7 +223,7 @@ def test_growing_form_stores_the_same_bytes(layout: str) -> None:
 @settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 45), min_size=1, max_size=9),
-    st.sampled_from(LAYOUTS[1:4]),
+    st.sampled_from(LAYOUTS[1:5]),
     st.integers(0, 60),
 )
 def test_packing_at_once_equals_streaming(chunks: list[int], layout: str, left: int) -> None:

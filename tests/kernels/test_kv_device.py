@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from fxopt.kernels.attention.reference import attention_reference
 from fxopt.kernels.kv_append import triton as appending
-from fxopt.kernels.kv_attention import allocate, parse
+from fxopt.kernels.kv_attention import allocate, op, parse
 from fxopt.kernels.kv_attention import triton as decoding
 from fxopt.kernels.kv_attention.device import attend_and_append
 from fxopt.kernels.kv_attention.mutating import cached_attention_mutating
@@ -118,3 +118,18 @@ def attend_and_append_all(
         q, k, v, state, start, mask, None, None, 0.3, True, [0], 0.0, [0], layout,
         attention, partial(attend_and_append, attention), length,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_a_gpu_that_does_not_convert_e4m3_reads_it_by_plain_pytorch(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    op._reads.cache_clear()
+    for layout, served in (
+        ("k8v8g32r0s0", True), ("kf8v4g32r0s0", capability >= (8, 9)),
+        ("0:k4vf8g32r0s0|1:exact", capability >= (8, 9)),
+    ):  # fmt: skip
+        there = torch.device("cuda", 0)
+        assert op.decodes_on_device(4, (64, 64), torch.bfloat16, layout, there) == served
+    op._reads.cache_clear()

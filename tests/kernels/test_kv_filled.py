@@ -13,7 +13,16 @@ from fxopt.kernels.kv_attention.op import decoded_attention
 from tests.oracle import fake_quantize
 from tests.oracle import parse as formats
 
-LAYOUTS = ("", "k4v2g32r0s0", "k8v16g32r5s3", "1:k4v4g32r0s0|0,2:exact", "k2v2g64r0s0")
+FLOAT8 = "kf8vf8g32r5s3"
+LAYOUTS = ("", "k4v2g32r0s0", "k8v16g32r5s3", FLOAT8, "1:k4v4g32r0s0|0,2:exact", "k2v2g64r0s0")
+
+# The first multiplies copies of the arguments, which e4m3 cannot be.
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
 
 
 def tensors(length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,9 +40,9 @@ def images(k: Tensor, v: Tensor, layout: str, valid: Tensor) -> tuple[Tensor, Te
         for low in range(sink, k.shape[2] - residual - group + 1, group):
             span = slice(low, low + group)
             seen = valid[:, span, None]
-            if key_bits < 16:
+            if key_bits != 16:
                 k[:, head, span] = fake_quantize(k[:, head, span], seen, key_bits, 1)
-            if value_bits < 16:
+            if value_bits != 16:
                 v[:, head, span] = fake_quantize(v[:, head, span], seen, value_bits, 2)
     return k, v
 
@@ -72,5 +81,5 @@ def test_the_op_is_registered_with_its_shape() -> None:
         state = fill(k, v, None, layout)
         arguments = (q, state, None, None, None, 0.3, 0.0, layout)
         op = torch.ops.fxopt.filled_attention.default
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op, arguments, test_utils=CHECKS[layout == FLOAT8 :])
         assert op(*arguments).shape == (2, 4, 6, 8)

@@ -1,4 +1,4 @@
-"""Decoding on int8 tensor cores: near to float64 over the same stored bytes."""
+"""Decoding of codes on tensor cores: near to float64 over the same stored bytes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def error(
     start = torch.tensor(length, device=DEVICE)
     out = decode_packed(arguments, new, part, start, rank, fmt, splits, exact_shares=exact)
     wide = Arguments(q.double(), None, *rest)
-    stored = {n: t.double() if t.is_floating_point() else t for n, t in part.items()}
+    stored = {
+        n: t.double() if t.is_floating_point() and t.itemsize > 1 else t for n, t in part.items()
+    }
     fresh = {n: t.double() for n, t in new.items()}
     exact = attend_image(attention_reference, wide, fresh, stored, mask, fmt, length)
     return float((out - exact).norm() / exact.norm())
@@ -88,6 +90,9 @@ def error(
         ("k4v4g64r8s4", 3, (64, 64), 450, {"window": 70, "hidden": 130}),
         ("k4v4g64r8s0", 2, (64, 64), 420, {"window": 30, "sink_tokens": 100, "crop": 345}),
         ("k4v8g32r8s4", 16, (64, 64), 301, {"softcap": 3.0, "hidden": 150}),
+        ("kf8vf8g64r8s4", 3, (128, 64), 301, {"window": 100, "queries": 2}),
+        ("kf8v4g64r8s4", 8, (64, 64), 301, {"hidden": 37}),
+        ("k8vf8g32r8s0", 2, (64, 64), 205, {"softcap": 3.0, "splits": 1}),
         ("k4v4g64r0s4", 3, (64, 64), 241, {"crop": 100}),
         ("k4v4g64r64s4", 2, (64, 64), 60, {}),
         ("k4v4g64r64s4", 2, (64, 64), 195, {"exact": 1}),
@@ -166,15 +171,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fxopt.kernels.kv_int8.triton import _decode_packed_kernel as kernel
 
-p, long, byte, wide = "*bf16", "*i64", "*u8", "*fp32"
+p, long, stored, wide = "*bf16", "*i64", STORED, "*fp32"
 kinds = dict(
-    q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, key=byte, key_scale=p,
-    key_zero=p, value=byte, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank="*i32",
+    q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, key=stored, key_scale=p,
+    key_zero=p, value=stored, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank="*i32",
     windows=long, listed="*i32", listed_count="*i32", out=wide, out_m=wide, out_l=wide, counts=long,
     scale="fp32", softcap="fp32",
 )
 constants = dict(
-    N=1, H=8, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=4, V_BITS=2, CAUSAL=True,
+    N=1, H=8, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=BITS[0], V_BITS=BITS[1], CAUSAL=True,
     HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4, TILE=16,
     EXACT=2, HAS_LIST=LISTED,
 )
@@ -185,17 +190,32 @@ aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in k
 source = ASTSource(kernel, signature, values, aligned)
 options = {"num_warps": 1, "num_stages": 3}
 text = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-assert "mma.sync.aligned.m16n8k32" in text and ".s8.s8" in text
+assert PRODUCT in text
+assert ("cvt.rn.f16x2.e4m3x2" in text) == ("fp8" in stored)
 assert "cp.async.cg.shared.global" in text
 """
 
 
+INT8 = {
+    "STORED": "*u8",
+    "BITS": (4, 2),
+    "PRODUCT": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8",
+}
+FLOAT8 = {
+    "STORED": "*fp8e4nv",
+    "BITS": (8, 8),
+    "PRODUCT": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16",
+}
+
+
 @pytest.mark.parametrize("listed", [False, True])
-def test_compiled_for_hopper_it_prefetches_and_multiplies_int8(listed: bool) -> None:
+@pytest.mark.parametrize("kind", [INT8, pytest.param(FLOAT8, marks=pytest.mark.slow)])
+def test_compiled_for_hopper_it_prefetches_and_multiplies_codes(listed: bool, kind: Any) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    given = "\n".join(f"{name} = {value!r}" for name, value in {**kind, "LISTED": listed}.items())
     done = subprocess.run(
-        [sys.executable, "-c", f"LISTED = {listed}{COMPILE}"],
+        [sys.executable, "-c", f"{given}\n{COMPILE}"],
         env=environment,
         capture_output=True,
         text=True,

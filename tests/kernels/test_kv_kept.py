@@ -22,7 +22,13 @@ from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.packing import pack_side, unpack_side
 
 H, KV, D, DV, SCALE = 4, 2, 16, 8, 0.25
-LAYOUTS = ["exact+t256", "k8v4g32r8s4+t96", "k4v4g64r70s0+t128", "0:k4v2g32r8s4+t64|1:exact+t384"]
+LAYOUTS = [
+    "exact+t256",
+    "k8v4g32r8s4+t96",
+    "kf8vf8g32r8s4+t96",
+    "k4v4g64r70s0+t128",
+    "0:k4v2g32r8s4+t64|1:exact+t384",
+]
 
 
 def draw(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +75,8 @@ def by_definition(
                         zero, scale = (
                             stored[f"key_{name}"].double().flatten() for name in ("zero", "scale")
                         )
-                        low, high = zero, zero + (2**bits - 1) * scale
+                        least, most = (-448, 448) if bits == "f8" else (0, 2**bits - 1)
+                        low, high = zero + least * scale, zero + most * scale
             if mask[row, span].any():
                 scaled = q[row, :, 0] * SCALE
                 middle, width = (low + high) / 2, high - low

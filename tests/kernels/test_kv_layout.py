@@ -24,8 +24,8 @@ FORMATS = st.one_of(
     st.none(),
     st.builds(
         Blocks,
-        st.sampled_from([16, 8, 4, 2]),
-        st.sampled_from([8, 4, 2]),
+        st.sampled_from([16, 8, "f8", 4, 2]),
+        st.sampled_from([8, "f8", 4, 2]),
         st.sampled_from([32, 64, 128]),
         st.integers(0, 200),
         st.integers(0, 9),
@@ -72,6 +72,10 @@ def test_bytes_by_hand() -> None:
     told = state_bytes(parse("k4v4g64r64s4"), 1, 2, 64, 64, 1000, 2)
     assert told == packed + exact + 8 * (blocks + 1)
     assert state_bytes(parse(""), 1, 2, 64, 64, 1000, 2) == 2 * 2 * 1000 * 64 * 2
+    # e4m3: a scale and a zero for each channel of the keys, a scale for each token of the values
+    packed = 2 * blocks * (2 * 64 * 64 + 2 * 2 * 64 + 2 * 64)
+    told = state_bytes(parse("kf8vf8g64r64s4"), 1, 2, 64, 64, 1000, 2)
+    assert told == packed + exact + 8 * (blocks + 1)
 
 
 def test_canonical_texts() -> None:
@@ -92,6 +96,7 @@ def test_canonical_texts() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("kf4v4g64r0s0", "no cache format"),
         ("k3v4g64r0s0", "K bits must be one of"),
         ("k4v4g48r0s0", "group must be one of"),
         ("k4v4", "no cache format"),
@@ -112,6 +117,7 @@ def test_heads_and_channels_are_checked() -> None:
     with pytest.raises(ValueError, match="tiles are chosen by the scales of packed keys"):
         allocate(parse("k16v4g64r0s0+t512"), 1, 1, 8, 8, 100, torch.float32)
     assert Blocks(16, 4, 64, 0, 0).refusal(7) is None
+    assert Blocks("f8", 4, 64, 0, 0).refusal(7) is None
     with pytest.raises(ValueError, match="needs a state of 2 tensors, got 1"):
         split_state(parse(""), 2, [torch.zeros(1)])
 

@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.kernels.kv_attention.packing import (
+    Bits,
     pack,
     pack_side,
     quantize,
     round_down,
     round_up,
+    to_float8,
     unpack,
     unpack_codes,
     unpack_side,
+    widened,
 )
-from tests.oracle import bfloat16_above, bfloat16_below, fake_quantize
+from tests.oracle import E4M3, bfloat16_above, bfloat16_below, fake_quantize
 
 BITS = st.sampled_from([8, 4, 2])
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -122,9 +125,45 @@ def test_packing_is_planar() -> None:
     assert pack(q, 2).tolist() == [0 + 4 * 2 + 16 * 3 + 64 * 1, 1 + 4 * 3 + 16 * 2 + 64 * 0]
 
 
+@given(st.lists(FLOATS, min_size=1, max_size=40), st.booleans())
+def test_e4m3_is_off_by_a_sixteenth_of_the_distance_from_zero(
+    values: list[float], centred: bool
+) -> None:
+    """Beside half of the least e4m3 number, and what an underflowing scale loses."""
+    x = torch.tensor(values)
+    code, scale, zero = to_float8(x, None, 0, centred)
+    assert code.dtype == torch.float8_e4m3fn
+    assert torch.isfinite(code.float()).all()
+    assert centred or not zero.any()
+    away = (x.double() - zero.double()).abs()
+    bound = away * (2.0**-4 + 2**-20) + scale.double() * 2.0**-10 + 448 * 2.0**-150
+    assert ((image(code, scale, zero) - x.double()).abs() <= bound).all()
+
+
+def test_every_e4m3_number_is_widened_exactly() -> None:
+    bits = torch.arange(256, dtype=torch.uint8)
+    x = bits[bits % 128 != 127].view(torch.float8_e4m3fn)
+    for kind in (torch.float32, torch.float64):
+        assert torch.equal(widened(x, kind), torch.cat([E4M3, -E4M3]).to(kind))
+
+
+def test_where_keys_lie_costs_e4m3_nothing() -> None:
+    """A channel at 100 ± 1 is off by a sixteenth of what it varies, not of what it is."""
+    x = torch.randn(2, 1, 4, 64, 8)
+    moved = x + torch.tensor([100.0, 0, 0, -40.0, 0, 0, 0, 0])
+    near, far = (
+        (unpack_side(pack_side(t, None, "key", "f8"), "key", "f8", t.dtype) - t).norm()
+        for t in (x, moved)
+    )
+    assert far < 1.2 * near
+    # Of values about 0, as a cast to e4m3 would store keys too:
+    direct = (to_float8(moved, None, 3, False)[0].float() - moved).norm()
+    assert direct > 10 * near
+
+
 @pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_padding_enters_no_range(side: str, bits: int) -> None:
+@pytest.mark.parametrize("bits", [8, "f8", 4, 2])
+def test_padding_enters_no_range(side: str, bits: Bits) -> None:
     x = torch.randn(2, 1, 3, 32, 8)
     valid = torch.ones(2, 1, 3, 32, 1, dtype=torch.bool)
     valid[0, :, 0] = False
@@ -132,19 +171,19 @@ def test_padding_enters_no_range(side: str, bits: int) -> None:
     wild = torch.where(valid, x, 1e6)
     calm, loud = (pack_side(t, valid, side, bits) for t in (x, wild))
     for name in calm:
-        assert torch.equal(calm[name], loud[name])
+        assert torch.equal(calm[name].float(), loud[name].float())
     assert not calm[f"{side}_scale"][0, :, 0].any()
-    assert not calm[side][0, :, 0].any()
+    assert not calm[side][0, :, 0].float().any()
     alone = pack_side(x[:1, :, 1:2, 8:], None, side, bits)
     rows = slice(None) if side == "key" else slice(8, None)
     assert torch.equal(alone[f"{side}_scale"], calm[f"{side}_scale"][:1, :, 1:2, rows])
     codes = unpack_codes(calm[side], side, bits)[:1, :, 1:2, 8:]
-    assert torch.equal(unpack_codes(alone[side], side, bits), codes)
+    assert torch.equal(unpack_codes(alone[side], side, bits).float(), codes.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_image_is_the_oracles(bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [8, "f8", 4, 2])
+def test_image_is_the_oracles(bits: Bits, dtype: torch.dtype) -> None:
     x = (torch.randn(1, 2, 3, 32, 16) * 3).to(dtype)
     valid = torch.rand(1, 1, 3, 32, 1) > 0.2
     for side, dim in (("key", 3), ("value", 4)):

@@ -18,7 +18,7 @@ from fxopt.kernels.kv_attention import (
 
 PROMPT, TOTAL = 1300, 1750
 TOP = [300, 0]
-LAYOUTS = ["", "k4v4g32r8s4", "0:k8v4g32r8s4|1:exact"]
+LAYOUTS = ["", "k4v4g32r8s4", "kf8v4g32r8s4", "0:k8v4g32r8s4|1:exact"]
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
