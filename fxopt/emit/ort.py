@@ -1,4 +1,4 @@
-"""Running an ONNX file with torch tensors: numpy has no bfloat16."""
+"""Running an ONNX file with torch tensors: numpy has neither bfloat16 nor e4m3."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-BFLOAT16 = 16
+BFLOAT16, FLOAT8 = 16, 17
+UNKNOWN = {torch.bfloat16: (BFLOAT16, torch.uint16), torch.float8_e4m3fn: (FLOAT8, torch.uint8)}
+"""Types that numpy lacks: their numbers in ONNX, and what it takes their bits for."""
 
 
 class Session:
@@ -38,13 +39,15 @@ def _to_ort(tensor: Tensor) -> Any:
     from onnxruntime import OrtValue
 
     plain = tensor.detach().contiguous()
-    if plain.dtype == torch.bfloat16:
-        bits = plain.view(torch.int16).numpy().view(np.uint16)
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
+    if plain.dtype in UNKNOWN:
+        kind, bits = UNKNOWN[plain.dtype]
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(bits).numpy(), kind)
     return OrtValue.ortvalue_from_numpy(plain.numpy())
 
 
 def _from_ort(value: Any) -> Tensor:
     if value.element_type() == BFLOAT16:
         return torch.from_dlpack(value._ortvalue.to_dlpack()).clone()
+    if value.element_type() == FLOAT8:
+        return torch.from_numpy(value.numpy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(value.numpy())

@@ -1,7 +1,7 @@
 """Whether the cache that onnxruntime returns is the module's.
 
 Two runtimes compute keys and values that differ by float noise, and where that noise decides a
-rounding, packed integers differ by a step. So what is exact is compared as outputs are, and what is
+rounding, packed codes differ by a step. So what is exact is compared as outputs are, and what is
 packed has to be one of those images that keys and values within a tolerance of the module's are
 packed to: tokens that both were given lie at no distance, so their blocks are equal to the byte.
 """
@@ -17,7 +17,16 @@ from torch import Tensor
 from ..ir.errors import ExportError
 from ..kernels.kv_attention.heads import block_mask, take
 from ..kernels.kv_attention.layout import Blocks, parse, split_state
-from ..kernels.kv_attention.packing import round_down, round_up, unpack_codes
+from ..kernels.kv_attention.packing import (
+    FLOAT8,
+    LARGEST,
+    Bits,
+    code_range,
+    has_zero,
+    round_down,
+    round_up,
+    unpack_codes,
+)
 from .difference import difference
 from .program import State
 
@@ -73,10 +82,9 @@ def _exact_names(part: Part, fmt: Blocks | None) -> set[str]:
     """Which tensors of a head class hold keys or values as they are."""
     if fmt is None:
         return set(part)
-    bits = {"key": fmt.key_bits, "value": fmt.value_bits}
     return {
         name for name in part
-        if name.startswith(("sink_", "recent_")) or bits.get(name) == 16
+        if name.startswith(("sink_", "recent_")) or (name in SIDES and fmt.bits(name) == 16)
     }  # fmt: skip
 
 
@@ -86,7 +94,7 @@ class _Block:
     hold, equal for tokens of the past, and which tokens count."""
 
     side: str
-    bits: int
+    bits: Bits
     low: Tensor
     high: Tensor
     valid: Tensor | None
@@ -111,47 +119,59 @@ class _Block:
             for x in (exact - slack, exact + slack)
         )
         valid = block_mask(mask, first + old * fmt.group, fresh, fmt.group)
-        bits = fmt.key_bits if side == "key" else fmt.value_bits
-        return cls(side, bits, low, high, valid)
+        return cls(side, fmt.bits(side), low, high, valid)
 
     def compare(self, name: str, past: Part, wanted: Part, found: Part, rounded: Rounded) -> None:
-        """Count the integers that differ; ExportError where what was packed before changed, or
+        """Count the codes that differ; ExportError where what was packed before changed, or
         what is packed now is no image of anything within the bounds."""
-        old = past[self.side].shape[2]
-        names = (self.side, f"{self.side}_scale", f"{self.side}_zero")
+        old, zeroed = past[self.side].shape[2], has_zero(self.side, self.bits)
+        names = (self.side, f"{self.side}_scale", *([f"{self.side}_zero"] if zeroed else []))
         for key in names:
             same = found[key].shape == wanted[key].shape
-            if not same or not torch.equal(found[key][:, :, :old], past[key]):
+            if not same or bool((found[key][:, :, :old] != past[key]).any()):
                 raise ExportError(f"{name}: onnxruntime changed blocks that were packed before")
-        integers, scale, zero = (found[key][:, :, old:] for key in names)
-        codes = unpack_codes(integers, self.side, self.bits)
-        if not self.allows(codes, scale.float(), zero.float()):
+        stored, *affine = (found[key][:, :, old:] for key in names)
+        codes = unpack_codes(stored, self.side, self.bits)
+        if not self.allows(codes.float(), *(x.float() for x in affine)):
             raise ExportError(
-                f"{name}: onnxruntime packs other integers than any {self.side}s within the "
+                f"{name}: onnxruntime packs other numbers than any {self.side}s within the "
                 "tolerance of the module's give"
             )
         known = unpack_codes(wanted[self.side][:, :, old:], self.side, self.bits)
         rounded.count(known, codes)
 
-    def allows(self, codes: Tensor, scale: Tensor, zero: Tensor) -> bool:
+    def allows(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> bool:
         """Each step of packing is monotonic, so bounds of what goes in bound what comes out."""
-        levels, dim = 2**self.bits - 1, 3 if self.side == "key" else 4
-        lowest = [round_down(self._extreme(x, dim, -1)) for x in (self.low, self.high)]
-        highest = [
-            round_up(self._extreme(x, dim, 1) / levels - zero / levels)
-            for x in (self.low, self.high)
-        ]
+        zero = torch.zeros_like(scale) if zero is None else zero
         step = torch.where(scale > 0, scale, 1.0)
-        bounds = [torch.round((x - zero) / step).clamp(0, levels) for x in (self.low, self.high)]
+        bounds = [self._code((x - zero) / step) for x in (self.low, self.high)]
         if self.valid is not None:
             bounds = [torch.where(self.valid, bound, 0.0) for bound in bounds]
+        zeros, scales = self._affine(zero)
         return all(
             bool(((low <= x) & (x <= high)).all())
-            for x, (low, high) in ((zero, lowest), (scale, highest), (codes, bounds))
+            for x, (low, high) in ((zero, zeros), (scale, scales), (codes, bounds))
         )
 
-    def _extreme(self, x: Tensor, dim: int, sign: int) -> Tensor:
+    def _affine(self, zero: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Bounds of the zeros, and of the scales where `zero` is what was found."""
+        least, most = ([self._extreme(x, sign) for x in (self.low, self.high)] for sign in (-1, 1))
+        if self.bits != FLOAT8:
+            levels = 2**self.bits - 1
+            scales = [round_up(x / levels - zero / levels) for x in most]
+            return [round_down(x) for x in least], scales
+        away = [torch.maximum(most[i] - zero, zero - least[1 - i]) for i in range(2)]
+        middle = [round_down(a / 2 + b / 2) for a, b in zip(least, most, strict=True)]
+        zeros = middle if has_zero(self.side, self.bits) else [zero, zero]
+        return zeros, [round_up(x / LARGEST) for x in away]
+
+    def _code(self, x: Tensor) -> Tensor:
+        x = x.clamp(*code_range(self.bits))
+        return x.to(torch.float8_e4m3fn).float() if self.bits == FLOAT8 else x.round()
+
+    def _extreme(self, x: Tensor, sign: int) -> Tensor:
         """The largest (or with -1 the smallest) token that counts; 0 where none does."""
+        dim = 3 if self.side == "key" else 4
         if self.valid is None:
             return sign * (sign * x).amax(dim, keepdim=True)
         found = torch.where(self.valid, sign * x, -torch.inf).amax(dim, keepdim=True)

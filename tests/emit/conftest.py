@@ -80,7 +80,7 @@ def case() -> Callable[[str], Case]:
     return _case
 
 
-LAYOUTS = ("k8v8g32r0s0", "", "1:k4v8g32r5s2|0:exact")
+LAYOUTS = ("0:k8v8g32r0s0|1:kf8vf8g32r0s0", "", "1:k4v8g32r5s2|0:exact")
 
 
 def rewrite(found: Case) -> GraphEditor:

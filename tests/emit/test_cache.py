@@ -24,7 +24,7 @@ from fxopt.kernels.kv_attention.layout import RANGES, split_state
 from fxopt.kernels.kv_attention.mutating import gather
 from tests.oracle import FakeQuantizedCache
 
-LAYOUTS = ["", "k2v2g32r8s4", "0:k2v4g32r0s0|1:exact"]
+LAYOUTS = ["", "k2v2g32r8s4", "0:k2v4g32r0s0|1:exact", "0:kf8vf8g32r8s4|1:k2vf8g32r0s0"]
 KEPT = "0:k2v4g32r0s0+t64|1:exact+t96"
 LAYERS, KV, DIM = 2, 2, 16
 

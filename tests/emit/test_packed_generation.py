@@ -40,6 +40,7 @@ LAYOUTS = {
     "exact": "",
     "k4v4": "k4v4g32r8s4",
     "k2v2": "k2v2g32r8s4",
+    "float8": "kf8vf8g32r8s4",
     "mixed": "0:k2v4g32r0s0|1:exact",
     "mixed of four": "0,2:k2v4g32r0s0|1:exact|3:k8v2g32r20s3",
 }
@@ -55,6 +56,7 @@ EVERY = [
         "mixed" if name not in ("gpt2", "neox") else "mixed of four",
     )
 ]
+EVERY.append(("llama", "float8"))
 
 
 def build(name: str) -> nn.Module:

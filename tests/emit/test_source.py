@@ -137,7 +137,7 @@ def test_only_layers_that_differ_get_their_own_class(rewritten):
     assert "class LlamaMLP_1(nn.Module):" in source
     assert "torch.ops.fxopt.chunked.default" in source
     assert "torch.ops.fxopt.low_rank_linear" in source
-    assert 'layout="k8v8g32r0s0"' in source
+    assert 'layout="0:k8v8g32r0s0|1:kf8vf8g32r0s0"' in source
     # A module whose forward became one call is written where it was called.
     assert source.count("class LlamaDecoderLayer") == 2
     assert "for layer, state in zip(self.layers, past, strict=True):" in source
