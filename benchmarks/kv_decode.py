@@ -26,13 +26,16 @@ from fxopt.kernels.kv_attention import allocate, cached_attention, parse, state_
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image
+from fxopt.kernels.kv_attention.packing import FLOAT8, LARGEST, code_range
 from fxopt.kernels.kv_attention.triton import decode
 from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed
 
 HEADS, KV, DIM = 32, 8, 128
 SHAPES = ((16, 32768), (64, 8192), (1, 131072), (1, 2048))
-LAYOUTS = ("k4v4g128r64s4", "k4v2g128r64s4", "k2v2g128r64s4", "k8v8g128r64s4", "k8v4g128r64s4")
+KINDS = ("k4v4", "k4v2", "k2v2", "k8v8", "k8v4", "kf8vf8", "k8vf8")
+LAYOUTS = tuple(f"{kind}g128r64s4" for kind in KINDS)
+CODES = (torch.int64, torch.uint8, torch.float8_e4m3fn)
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 LINES: list[dict[str, Any]] = []
 
@@ -73,7 +76,7 @@ class Packed:
 
     def exactly(self, dtype: torch.dtype) -> Tensor:
         """Attention in `dtype` over the dequantised cache."""
-        wide = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.part.items()}
+        wide = {n: t if t.dtype in CODES else t.to(dtype) for n, t in self.part.items()}
         new = {n: t.to(dtype) for n, t in self.new.items()}
         q = self.arguments.q.to(dtype)
         chosen = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
@@ -89,11 +92,14 @@ def fill(part: dict[str, Tensor], fmt: Blocks | None, length: int) -> None:
             tensor.copy_(starts.clamp(max=fmt.packed(length)))
         elif fmt is not None and tensor.dtype == torch.uint8:
             tensor.random_(0, 256)
+        elif fmt is not None and tensor.dtype == torch.float8_e4m3fn:
+            tensor.copy_(tensor.float().uniform_(-LARGEST, LARGEST))
         elif fmt is not None and name.endswith("_scale"):
-            side = fmt.key_bits if name.startswith("key") else fmt.value_bits
-            tensor.uniform_(0.7, 1.3).mul_(5 / 2**side)
-        elif name.endswith("_zero"):
-            tensor.uniform_(-2.8, -2.2)
+            least, largest = code_range(fmt.bits(name.removesuffix("_scale")))
+            tensor.uniform_(0.7, 1.3).mul_(5 / (largest - least))
+        elif fmt is not None and name.endswith("_zero"):
+            middle = 0.0 if fmt.bits(name.removesuffix("_zero")) == FLOAT8 else -2.5
+            tensor.uniform_(middle - 0.3, middle + 0.3)
         else:
             tensor.normal_()
 

@@ -1,9 +1,10 @@
-"""KV cache -> blocks of 8, 4 or 2-bit integers, with the newest tokens and a sink kept exactly.
+"""KV cache -> blocks of 8, 4 or 2-bit integers or e4m3, the newest tokens and a sink kept exactly.
 
     out = attend(q, k, v, mask, state=state, start=start, ...)
     out = attend(q, k, v, mask, state=state, start=start, ..., layout="k4v4g64r64s4")
 
-Keys are quantised per channel over a block of tokens, values per token (KIVI); what is attended
+Keys are quantised per channel over a block of tokens, values per token (KIVI). At 8 bits e4m3
+numbers ("f8") lose more than integers, but values need no zero then. What is attended
 in the call that brings it is exact (past-only quantisation, WKVQuant, arXiv 2402.12065). Pays in
 cache bytes, and in decoding where those bytes bound the step.
 """
@@ -23,7 +24,8 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, 
 from fxopt.ir.site import AttentionInfo, Family, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.kv_attention.layout import Blocks as Format
-from fxopt.kernels.kv_attention.layout import with_head
+from fxopt.kernels.kv_attention.layout import to_bits, with_head
+from fxopt.kernels.kv_attention.packing import FLOAT8, Bits, width
 from fxopt.passes.kv_cache import calls
 
 _NAMES = ("key_bits", "value_bits", "group", "residual", "sink")
@@ -31,12 +33,14 @@ _NAMES = ("key_bits", "value_bits", "group", "residual", "sink")
 
 @dataclass(frozen=True)
 class Blocks:
-    """`bits` are (K, V) pairs; keys are the more sensitive side. 8 bits on both sides take only
-    the largest of `groups`, where a smaller one would hardly lower the error. `residual` and
+    """`bits` are (K, V) pairs; keys are the more sensitive side. Keys of 8 bits take only the
+    largest of `groups`, where a smaller one would hardly lower the error. `residual` and
     `sink` are for caches that grow: the keys of cross-attention are stored once and packed whole,
     but for the last tokens that fill no block."""
 
-    bits: tuple[tuple[int, int], ...] = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+    bits: tuple[tuple[Bits, Bits], ...] = (
+        (8, 8), (8, FLOAT8), (FLOAT8, FLOAT8), (8, 4), (4, 4), (4, 2), (2, 2),
+    )  # fmt: skip
     groups: tuple[int, ...] = (64, 128)
     residual: int = 64
     sink: int = 4
@@ -94,13 +98,13 @@ class Blocks:
             fitting = [
                 fmt for fmt in formats if fmt.packed(length) and not fmt.refusal(info.head_dim)
             ]
-            found += map(self._candidate, fitting[-1:] if pair[0] == 8 else fitting)
+            found += map(self._candidate, fitting[-1:] if width(pair[0]) == 8 else fitting)
         return found
 
     def _candidate(self, fmt: Format) -> Candidate:
         return Candidate(self.name, str(fmt), {name: getattr(fmt, name) for name in _NAMES})
 
-    def _format(self, info: AttentionInfo, bits: tuple[int, int], group: int) -> Format:
+    def _format(self, info: AttentionInfo, bits: tuple[Bits, Bits], group: int) -> Format:
         """What never grows is packed at once, all of it that fills a block."""
         residual, sink = (0, 0) if info.cross else (self.residual, self.sink)
         return Format(*bits, group, residual, sink)
@@ -144,7 +148,8 @@ def exact_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
 
 
 def _format_of(candidate: Candidate) -> Format:
-    return Format(*(int(candidate.parameters[name]) for name in _NAMES))
+    key, value, *sizes = (candidate.parameters[name] for name in _NAMES)
+    return Format(to_bits(key), to_bits(value), *map(int, sizes))
 
 
 def _longest(scenarios: Sequence[Scenario]) -> int:

@@ -191,7 +191,7 @@ def _runner(
         state = _allocated(info, layout, scenario, device)
         for tensor in state:
             if tensor.is_floating_point():
-                tensor.normal_()
+                tensor.copy_(torch.randn(tensor.shape, device=device))
         for _, packed, part in split_state(layout, kv_heads, state):
             if packed is not None:
                 starts = part["block_start"]

@@ -28,6 +28,7 @@ from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics
 from fxopt.ir.site import Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.kv_attention.layout import Blocks as Format
+from fxopt.kernels.kv_attention.packing import Bits
 from fxopt.passes.kv_cache import calls
 from fxopt.passes.kv_cache.blocks import Blocks
 
@@ -43,7 +44,7 @@ _FLOOR = 1e-6
 class Rotated(Blocks):
     """Options as of `Blocks`; at 8 bits rounding keys is hardly an error that could shrink."""
 
-    bits: tuple[tuple[int, int], ...] = ((4, 4), (4, 2), (2, 2))
+    bits: tuple[tuple[Bits, Bits], ...] = ((4, 4), (4, 2), (2, 2))
 
     name: ClassVar[str] = "kv_cache.rotated"
     rounds: ClassVar[bool] = False

@@ -58,6 +58,7 @@ def test_a_cache_loses_more_the_fewer_its_bits_and_heads_share_an_output() -> No
     order = [next(e for label, e in found.items() if label.startswith(kind))
              for kind in ("k8v8", "k8v4", "k4v4", "k4v2", "k2v2")]  # fmt: skip
     assert order == sorted(order)
+    assert order[0] < found["k8vf8g128r64s4"] < found["kf8vf8g128r64s4"] < order[2]
     assert order[0] > 0
     alone = AttentionInfo(
         2, 1, 64, 64, torch.float32, True, 0, 0.0, False, False, False, False, True

@@ -159,9 +159,9 @@ def test_apply_changes_one_head_beside_packed_ones() -> None:
     format = cache.candidates(Match(site(family="kv_cache")), LONG)[2]
     for head in (1, 2):
         cache.apply(Match(site(head, family="kv_cache")), format, {}, editor)
-    assert editor.kwargs["layout"] == "0:exact|1:k4v4g64r64s4+t4096|2:k4v4g64r64s4"
+    assert editor.kwargs["layout"] == "0:exact|1:kf8vf8g128r64s4+t4096|2:kf8vf8g128r64s4"
     REWRITE.apply(Match(site(2)), candidate(4096), {}, editor)
-    assert editor.kwargs["layout"] == "0:exact|1,2:k4v4g64r64s4+t4096"
+    assert editor.kwargs["layout"] == "0:exact|1,2:kf8vf8g128r64s4+t4096"
 
 
 LENGTH, PROMPT, NEEDLE = 2600, 2540, 700
