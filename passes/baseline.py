@@ -14,6 +14,7 @@ from fxopt.ir.site import (
     LinearInfo,
     Site,
     TemporaryInfo,
+    rows_of,
 )
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.kv_attention.filled import filled_bytes
@@ -42,7 +43,7 @@ def baseline_calls(site: Site, scenario: Scenario) -> list[OpCall]:
     if isinstance(site.info, AttentionInfo):
         return Exact().lower(Match(site), Candidate("attention.exact", "exact", {}), scenario)
     if isinstance(site.info, TemporaryInfo):
-        return [temporary_call(site.info, scenario.batch * scenario.queries)]
+        return [temporary_call(site.info, rows_of(site.info, scenario))]
     return []
 
 

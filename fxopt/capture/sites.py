@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx, nn
+from torch import Tensor, fx, nn
 
 from ..ir.site import AttentionInfo, LinearInfo, Site
 from .captured import Captured
@@ -17,7 +16,7 @@ from .grids import Grids
 from .groups import group_sites
 from .linears import TRANSPOSES, patch_of, stored
 from .names import attribute, site_keys
-from .shapes import fixed, symbol
+from .rows import Rows
 from .temporaries import temporary_sites
 from .tied import with_embeddings
 
@@ -34,7 +33,7 @@ def find_sites(captured: Captured) -> tuple[Site, ...]:
         *(site for site in attention if site.family == "attention"),
         *(site for site in attention if site.family == "kv_cache"),
         *_linear_sites(captured),
-        *temporary_sites(graph),
+        *temporary_sites(captured),
     )
     placed = [replace(site, side=sides[site.node]) for site in found]
     groups = group_sites(graph.graph, placed)
@@ -81,7 +80,7 @@ def attention_info(node: fx.Node) -> AttentionInfo:
 
 def _linear_sites(captured: Captured) -> list[Site]:
     graph = captured.graph
-    batches = {name for name, dim in captured.symbols.items() if dim.role == "batch"}
+    rows = Rows(captured)
     nodes = [n for n in graph.graph.nodes if _is_linear(n) or is_experts(n)]
     keys = site_keys(nodes)
     users = _readers(graph)
@@ -91,7 +90,7 @@ def _linear_sites(captured: Captured) -> list[Site]:
         if served := experts_site(graph, node, keys[node]):
             sites.append(served)
             continue
-        info, blocked = _expert_info(node) if experts else _linear_info(graph, node, users, batches)
+        info, blocked = _expert_info(node) if experts else _linear_info(graph, node, users, rows)
         site = Site("linear", keys[node], node.name, info, op=keys[node], blocked=blocked)
         tied = blocked is not None and blocked.startswith(TIED)
         others = _others(graph, info.weight, node, users) if tied else []
@@ -141,7 +140,7 @@ def _linear_info(
     graph: fx.GraphModule,
     node: fx.Node,
     readers: dict[int, list[tuple[str, fx.Node]]],
-    batches: Set[str],
+    rows: Rows,
 ) -> tuple[LinearInfo, str | None]:
     weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
     x, w = node.args[0].meta["val"], weight.meta["val"]  # pyright: ignore
@@ -167,21 +166,18 @@ def _linear_info(
         transposed=flipped,
         shared_with=tuple(dict.fromkeys(others)),
         patch=patch,
-        positions=_positions(node, patch, batches),
+        positions=_positions(node, patch, rows),
     )
     return info, _why_blocked(tensor, bias, others)
 
 
-def _positions(node: fx.Node, patch: tuple[int, ...], batches: Set[str]) -> int | None:
+def _positions(node: fx.Node, patch: tuple[int, ...], rows: Rows) -> int | None:
     """Rows of one item of the batch: of a convolution at the traced sizes, of a linear only where
-    no input changes them (the patches of an image; one, where items are rows)."""
+    no token of the call adds any (the patches of an image; one, where items are rows)."""
     shape = node.meta["val"].shape
-    if not patch and len(shape) == 2 and symbol(shape[0]) in batches:
-        return 1
-    sizes = shape[2:] if patch else shape[1:-1]
-    known = [s.node.hint if patch and isinstance(s, SymInt) else fixed(s) for s in sizes]
-    numbers = [int(size) for size in known if size is not None]
-    return math.prod(numbers) if numbers and len(numbers) == len(known) else None
+    if patch:
+        return rows.of_item((shape[0], *shape[2:]), traced=True)
+    return rows.of_item(shape[:-1])
 
 
 def _why_blocked(tensor: Tensor, bias: Any, others: list[str]) -> str | None:

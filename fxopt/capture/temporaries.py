@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.site import Site, TemporaryInfo
+from .captured import Captured
 from .nodes import op_name, schema_of
+from .rows import Rows
 from .shapes import fixed
 
 aten = torch.ops.aten
@@ -26,9 +28,10 @@ TOKENWISE = {
 LAST_AXIS = {"mean": 1, "sum": 1, "slice": 1, "chunk": 2, "split": 2, "split_with_sizes": 2}
 
 
-def temporary_sites(graph: fx.GraphModule) -> list[Site]:
+def temporary_sites(captured: Captured) -> list[Site]:
     """One site for each MLP, named after the module around it, and one for a head's logits."""
-    found = [*_mlps(graph.graph), *_heads(graph.graph)]
+    graph, rows = captured.graph.graph, Rows(captured)
+    found = [*_mlps(graph, rows), *_heads(graph, rows)]
     names = [name for name, *_ in found]
     sites: list[Site] = []
     for i, (name, node, info) in enumerate(found):
@@ -37,7 +40,7 @@ def temporary_sites(graph: fx.GraphModule) -> list[Site]:
     return sites
 
 
-def _mlps(graph: fx.Graph) -> Iterable[tuple[str, fx.Node, TemporaryInfo]]:
+def _mlps(graph: fx.Graph, rows: Rows) -> Iterable[tuple[str, fx.Node, TemporaryInfo]]:
     """A linear whose input leads back, token by token, to linears that share one input."""
     for node in graph.nodes:
         inner = _between(node) if node.target is LINEAR else None
@@ -46,7 +49,7 @@ def _mlps(graph: fx.Graph) -> Iterable[tuple[str, fx.Node, TemporaryInfo]]:
         wide = max(inner, key=_features)
         if _features(wide) <= _features(node):
             continue
-        yield _around([*inner, node]), node, _info("mlp", [*inner, node])
+        yield _around([*inner, node]), node, _info("mlp", [*inner, node], rows)
 
 
 def _between(last: fx.Node) -> list[fx.Node] | None:
@@ -106,17 +109,18 @@ def _rank(node: Any) -> int:
     return held.dim() if isinstance(held, Tensor) else -1
 
 
-def _heads(graph: fx.Graph) -> Iterable[tuple[str, fx.Node, TemporaryInfo]]:
+def _heads(graph: fx.Graph, rows: Rows) -> Iterable[tuple[str, fx.Node, TemporaryInfo]]:
     """A linear without a successor whose output is wider than its input: logits."""
     for node in graph.output_node().all_input_nodes:
         wider = node.target is LINEAR and _features(node) > _features(node.args[0])
         if wider and _rank(node) > 2:
-            yield node.meta["fqn"], node, _info("head", [node])
+            yield node.meta["fqn"], node, _info("head", [node], rows)
 
 
-def _info(kind: Any, nodes: list[fx.Node]) -> TemporaryInfo:
+def _info(kind: Any, nodes: list[fx.Node], rows: Rows) -> TemporaryInfo:
     names = tuple(node.name for node in nodes)
-    return TemporaryInfo(kind, names, _widest(nodes), _row_bytes(nodes[-1]))
+    positions = rows.of_item(nodes[-1].meta["val"].shape[:-1])
+    return TemporaryInfo(kind, names, _widest(nodes), _row_bytes(nodes[-1]), positions)
 
 
 def _widest(nodes: list[fx.Node]) -> int:

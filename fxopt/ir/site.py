@@ -94,12 +94,14 @@ class TemporaryInfo:
     """A large intermediate: `nodes` compute it (an MLP's hidden, the logits) token by token.
 
     `row_bytes` are alive for each token at the widest moment, `out_bytes` are its result.
+    `positions` as in `LinearInfo`.
     """
 
     kind: Literal["mlp", "head"]
     nodes: tuple[str, ...]
     row_bytes: int
     out_bytes: int
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,11 @@ class GroupInfo:
         """Indices of the members whose outputs are seen outside of the group."""
         count = len(self.members)
         return range(count - 1, count) if self.kind == "channels" else range(count)
+
+
+def rows_of(info: LinearInfo | TemporaryInfo, scenario: Scenario) -> int:
+    """Rows that a site computes one by one in a call."""
+    return scenario.batch * (info.positions or scenario.queries)
 
 
 SiteInfo = (

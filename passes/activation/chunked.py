@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from fxopt.ir.cost import OpCall
 from fxopt.ir.errors import PlanError
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, Statistic
-from fxopt.ir.site import Family, Site, TemporaryInfo
+from fxopt.ir.site import Family, Site, TemporaryInfo, rows_of
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.chunked.op import TARGET
 from fxopt.passes.activation import calls
@@ -52,7 +52,7 @@ class Chunked(Unchanged):
         return Match(site)
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        rows = _most_rows(scenarios)
+        rows = _most_rows(match, scenarios)
         return [
             Candidate(self.name, f"rows{chunk}", {"chunk": chunk})
             for chunk in sorted(self.chunks)
@@ -64,14 +64,14 @@ class Chunked(Unchanged):
         if self.candidates(match, scenarios):
             return None
         return (
-            f"the largest call has {_most_rows(scenarios)} rows; the smallest chunk, "
+            f"the largest call has {_most_rows(match, scenarios)} rows; the smallest chunk, "
             f"{min(self.chunks)}, pays from {2 * min(self.chunks)}"
         )
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """The bytes of one chunk and of the result, and the launches of the further chunks."""
-        rows = scenario.batch * scenario.queries
-        return [calls.temporary_call(calls.temporary_info(match), rows, _chunk(candidate))]
+        info = calls.temporary_info(match)
+        return [calls.temporary_call(info, rows_of(info, scenario), _chunk(candidate))]
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
@@ -156,5 +156,6 @@ def _chunk(candidate: Candidate) -> int:
     return int(candidate.parameters["chunk"])
 
 
-def _most_rows(scenarios: Sequence[Scenario]) -> int:
-    return max((scenario.batch * scenario.queries for scenario in scenarios), default=0)
+def _most_rows(match: Match, scenarios: Sequence[Scenario]) -> int:
+    info = calls.temporary_info(match)
+    return max((rows_of(info, scenario) for scenario in scenarios), default=0)

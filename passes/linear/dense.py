@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxopt.ir.cost import OpCall
 from fxopt.ir.patches import from_rows, input_steps, output_steps, to_rows
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import EmbeddingInfo, ExpertsInfo, Family, LinearInfo, Site
+from fxopt.ir.site import EmbeddingInfo, ExpertsInfo, Family, LinearInfo, Site, rows_of
 from fxopt.ir.workload import Scenario
 from fxopt.passes.linear import projection
 
@@ -155,16 +155,11 @@ def rank_step(info: LinearInfo) -> int:
     return 16 if min(info.in_features, info.out_features) >= 512 else 8
 
 
-def tokens(info: LinearInfo, scenario: Scenario) -> int:
-    """Rows of x in one call."""
-    return scenario.batch * (info.positions or scenario.queries)
-
-
 def signature(info: LinearInfo, scenario: Scenario) -> str:
     """Sizes and dtype as they stand in the key of an op call: "m16n4096k4096/bf16"."""
     patch = f"/{'x'.join(map(str, info.patch))}b{scenario.batch}" if info.patch else ""
     bias = "/bias" if info.bias else ""
-    sizes = f"m{tokens(info, scenario)}n{info.out_features}k{info.in_features}"
+    sizes = f"m{rows_of(info, scenario)}n{info.out_features}k{info.in_features}"
     return f"{sizes}/{_SHORT[info.dtype]}{bias}{patch}"
 
 
@@ -176,7 +171,7 @@ def short(info: ExpertsInfo) -> str:
 def patched_shape(info: LinearInfo, scenario: Scenario) -> tuple[int, ...]:
     """A shape of x with as many patches as the call has, one below the other."""
     first, *rest = info.patch
-    count = tokens(info, scenario) // scenario.batch
+    count = rows_of(info, scenario) // scenario.batch
     channels = info.in_features // math.prod(info.patch)
     return (scenario.batch, channels, count * first, *rest)
 
@@ -201,7 +196,7 @@ def linear_call(
     that draws a random tensor of the layer's dtype on the device, and returns the op and its
     arguments after x and before the bias. The op takes rows, unless it `convolves`.
     """
-    size, rows = info.dtype.itemsize, tokens(info, scenario)
+    size, rows = info.dtype.itemsize, rows_of(info, scenario)
     bias_bytes = info.out_features * size if info.bias else 0
 
     def run(device: Any) -> Callable[[], Tensor]:
@@ -232,7 +227,7 @@ def elementwise_call(
     op: str, info: LinearInfo, scenario: Scenario, function: Callable[[Tensor], Any], reads: int
 ) -> OpCall:
     """An op call that reads `reads` tensors of the layer's output's size and writes one."""
-    rows, size = tokens(info, scenario), info.dtype.itemsize
+    rows, size = rows_of(info, scenario), info.dtype.itemsize
     elements = rows * info.out_features
 
     def run(device: Any) -> Callable[[], Any]:
@@ -266,7 +261,7 @@ def dense_call(info: LinearInfo, scenario: Scenario) -> OpCall:
         info,
         scenario,
         weight_bytes=elements * info.dtype.itemsize,
-        flops=2.0 * tokens(info, scenario) * elements,
+        flops=2.0 * rows_of(info, scenario) * elements,
         convolves=bool(info.patch),
         make=make,
     )

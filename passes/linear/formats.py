@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Editor, Parameters, SiteStatistics
-from fxopt.ir.site import LinearInfo, Site
+from fxopt.ir.site import LinearInfo, Site, rows_of
 from fxopt.ir.workload import Scenario
 from fxopt.kernels import fp8_linear as fp8
 from fxopt.kernels import quantized_linear as integer
@@ -100,7 +100,7 @@ class Integer:
 
     def cost(self, info: LinearInfo, scenario: Scenario) -> OpCall:
         size, elements = info.dtype.itemsize, info.in_features * info.out_features
-        rows, bits, group = dense.tokens(info, scenario), self.bits, self.group_size
+        rows, bits, group = rows_of(info, scenario), self.bits, self.group_size
 
         def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
             weight = integer.quantize(random(info.out_features, info.in_features), bits, group)
@@ -154,7 +154,7 @@ class Float8:
         return target, (x, tensors["rounded"], tensors["scale"], bias)
 
     def cost(self, info: LinearInfo, scenario: Scenario) -> OpCall:
-        elements, rows = info.in_features * info.out_features, dense.tokens(info, scenario)
+        elements, rows = info.in_features * info.out_features, rows_of(info, scenario)
 
         def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
             weight = random(info.out_features, info.in_features)

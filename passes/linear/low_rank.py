@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, SiteStatistics
-from fxopt.ir.site import LinearInfo
+from fxopt.ir.site import LinearInfo, rows_of
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.low_rank_linear import REFERENCE, low_rank_linear
 from fxopt.passes.linear import dense
@@ -76,7 +76,7 @@ class LowRank(dense.Structure):
 
 def low_rank_call(info: LinearInfo, rank: int, scenario: Scenario) -> OpCall:
     """The op call of two factors in place of the layer."""
-    rows, elements = dense.tokens(info, scenario), rank * (info.in_features + info.out_features)
+    rows, elements = rows_of(info, scenario), rank * (info.in_features + info.out_features)
 
     def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         factors = random(rank, info.in_features), random(info.out_features, rank)

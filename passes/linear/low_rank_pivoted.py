@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, SiteStatistics
-from fxopt.ir.site import LinearInfo
+from fxopt.ir.site import LinearInfo, rows_of
 from fxopt.ir.workload import Scenario
 from fxopt.passes.linear import dense, projection
 
@@ -49,7 +49,7 @@ class LowRankPivoted(dense.Structure):
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         info, rank = dense.linear_info(match), _rank(candidate)
-        rows, rest = dense.tokens(info, scenario), info.out_features - rank
+        rows, rest = rows_of(info, scenario), info.out_features - rank
         elements = rank * (info.in_features + rest)
         size = info.dtype.itemsize
 

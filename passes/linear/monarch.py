@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import Family, Site
+from fxopt.ir.site import Family, Site, rows_of
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.monarch_linear import REFERENCE, monarch_linear
 from fxopt.passes.linear import dense, projection
@@ -79,7 +79,7 @@ class Monarch:
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         info, (blocks, rank) = dense.linear_info(match), _size(candidate)
-        inner, rows = blocks * rank, dense.tokens(info, scenario)
+        inner, rows = blocks * rank, rows_of(info, scenario)
         elements = inner * (info.in_features + info.out_features)
 
         def make(random: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.ir.errors import CaptureError
-from fxopt.ir.site import LinearInfo
+from fxopt.ir.site import LinearInfo, TemporaryInfo, rows_of
 from fxopt.ir.workload import Scenario
-from fxopt.passes.linear.dense import tokens
 
 
 def mlp() -> nn.Sequential:
@@ -63,7 +62,7 @@ def test_rows_of_a_matrix_are_items_of_the_batch() -> None:
     def rows(sites: Any) -> dict[str, int]:
         call = Scenario("forward", 5, 16, 0)
         infos = {s.key: s.info for s in sites if isinstance(s.info, LinearInfo)}
-        return {key: tokens(info, call) for key, info in infos.items()}
+        return {key: rows_of(info, call) for key, info in infos.items()}
 
     assert rows(capture(mlp(), torch.randn(2, 16)).sites) == {"0": 5, "2": 5}
     assert rows(capture(Pooled(), torch.randn(2, 7, 16)).sites) == {"each": 80, "whole": 5}
@@ -79,7 +78,41 @@ def test_rows_of_all_tokens_together_are_no_items() -> None:
             return self.each(x.flatten(0, 1))
 
     site, *_ = capture(Flat(), torch.randn(2, 7, 16)).sites
-    assert tokens(site.info, Scenario("forward", 5, 7, 0)) == 35
+    assert rows_of(site.info, Scenario("forward", 5, 7, 0)) == 35
+
+
+class Windows(nn.Module):
+    """An image's places in windows of four, which a linear and an MLP see as items."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.mlp = nn.Linear(16, 16), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.flatten(2).transpose(1, 2).reshape(-1, 4, 16)
+        return self.mlp(self.linear(windows))
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_rows_that_are_no_items_are_counted_by_item(batch: int) -> None:
+    sites = capture(Windows(), torch.randn(2, 16, 8, 6)).sites
+    infos = [s.info for s in sites if isinstance(s.info, LinearInfo | TemporaryInfo)]
+    assert {rows_of(i, Scenario("forward", batch, 16, 0)) for i in infos} == {batch * 48}
+
+
+def test_rows_of_a_batch_that_the_model_fixes() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each = nn.Linear(16, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.each(x.reshape(4, 16))
+
+    captured = capture(Fixed(), torch.randn(4, 16))
+    assert "x dim 0 = 4" in captured.static_dims
+    site, *_ = captured.sites
+    assert rows_of(site.info, Scenario("forward", 4, 16, 0)) == 4
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 8), (3, 17), (2, 32)])

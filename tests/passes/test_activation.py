@@ -150,6 +150,18 @@ def test_price_is_one_chunk_and_its_launches() -> None:
     assert decode.launches == 0
 
 
+def test_features_of_a_matrix_are_no_rows() -> None:
+    sites = capture(Gated().eval(), torch.randn(2, 16)).sites
+    site = next(s for s in sites if s.family == "activation")
+    match = CHUNKED.match(site)
+    assert isinstance(match, Match)
+    wide, small = scenarios(Forward(20, 16)), scenarios(Forward(4, 16))
+    (candidate,) = CHUNKED.candidates(match, wide)
+    assert "the largest call has 4 rows" in str(CHUNKED.refusal(match, small))
+    (call,) = CHUNKED.lower(match, candidate, wide[0])
+    assert call.temporary_bytes == 8 * 3 * 48 * 4 + 20 * 16 * 4
+
+
 def test_the_widest_moment_counts_views_once_and_every_dtype() -> None:
     info = sites()["fused"].info
     assert isinstance(info, TemporaryInfo)
