@@ -62,8 +62,8 @@ class Walk:
         self._next += 1
 
 
-class _Arguments(Exception):
-    """Carries the graph's arguments out of the model around it."""
+class _Arguments(BaseException):
+    """Carries the graph's arguments out of the model around it, which may catch its own errors."""
 
 
 def _arguments(run: Run, batch: Batch, positions: Tensor | None) -> list[Any]:
