@@ -9,8 +9,9 @@ its steps are eager's to the bit. One JSON line a run, written when it ends: the
 `heldout` nats a byte before and after; `cosine` of the gradient of all parameters with eager's on
 one batch, before and after, and `worst` that of the weight that is off most; `activations` the peak
 of a step as a share of eager's; `by` counts tensors by what happens to them. Runs that the file has
-are not run again, and plans are kept beside it, so that a run can be ended at any time. At the end,
-and with --plot, a table: over the seeds, the mean and the largest distance from it.
+are not run again, and plans are kept beside it by what was asked for, so that a run can be ended at
+any time. At the end, and with --plot, a table: over the seeds, the mean and the largest distance
+from it.
 """
 
 from __future__ import annotations
@@ -176,9 +177,12 @@ class Bench:
 
     def optimised(self, name: str, model: nn.Module) -> Any:
         """`model` by the plan that all seeds share."""
-        path = self.args.out.with_suffix(f".{name.replace(' ', '-')}.json")
+        asked = PLANS[name]
+        options = f"{asked}{self.args.batch}x{self.args.seq}{self.text.digest}"
+        digest = hashlib.sha256(options.encode()).hexdigest()[:8]
+        path = self.args.out.with_suffix(f".{name.replace(' ', '-')}.{digest}.json")
         if not path.exists():
-            self.decided(PLANS[name], model).save(path)
+            self.decided(asked, model).save(path)
         return fxopt.apply(model, fxopt.Plan.load(path), example_inputs=self.example)
 
     def decided(self, asked: Asked, model: nn.Module) -> fxopt.Plan:

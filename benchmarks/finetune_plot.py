@@ -54,8 +54,11 @@ def svg(lines: Sequence[Line]) -> str:
 
 
 def smoothed(lines: Sequence[Line], name: str) -> Curves:
-    """Running means of a plan's losses, by seed."""
+    """Running means of a plan's losses, by seed. ValueError where they are too few for a curve."""
     own = sorted((line for line in lines if line["plan"] == name), key=lambda line: line["seed"])
+    fewest = min(len(line["losses"]) for line in own)
+    if fewest <= WINDOW:
+        raise ValueError(f"{name} has {fewest} steps: a running mean of {WINDOW} needs more")
     kernel = np.full(WINDOW, 1 / WINDOW)
     return np.array([np.convolve(line["losses"], kernel, "valid") for line in own])
 

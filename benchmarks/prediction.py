@@ -20,6 +20,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def timed(call: Any, device: torch.device) -> float:
     return time_call(call, device, seconds=MEASURED).seconds
 
 
-def rounded(proposal: Proposal, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def rounded(proposal: Proposal, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a proposal stores, rounded to nearest."""
     given = proposal.candidate.parameters
     if proposal.site.family != "linear":

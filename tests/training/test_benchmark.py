@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -167,3 +167,27 @@ def test_losses_are_drawn_about_those_of_exact(monkeypatch: pytest.MonkeyPatch) 
     assert "lossy: 1.250" in "".join(root.itertext())
     with pytest.raises(ValueError, match="seeds and steps of exact"):
         plot.svg(lines[:3])
+    few = [{**line, "losses": line["losses"][: plot.WINDOW]} for line in lines]
+    with pytest.raises(ValueError, match="exact has 25 steps: a running mean of 25 needs more"):
+        plot.svg(few)
+
+
+def test_finetuning_takes_no_plan_of_other_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    bench, out = loaded("finetune", monkeypatch), tmp_path / "lines.jsonl"
+    monkeypatch.setattr(bench, "tiny", small_llama)
+    monkeypatch.setitem(bench.PLANS, "exact", bench.Asked("90%", None, ["activation.recompute"]))
+    model, asked = small_llama(), []
+    monkeypatch.setattr(bench.Bench, "decided", lambda self, *given: asked.append(given) or stored)
+    monkeypatch.setattr(bench.fxopt, "apply", lambda *given, **named: None)
+    stored = SimpleNamespace(save=lambda path: path.write_text("{}"))
+    monkeypatch.setattr(bench.fxopt.Plan, "load", lambda path: path)
+    for options in (["--seq", "64"], ["--seq", "64"], ["--seq", "32"]):
+        monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(out), *options])
+        bench.Bench(bench.arguments()).optimised("exact", model)
+    assert len(asked) == 2
+    monkeypatch.setitem(bench.PLANS, "exact", bench.Asked("80%", None, ["activation.recompute"]))
+    bench.Bench(bench.arguments()).optimised("exact", model)
+    assert len(asked) == 3
