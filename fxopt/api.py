@@ -72,10 +72,11 @@ def optimize(
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
         _check_exact(recover)
-        with preserved(model):
+        with preserved(model), showing(progress) as shown:
             return training.optimize(
-                model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
-            )
+                model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit,
+                stage=shown.stage,
+            )  # fmt: skip
     request = resolve(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit, recover=recover,
@@ -112,10 +113,11 @@ def plan(
     step = training_step(model, budget, example_inputs, workload, calibration, at)
     if step is not None:
         _check_exact(recover)
-        with preserved(model):
+        with preserved(model), showing(progress) as shown:
             return training.plan(
-                model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit
-            )
+                model, budget, *step, keep=keep, rewrites=rewrites, time_limit=time_limit,
+                stage=shown.stage,
+            )  # fmt: skip
     request = resolve(
         model, budget, example_inputs, workload=workload, calibration=calibration, keep=keep,
         rewrites=rewrites, at=at, seed=seed, time_limit=time_limit, recover=recover,
@@ -162,8 +164,8 @@ def apply(
     """
     step = training_step(model, plan.budget, example_inputs, plan.workload, calibration, plan.at)
     if step is not None:
-        with preserved(model):
-            return training.apply(model, plan, step[0])
+        with preserved(model), showing(progress) as shown:
+            return training.apply(model, plan, step[0], stage=shown.stage)
     request = resolve(
         model, plan.budget, example_inputs, workload=plan.workload, calibration=calibration,
         keep=(), rewrites=installed(plan), at=plan.at, seed=0, time_limit=None, fits=False,

@@ -232,6 +232,22 @@ def test_optimize_plan_apply_and_verify_report(
         assert stages(call, None) == []
 
 
+def test_training_steps_report_too(mlp: Mlp, capsys: pytest.CaptureFixture[str]) -> None:
+    def stages(run: Any) -> list[str]:
+        capsys.readouterr()
+        run()
+        return [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+
+    x, budget = torch.randn(4, 9, 64), fxopt.Budget(activations="110%")
+    work: Any = {"workload": fxopt.Train(batch=4, seq=9), "progress": True}
+    made = fxopt.plan(mlp, budget, x, **work)
+    found = ["measuring", "planning", "verifying"]
+    assert stages(lambda: fxopt.optimize(mlp, budget, x, **work)) == found
+    assert stages(lambda: fxopt.plan(mlp, budget, x, **work)) == found[:2]
+    assert stages(lambda: fxopt.apply(mlp, made, example_inputs=x, progress=True)) == found
+    assert stages(lambda: fxopt.plan(mlp, budget, x, **{**work, "progress": None})) == []
+
+
 class Interrupted:
     """A measuring function in which somebody presses Ctrl-C at its call number `at`."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,8 @@ from .planned import Layout, Request
 from .timeline import memory_of
 from .variants import Further, decided_step, fastest_step
 
+Stage = Callable[[str], AbstractContextManager[Any]]
+"""Given the name of work, what is entered while it is under way: who shows progress."""
 ROWS = ("memory", "activations")
 ERROR = "relative_error"
 LEAST = 0.01
@@ -46,6 +49,7 @@ def optimize(
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,
     time_limit: float | None = None,
+    stage: Stage = nullcontext,
 ) -> TrainingModule:
     """A module whose training step on inputs like `example` keeps `budget`, as measured.
 
@@ -56,7 +60,7 @@ def optimize(
     all parameters are off by, relative to theirs in eager, on the example. Raises BudgetError (with
     `.best`) naming the op at the peak when no plan is small enough.
     """
-    session = _Session(model, budget, example, workload, keep, rewrites, time_limit)
+    session = _Session(model, budget, example, workload, keep, rewrites, time_limit, stage)
     return session.optimize()
 
 
@@ -69,9 +73,10 @@ def plan(
     keep: Iterable[str] = (),
     rewrites: Sequence[str] | None = None,
     time_limit: float | None = None,
+    stage: Stage = nullcontext,
 ) -> Plan:
     """The decision alone: nothing is measured but the original, and nothing is verified."""
-    session = _Session(model, budget, example, workload, keep, rewrites, time_limit)
+    session = _Session(model, budget, example, workload, keep, rewrites, time_limit, stage)
     _, layout = session.planned()
     made = session.plan_of(layout, {})
     if layout.plan.peak > session.limit:
@@ -79,15 +84,18 @@ def plan(
     return made
 
 
-def apply(model: nn.Module, plan: Plan, example: Mapping[str, Any]) -> TrainingModule:
+def apply(
+    model: nn.Module, plan: Plan, example: Mapping[str, Any], *, stage: Stage = nullcontext
+) -> TrainingModule:
     """The module of `plan` for a step on inputs like `example`, without a search."""
     assert isinstance(plan.workload, Train)
     # those that are tried on request were asked for when the plan was made
     named = {d.rewrite for d in plan.rewritten} & set(passes.available())
     offered = sorted({r.name for r in passes.load()} | named)
-    session = _Session(model, plan.budget, example, plan.workload, (), offered, None)
+    session = _Session(model, plan.budget, example, plan.workload, (), offered, None, stage)
     plan.check_rewrites({r.name: r.version for r in session.request.rewrites})
-    run, layout = decided_step(session.model, session.inputs, session.request, plan)
+    with stage("planning"):
+        run, layout = decided_step(session.model, session.inputs, session.request, plan)
     if layout.structure != plan.fingerprint_structure:
         raise FxoptError(
             "the plan was made for other ops or shapes than this step has (fingerprint_structure "
@@ -109,6 +117,7 @@ class _Session:
         keep: Iterable[str],
         rewrites: Sequence[str] | None,
         time_limit: float | None,
+        stage: Stage,
     ) -> None:
         _check(budget, workload, example)
         wanted = _wanted(budget, workload, rewrites)
@@ -119,6 +128,7 @@ class _Session:
         self.weights = weight_bytes(model)
         self.gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self.notes: list[str] = []
+        self._stage = stage
         self.before = self._original()
         self.reserve = 1.0
         self.scale = 1.0
@@ -126,7 +136,8 @@ class _Session:
     def _original(self) -> int | None:
         """The peak of the original's step, None where the device cannot hold it."""
         try:
-            return measure.peak(self.model, self.inputs)
+            with self._stage("measuring"):
+                return measure.peak(self.model, self.inputs)
         except torch.OutOfMemoryError:
             if self.budget.relative_error:
                 raise FxoptError(
@@ -139,13 +150,9 @@ class _Session:
 
     def planned(self, error: float | None = None) -> tuple[Run, Layout]:
         """The fastest step within the rows by what is known so far, or that may err so much."""
-        run, layout = fastest_step(
-            self.model,
-            self.inputs,
-            self.request,
-            self.limit,
-            self.error if error is None else error,
-        )
+        error = self.error if error is None else error
+        with self._stage("planning"):
+            run, layout = fastest_step(self.model, self.inputs, self.request, self.limit, error)
         return run, replace(layout, scale=self.scale)
 
     @property
@@ -209,6 +216,10 @@ class _Session:
 
     def verified(self, run: Run, layout: Layout) -> tuple[TrainingModule, list[RowResult]]:
         """The module of a layout, its rows measured and its gradients compared with eager's."""
+        with self._stage("verifying"):
+            return self._verified(run, layout)
+
+    def _verified(self, run: Run, layout: Layout) -> tuple[TrainingModule, list[RowResult]]:
         ceiling = max(self.limit, float(layout.plan.peak))
         module = TrainingModule(self.model, Further(self.request, ceiling, self.error, layout.cut))
         module.adopt(self.inputs, run)
