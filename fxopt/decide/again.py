@@ -13,6 +13,7 @@ from ..ir.plan import Plan
 from .outlook import nearest_note
 from .problem import Group, Option, Problem, Row, total, weighed
 from .quality import QUALITIES, Quality
+from .search import FAINT
 from .solve import nearest, solve
 
 RESOURCES = ("latency", "weights", "kv_cache", "memory")
@@ -45,6 +46,11 @@ def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float =
     made.budget = budget
     made.totals = _totals(plan, budget, limits, constants, problem, choice)
     made.notes = ["decided again from the plan's own costs and errors: not realised, not measured"]
+    if plan.distilled and not made.distilled:
+        made.notes.append(
+            "errors are scaled to what was measured after distillation, in which what is chosen "
+            "anew had no part"
+        )
     if found is None:
         made.notes.append(nearest_note(problem))
     return made
@@ -93,10 +99,12 @@ def note_totals(plan: Plan) -> None:
         for name, value in known.items()
         if value is not None and name in RESOURCES
     }
-    whole = next((known[name] for name in known if name in QUALITIES), None)
+    quality, row = _quality(plan), next((r for r in plan.totals if r.name in QUALITIES), None)
+    whole = quality.additive((row and _value(row)) or 0.0)
+    least = FAINT * quality.additive((row and row.limit) or 0.0)
     # a loss or a metric can be better than before by chance: that makes no error free
-    if whole is not None and whole > 0 and alone > 0:
-        plan.error_scale = min(max(_quality(plan).additive(whole) / alone, 0.1), 10.0)
+    if min(whole, alone) > least:
+        plan.error_scale = whole / alone
 
 
 def _value(row: RowResult) -> float | None:
@@ -166,12 +174,12 @@ def _chosen(plan: Plan, columns: Sequence[Sequence[Alternative]], choice: Sequen
     made = plan.model_copy(deep=True)
     made.tensors = plan.tensors
     made.trials, made.prices, made.looser, made.blocks, made.sources = [], [], [], [], []
-    made.distilled = []
     for decision, options, o in zip(made.decisions, columns, choice, strict=True):
         taken = options[o]
         if (taken.rewrite, taken.label) != (decision.rewrite, decision.label):
             decision.choose(taken.rewrite, taken.label)
             decision.reason = "decided again from the plan's own costs"
+            made.distilled = []
     return made
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.ir.errors import PlanError
+from fxopt.decide.again import note_totals
+from fxopt.ir.errors import PlanError, RowResult
+from fxopt.ir.evidence import Distilled
 
 ROWS = {"relative_error": 0.2, "weights": "50%", "minimize": "error"}
 
@@ -106,6 +108,37 @@ def test_nothing_that_was_measured_is_claimed_of_the_new_plan(plan: fxopt.Plan) 
     assert not again.trials
     assert "not measured" in again.notes[0]
     assert again.budget == fxopt.Budget(weights="60%")
+
+
+def test_errors_are_scaled_to_the_whole_however_far_its_sites_were_off(plan: fxopt.Plan) -> None:
+    for factor in (0.05, 30.0):
+        edited = plan.model_copy(deep=True)
+        edited.lock("re:.*", family="linear")
+        alone = predicted(plan)["relative_error"]
+        whole = factor * alone
+        edited.totals = [RowResult("relative_error", min(alone, whole), None, whole, "")]
+        note_totals(edited)
+        again = fxopt.solve(edited, fxopt.Budget(relative_error=1e3))
+        assert predicted(again)["relative_error"] == pytest.approx(whole)
+
+
+def test_an_error_too_faint_to_tell_of_larger_ones_scales_none(plan: fxopt.Plan) -> None:
+    edited = plan.model_copy(deep=True, update={"error_scale": 1.0})
+    edited.totals = [RowResult("relative_error", 0.2, None, 0.01, "")]
+    note_totals(edited)
+    assert edited.error_scale == 1.0
+
+
+def test_distillation_is_said_of_the_choices_that_it_trained(plan: fxopt.Plan) -> None:
+    trained = [Distilled(block="down", before=0.2, after=0.1, steps=9)]
+    edited = plan.model_copy(deep=True, update={"distilled": trained})
+    other = fxopt.solve(edited, fxopt.Budget(relative_error=1e-9))
+    assert not other.distilled
+    assert any("after distillation" in note for note in other.notes)
+    edited.lock("re:.*")
+    same = fxopt.solve(edited, fxopt.Budget(weights="100%"))
+    assert same.distilled == trained
+    assert not any("distillation" in note for note in same.notes)
 
 
 def test_an_impossible_budget_gives_the_nearest_plan_and_says_so(plan: fxopt.Plan) -> None:
