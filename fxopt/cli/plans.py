@@ -10,7 +10,7 @@ import typer
 
 from . import options as o
 from .command import DIFFERENT, OK, Output, command
-from .results import read_plan, rows_of
+from .results import read_plan, report_of
 
 Markdown = Annotated[
     Path | None, typer.Option(help="Text to write, for a pull request.", show_default=False)
@@ -81,7 +81,7 @@ def report(
         shown.to_svg(memory)
     if heads:
         write_text(heads, svg(read))
-    output.show(shown, {"rows": rows_of(read.totals), "notes": read.notes})
+    output.show(shown, report_of(shown))
     return OK
 
 

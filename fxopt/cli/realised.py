@@ -12,7 +12,7 @@ from fxopt.ir.errors import FxoptError
 
 from . import options as o
 from .command import INFEASIBLE, OK, Output, command
-from .results import read_plan, rows_of, show_result
+from .results import read_plan, report_of, show_result
 
 if TYPE_CHECKING:
     from fxopt.ir.plan import Plan
@@ -126,7 +126,7 @@ def verify(model: o.Model, saved: o.Saved, source: o.Source, output: Output) -> 
     opt = _load(saved, given.model if made.at else None, source.device)
     report = fxopt.verify(opt, given.model, **given.arguments(), progress=output.progress)
     report.written = limit_texts(made.budget)
-    document = {"kept": report.kept, "rows": rows_of(report.rows), "notes": report.notes}
+    document = {"kept": report.kept, **report_of(report)}
     output.show(report, document)
     return OK if report.kept else INFEASIBLE
 

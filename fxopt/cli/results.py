@@ -10,6 +10,7 @@ from .command import INFEASIBLE, OK, Output
 
 if TYPE_CHECKING:
     from fxopt.ir.plan import Plan
+    from fxopt.show.report import Report
 
 
 def read_plan(path: Path) -> Plan:
@@ -32,11 +33,17 @@ def show_plan(made: Plan, output: Output) -> int:
 
 def show_result(opt: Any, out: Path, output: Output) -> int:
     """Print what was made: the plan and its report, or the report's rows."""
-    document = {"out": str(out), "rows": rows_of(opt.report.rows), "notes": opt.report.notes}
+    document = {"out": str(out), **report_of(opt.report)}
     output.show(f"{opt.plan}\n\n{opt.report}\n\nwrote {out}", document)
     return OK
 
 
+def report_of(report: Report) -> dict[str, Any]:
+    """A report as JSON: its rows, its notes, and what distillation did to each block."""
+    distilled = [block.model_dump() for block in report.distilled]
+    return {"rows": rows_of(report.rows), "notes": report.notes, "distilled": distilled}
+
+
 def rows_of(rows: Any) -> list[dict[str, Any]]:
-    """Rows of a report as JSON."""
+    """Rows of a budget as JSON."""
     return [{**vars(row), "excess": row.excess} for row in rows]

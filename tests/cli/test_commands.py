@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fxopt import load
 from fxopt.cli import run
 from fxopt.ir.budget import Budget
-from fxopt.ir.evidence import Memory
+from fxopt.ir.evidence import Distilled, Memory
 from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.workload import Generate
 
@@ -141,6 +141,16 @@ def test_report(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
     assert text.read_text("utf-8") == Plan.load(saved / "plan.json").to_markdown()
     document = json.loads(fxopt("report", saved, "--json")[1])
     assert {"kl", "weights"} <= {row["name"] for row in document["rows"]}
+
+
+def test_report_says_what_distillation_did(fxopt: Invoke, saved: Path, tmp_path: Path) -> None:
+    plan = Plan.load(saved / "plan.json")
+    plan.distilled = [Distilled(block="model.layers.0", before=0.25, after=0.125, steps=20)]
+    path = plan.save(tmp_path / "plan.json")
+    assert "distilled" in fxopt("report", path)[1]
+    document = json.loads(fxopt("report", path, "--json")[1])
+    (block,) = document["distilled"]
+    assert block == {"block": "model.layers.0", "before": 0.25, "after": 0.125, "steps": 20}
 
 
 def test_report_of_a_plan_without_memory_over_time(
