@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from .replay import prepared_tensors
 from .show.report import Report
 
 logger = logging.getLogger("fxopt")
+T = TypeVar("T")
 
 ATTEMPTS = 5
 """Searches, each asking more of the `choose` part, until the `verify` part holds."""
@@ -76,7 +77,7 @@ class Session:
         """Search; the identity is always among the trials."""
         found = self._search()
         if found is None or found.excess > 0:
-            self._try(identity(self.table))
+            self._insist(lambda: self._try(identity(self.table)))
         self._go_on_distilled()
         best = self.search.best
         assert best is not None
@@ -122,14 +123,18 @@ class Session:
             self.search.tell(choice, self._measured(choice))
 
     def _search(self) -> Trial | None:
-        """As far as time goes. Ctrl-C ends the time: at least one choice is still measured, where
-        none was; another Ctrl-C is for the caller."""
+        """As far as time goes; at least one choice is measured, where none was."""
         rounds = self._left or TRIALS
+        return self._insist(lambda: self.compiler.search(self.search, self._measured, rounds))
+
+    def _insist(self, work: Callable[[], T]) -> T:
+        """What `work` returns, without which there is no plan to hand out: Ctrl-C ends the time,
+        and `work` begins again."""
         try:
-            return self.compiler.search(self.search, self._measured, rounds)
+            return work()
         except KeyboardInterrupt:
             self._end()
-            return self.compiler.search(self.search, self._measured, rounds)
+            return work()
 
     def _end(self) -> None:
         """End the time; another Ctrl-C is for the caller."""
@@ -175,6 +180,9 @@ class Session:
     def plan(self) -> Plan:
         """The decision alone: realised to see the graph, not emitted and not verified."""
         trial = self.search_best()
+        return self._insist(lambda: self._planned(trial))
+
+    def _planned(self, trial: Trial) -> Plan:
         chosen = self.compiler.chosen(self.search, trial.choice)
         editor = self.compiler.realise(chosen, self._prepare(trial.choice))
         made = self.plan_of(trial, self.measurer.rows(trial.predicted, {}), editor)
@@ -224,12 +232,15 @@ class Session:
     def _nearest(self) -> list[Trial]:
         """Where nothing holds: the trials to verify, the model as it is among them."""
         none = identity(self.table)
-        self._try(none)
+        self._insist(lambda: self._try(none))
         ranked = self.search.ranked()
         return [t for i, t in enumerate(ranked) if i < RUNNERS_UP or t.choice == none]
 
     def _verified(self, trial: Trial) -> Verified:
         """The module of a trial, and its rows on the part kept aside."""
+        return self._insist(lambda: self._contract(trial))
+
+    def _contract(self, trial: Trial) -> Verified:
         proposals = self.compiler.chosen(self.search, trial.choice)
         editor = self.compiler.realise(proposals, self._prepare(trial.choice))
         module = self.compiler.emit(editor)

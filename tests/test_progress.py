@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt import api
+from fxopt import api, evidence
 from fxopt import progress as progress_module
 from fxopt.measure import Measurer
 from fxopt.progress import Bars, Lines, Logged, showing, stepping
@@ -308,6 +308,46 @@ def test_ctrl_c_while_single_sites_are_compared(
     assert compared.calls == 2  # none after it
     assert marks(made.notes) == CTRL_C
     assert made.trials
+
+
+def test_ctrl_c_while_a_module_is_verified_verifies_it_and_searches_no_more(
+    mlp: Mlp, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = Interrupted(Measurer.contract, {1})
+    monkeypatch.setattr(Measurer, "contract", lambda *arguments: verified(*arguments))
+    opt = fxopt.optimize(mlp, BUDGET, data[0], calibration=data)
+    assert verified.calls == 2
+    assert opt.report.kept
+    assert marks(opt.report.notes) == marks(opt.plan.notes) == CTRL_C
+
+
+def test_ctrl_c_while_the_plan_is_written_down(
+    mlp: Mlp, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Interrupted(evidence.shown, {1})
+    monkeypatch.setattr(evidence, "shown", shown)
+    made = fxopt.plan(mlp, BUDGET, data[0], calibration=data)
+    assert shown.calls == 2
+    assert marks(made.notes) == CTRL_C
+
+
+def test_ctrl_c_while_the_original_is_tried_hands_out_what_is_nearest(
+    mlp: Mlp, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Interrupted(Measurer.trial, {1})
+
+    def trial(measurer: Measurer, editor: Any, proposals: Any) -> Any:
+        return (original if proposals else kept)(measurer, editor, proposals)
+
+    original = Measurer.trial
+    monkeypatch.setattr(Measurer, "trial", trial)
+    impossible = fxopt.Budget(weights="1%", relative_error=1e-6)
+    with pytest.raises(fxopt.BudgetError) as caught:
+        fxopt.optimize(mlp, impossible, data[0], calibration=data)
+    assert kept.calls == 2
+    best = caught.value.best
+    assert best is not None
+    assert marks(best.report.notes) == CTRL_C
 
 
 def test_a_second_ctrl_c_is_the_callers(
