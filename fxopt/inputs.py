@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .decide.calibration import Batch
 from .ir.budget import Budget
 from .ir.errors import FxoptError
-from .ir.workload import Forward, Generate, Train, Workload
+from .ir.workload import LENGTHY, Forward, Generate, Train, Workload
 
 
 def default_inputs(model: nn.Module, example_inputs: Any) -> Any:
@@ -48,10 +48,16 @@ def default_inputs(model: nn.Module, example_inputs: Any) -> Any:
 def default_workload(budget: Budget, example: Batch) -> Workload:
     """`Generate` when the budget speaks of the KV cache, `Train` when only of activations."""
     rows = set(budget.cost_rows)
-    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
-    shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
+    batch, length = sizes_of(example)
     if "kv_cache" in rows:
-        return Generate(batch=shape[0], prompt=shape[1], new_tokens=128)
+        return Generate(batch=batch, prompt=length or 1, new_tokens=128)
     if rows == {"activations"} and budget.quality is None:
-        return Train(batch=shape[0], seq=shape[1])
-    return Forward(batch=shape[0], length=shape[1])
+        return Train(batch=batch, seq=length or 1)
+    return Forward(batch=batch, length=length)
+
+
+def sizes_of(example: Batch) -> tuple[int, int | None]:
+    """Batch and length of the first tensor; images and videos have no length."""
+    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
+    shape = (1, 1) if first is None else (*first.shape, 1, 1)
+    return shape[0], None if first is not None and first.dim() > LENGTHY else shape[1]

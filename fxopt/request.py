@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .capture import weightless
 from .decide.calibration import Batch, Calibration, bind, split
 from .host import refuse_cache, uncached
-from .inputs import default_inputs, default_workload
+from .inputs import default_inputs, default_workload, sizes_of
 from .ir.budget import Budget
 from .ir.distill import Distill
 from .ir.errors import FxoptError
@@ -194,9 +194,8 @@ def _sized(workload: Workload, example: Batch) -> Workload:
         return Several(tuple((n, p) for n, p in sized if isinstance(p, Forward | Generate)))
     if not isinstance(workload, Forward):
         return workload
-    first = next((v for v in example.values() if isinstance(v, Tensor)), None)
-    shape = (1, 1) if first is None else (*first.shape, 1, 1)[:2]
-    return Forward(workload.batch or shape[0], workload.length or shape[1])
+    batch, length = sizes_of(example)
+    return Forward(workload.batch or batch, workload.length or length)
 
 
 def _check_latency(budget: Budget, workload: Workload) -> None:

@@ -111,6 +111,26 @@ class Broken(nn.Module):
         return y + torch.where(x.abs().amax() > 100, torch.nan, 0.0)
 
 
+def test_an_image_has_no_length() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.head = nn.Conv2d(3, 64, 4, stride=4), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.patch(x).flatten(2).mT)
+
+    images = [torch.randn(1, 3, 16, 16) for _ in range(3)]
+    budget = fxopt.Budget(relative_error=0.2, weights="80%", minimize="error")
+    for workload in (None, fxopt.Forward(batch=1)):
+        made = fxopt.plan(
+            Patches().eval(), budget, images[0], workload=workload, calibration=images,
+            rewrites=["linear.quantized"],
+        )  # fmt: skip
+        assert made.workload == fxopt.Forward(batch=1, length=None)
+        assert str(made).startswith("Forward(batch=1) on ")
+
+
 def test_a_model_that_returns_nan_is_named(data: list[torch.Tensor]) -> None:
     data[-1] = data[-1] * 1000
     with pytest.raises(FxoptError, match="the model itself returns NaN for sequence"):

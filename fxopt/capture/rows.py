@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import SymInt
 
+from ..ir.workload import LENGTHY
 from .captured import Captured, Dimension
 from .shapes import fixed, free_symbols, placeholders
 
@@ -18,7 +19,8 @@ class Rows:
     def __init__(self, captured: Captured) -> None:
         inputs = {str(n.target): n.meta["val"].shape for n in placeholders(captured.graph.graph)}
         known = captured.symbols.items()
-        self._tokens = {name for name, dim in known if _counts_tokens(dim)}
+        ranks = {name: len(shape) for name, shape in inputs.items()}
+        self._tokens = {name for name, dim in known if _counts_tokens(dim, ranks[dim.input])}
         batches = {name for name, dim in known if dim.role == "batch"}
         traced = {name: inputs[dim.input][dim.dim].node.hint for name, dim in known}
         self._sizes = {name: 1 if name in batches else size for name, size in traced.items()}
@@ -38,6 +40,9 @@ class Rows:
         return rows if rows % self._batch else rows // self._batch
 
 
-def _counts_tokens(dimension: Dimension) -> bool:
-    """Whether a workload's length says how large it is: of inputs without roles, the second."""
-    return dimension.role not in ("", "batch") or (not dimension.role and dimension.dim == 1)
+def _counts_tokens(dimension: Dimension, rank: int) -> bool:
+    """Whether a workload's length says how large it is: of inputs without roles, the second of
+    those that have a length."""
+    if dimension.role:
+        return dimension.role != "batch"
+    return dimension.dim == 1 and rank <= LENGTHY

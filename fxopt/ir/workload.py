@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+LENGTHY = 3
+"""Axes up to which an input is [batch, length, ...]; with more it is an image or a video, whose
+second axis is no length."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -31,7 +35,8 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Forward:
-    """One pass over the example inputs; `batch` and `length` are read from them when None."""
+    """One pass over the example inputs; `batch` and `length` are read from them when None. Images
+    and videos have no length."""
 
     batch: int | None = None
     length: int | None = None
