@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fxopt.ir.cost import Cost, OpCall
+from fxopt.ir.units import so_many
 
 from .hardware import Device, cache_folder, read_json, write_json
 from .roofline import Roofline
@@ -157,9 +158,8 @@ class Measured:
         self._dirty = False
         if self.disturbed:
             logger.warning(
-                "%d op timings were disturbed by what else runs here; they are used, and measured "
-                "again by the next run",
-                len(self.disturbed),
+                "disturbed by what else runs here: %s, used now and measured again by the next run",
+                so_many(len(self.disturbed), "op timing"),
             )
 
     def _key(self, call: OpCall) -> str:

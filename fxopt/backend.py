@@ -29,6 +29,7 @@ from .emit.targets import is_legal, mutates
 from .ir.budget import Budget
 from .ir.errors import FxoptError
 from .ir.ops import attend
+from .ir.units import so_many
 
 logger = logging.getLogger("fxopt")
 aten = torch.ops.aten
@@ -58,7 +59,8 @@ def backend(
     try:
         gm = _rewritten(gm)
     except NotRewrittenError as why:
-        logger.info("torch.compile: a graph of %d calls is left as it is: %s", _calls(gm), why)
+        calls = so_many(_calls(gm), "call")
+        logger.info("torch.compile: a graph of %s is left as it is: %s", calls, why)
     return then(gm, list(example_inputs))
 
 
@@ -142,7 +144,11 @@ def _rewrite(traced: fx.GraphModule) -> None:
     if not found and not norms:
         raise NotRewrittenError("it holds nothing to rewrite")
     traced.recompile()
-    logger.info("torch.compile: rewrote %d attentions; %d norms are one call", len(found), norms)
+    logger.info(
+        "torch.compile: rewrote %s and %s, each as one call",
+        so_many(len(found), "attention"),
+        so_many(norms, "norm"),
+    )
 
 
 def _softmaxes(graph: fx.Graph) -> int:

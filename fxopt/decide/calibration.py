@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import FxoptError
+from ..ir.units import so_many
 
 Batch = dict[str, Any]
 """Arguments of the model's forward by name, batch size 1 wherever they have a batch."""
@@ -45,8 +46,8 @@ def split(items: Iterable[Any], names: Sequence[str], *, given: bool) -> Calibra
     notes = [] if given else ["calibration: none given, so the example inputs were used"]
     if len(sequences) < 3:
         notes.append(
-            f"calibration: {len(sequences)} sequence(s) cannot be split in three; the parts "
-            "overlap, so what was measured says less about other data"
+            f"calibration: {so_many(len(sequences), 'sequence')} cannot be split in three; "
+            "the parts overlap, so what was measured says less about other data"
         )
         first, last = sequences[0], sequences[-1]
         return Calibration((first,), (first,), (last,), tuple(notes), given)
@@ -62,8 +63,8 @@ def bind(item: Any, names: Sequence[str]) -> Batch:
     values = item if isinstance(item, (tuple, list)) else (item,)
     if len(values) > len(names):
         raise FxoptError(
-            f"an input has {len(values)} positional values, the model takes {len(names)}: "
-            f"{', '.join(names)}"
+            f"an input has {so_many(len(values), 'positional value')}, the model takes "
+            f"{len(names)}: {', '.join(names)}"
         )
     return dict(zip(names, values, strict=False))
 

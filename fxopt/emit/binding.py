@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..ir.errors import FxoptError
 from ..ir.recording import is_recorded
+from ..ir.units import so_many
 from .facts import facts
 from .program import Program
 
@@ -34,9 +35,8 @@ class Binding:
         given = dict(zip(self.positional, args, strict=False))
         extra = args[len(self.positional) :]
         if extra and not self.variadic:
-            raise TypeError(
-                f"forward() takes {len(self.positional)} positional arguments, got {len(args)}"
-            )
+            takes = so_many(len(self.positional), "positional argument")
+            raise TypeError(f"forward() takes {takes}, got {len(args)}")
         if extra:
             given[self.variadic] = extra
         for name, value in kwargs.items():

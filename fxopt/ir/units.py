@@ -95,6 +95,11 @@ def _text(value: object, otherwise: str) -> str:
     return value.strip() if isinstance(value, str) else otherwise
 
 
+def so_many(count: int, noun: str) -> str:
+    """A count of what has a regular plural: "1 site", "2 sites"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_value(value: float | None, unit: str) -> str:
     """A measured quantity for people: three digits, in the unit that suits its size."""
     if value is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from fxopt.ir.evidence import Block
 from fxopt.ir.plan import Plan
+from fxopt.ir.units import so_many
 
 from . import binding, outlook, summary
 from .entries import summary as summary_text
@@ -66,7 +67,7 @@ def _lines(kind: str, lines: Sequence[Line]) -> str:
     if len(lines) > SHOWN_LINES:
         rows.append(["", f"and {len(lines) - SHOWN_LINES} more", "", ""])
     count = sum(line.count for line in lines)
-    title = f"{TITLES[kind]}: {count} site{'s' if count > 1 else ''}"
+    title = f"{TITLES[kind]}: {so_many(count, 'site')}"
     table = _table(head, rows)
     return f"**{title}**\n\n{table}" if kind == "rewritten" else _folded(title, table)
 

@@ -228,6 +228,6 @@ def test_repeats_that_disagree_are_used_but_not_kept(
     model = Measured(DEVICE, "float32", folder=tmp_path)
     assert model(call(run=lambda device: lambda: None)).seconds == 2e-6
     model.save()
-    assert "1 op timings were disturbed" in caplog.text
+    assert "disturbed by what else runs here: 1 op timing, used now" in caplog.text
     assert model.disturbed == {"k"}
     assert Measured(DEVICE, "float32", folder=tmp_path)._known == {}

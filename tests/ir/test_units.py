@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxopt.ir.units import format_value, parse_bytes, parse_seconds
+from fxopt.ir.units import format_value, parse_bytes, parse_seconds, so_many
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,11 @@ from fxopt.ir.units import format_value, parse_bytes, parse_seconds
 )
 def test_format(value: float | None, unit: str, text: str) -> None:
     assert format_value(value, unit) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 sites"), (1, "1 site"), (2, "2 sites")])
+def test_counts(count: int, text: str) -> None:
+    assert so_many(count, "site") == text
 
 
 @given(st.floats(1e-9, 1e6))
