@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import passes
@@ -20,6 +21,7 @@ from .ir.errors import RowResult
 from .ir.plan import Decision
 from .ir.units import format_value
 from .measure import UNITS, Measurer
+from .show.binding import WORTH, bought
 from .show.blocks import Graphs, blocks
 
 FACTORS = (1.25, 2.0)
@@ -40,22 +42,35 @@ def shown(
     """The decisions of a trial, and all that its plan carries beside, as fields of `Plan`."""
     compiler = measurer.compiler
     stand = standing(search, taken)
+    held = all(row.excess <= 0 for row in totals)
+    more = looser(_Names(measurer, stand, totals)) if held else []
+    stand = replace(stand, prices={**stand.prices, **_worthless(measurer, stand, more)})
     names = _Names(measurer, stand, totals)
-    why = Explainer(Swaps(stand), measurer.quality_row, error_unit(measurer.quality_row))
+    row, quality = measurer.quality_row, compiler.quality
+    why = Explainer(Swaps(stand), row, _unit(row), quality)
     decided = decisions(compiler.proposals, search.table, why, compiler.kept_mass)
     compiler.scores.save()
     judge(measurer, decided)
-    held = all(row.excess <= 0 for row in totals)
     return {
         "decisions": decided,
         "pairs": pairs(compiler.proposals, search.table, why),
         "trials": trials(measurer, search, taken),
         "prices": names.prices(),
-        "looser": looser(names) if held else [],
+        "looser": more,
         "untried": untried(compiler),
         "blocks": graph_blocks(compiler, editor),
         "sources": sources(module, decided) if module else [],
     }
+
+
+def _worthless(
+    measurer: Measurer, stand: Standing, more: Iterable[evidence.Looser]
+) -> dict[str, float]:
+    """Prices of rows of which more was proved to buy nothing, whatever the program without its
+    integers says."""
+    main = measurer.quality_row if stand.main == "error" else stand.main
+    gained = bought(more, main).items()
+    return {measurer.solver_name(name): 0.0 for name, gain in gained if gain < WORTH}
 
 
 def notes(decided: Iterable[Decision]) -> list[str]:
@@ -82,11 +97,6 @@ def trials(measurer: Measurer, search: Search, taken: Trial) -> list[evidence.Tr
         same = trial.choice == taken.choice
         made.append(evidence.Trial(rows=rows, holds=trial.excess <= 0, taken=same))
     return made
-
-
-def error_unit(quality: str) -> str:
-    """What errors of single sites are in: relative ones are squared, so that they add up."""
-    return "squared" if quality == "relative_error" else _unit(quality)
 
 
 def _unit(row: str) -> str:
@@ -223,11 +233,12 @@ def judge(measurer: Measurer, decisions: Iterable[Decision]) -> None:
     limit = measurer.compiler.request.budget.absolute(measurer.baseline).get(name)
     if limit is None:
         return
-    most = measurer.compiler.quality.additive(limit)
+    quality, unit = measurer.compiler.quality, _unit(name)
+    most = quality.additive(limit)
     for other in (other for decision in decisions for other in decision.alternatives):
         if other.error is not None and other.error > most:
             other.feasible = False
-            own, whole = (format_value(e, error_unit(name)) for e in (other.error, most))
+            own, whole = (format_value(quality.measured(e), unit) for e in (other.error, most))
             other.reason = f"errs {own} alone, and the whole budget is {whole}"
 
 

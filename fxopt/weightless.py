@@ -31,8 +31,8 @@ from .session import Session
 
 NOTES = (
     "made without weights (meta device): nothing was run, every row is predicted",
-    "errors are what rounding loses of random numbers, squared and relative to each site's "
-    "output: they order options, and say nothing of the model's own error",
+    "errors are what rounding loses of random numbers, relative to each site's output: they order "
+    "options, and say nothing of the model's own error",
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from torch import nn
 import fxopt
 from fxopt import evidence
 from fxopt.emit.module import OptimizedModule
+from fxopt.ir.errors import RowResult
+from fxopt.ir.evidence import Looser
 from fxopt.ir.plan import Plan
 from fxopt.ir.workload import scenarios
+from fxopt.show import binding
 
 BUDGET = fxopt.Budget(relative_error=0.2, weights="45%", minimize="memory")
 
@@ -69,6 +74,28 @@ def test_the_outlook_begins_with_what_the_totals_say(plan: Plan) -> None:
             assert limit is None or row.predicted <= limit * (1 + 1e-9)
 
 
+def test_rows_of_which_more_buys_nothing_have_no_price() -> None:
+    def outlook(row: str, memory: float) -> Looser:
+        rows = [RowResult("memory", None, memory, None, "bytes", 100.0)]
+        return Looser(row=row, limit=1.0, unit="bytes", rows=rows)
+
+    measurer: Any = SimpleNamespace(
+        quality_row="kl", solver_name=lambda name: "error" if name == "kl" else name
+    )
+    stand: Any = SimpleNamespace(main="memory")
+    more = [outlook("weights", 50.0), outlook("kl", 99.9), outlook("kl", 99.8)]
+    unsolved = Looser(row="kv_cache", limit=1.0, unit="bytes", rows=[], solved=False)
+    found = evidence._worthless(measurer, stand, [*more, unsolved])  # pyright: ignore
+    assert found == {"error": 0.0}
+
+
+def test_reasons_and_the_header_speak_of_the_same_rows(plan: Plan) -> None:
+    prices = {price.row: price.price for price in plan.prices}
+    idle = [row for row, gain in binding.gains(plan).items() if gain < binding.WORTH]
+    assert all(prices[row] == 0 for row in idle)
+    assert set(binding.binding(plan)) <= {row for row, price in prices.items() if price > 0}
+
+
 def test_every_limit_has_a_price_whatever_was_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "OUTLOOK_SECONDS", 0.0)
     torch.manual_seed(5)
@@ -113,7 +140,7 @@ def test_alternatives_that_err_more_than_the_budget_do_not_fit(plan: Plan) -> No
     assert {other.feasible for other in others} == {True, False}
     for other in others:
         assert other.feasible == ((other.error or 0.0) <= 0.2**2)
-        assert other.feasible or "alone, and the whole budget is 0.04 squared" in other.reason
+        assert other.feasible or "alone, and the whole budget is 0.2" in other.reason
 
 
 def test_sources_are_the_generated_classes(optimised: OptimizedModule, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..ir.cost import Cost
 from ..ir.decision import KEEP
 from ..ir.units import format_value
+from .quality import Quality
 from .search import BYTE_ROWS, FASTER, GAP
 from .swaps import Swap, Swaps
 
@@ -17,8 +18,6 @@ SAME = 5e-3
 """The share of its own below which a change of what is minimised is none."""
 TIE = 1e-2
 """The share by which what is saved here and what that is worth elsewhere may differ in a tie."""
-FULL = 0.05
-"""The share of a limit that a row which binds may leave, since sites are not divided."""
 THINGS = {"latency": "time", "error": "error", "memory": "memory"}
 
 
@@ -40,12 +39,14 @@ class Choice:
 class Explainer:
     """Says why, by the program that a choice was made in.
 
-    `quality` is the budget's name of the error row, `unit` what errors are measured in.
+    `quality` is the budget's name of the error row, `unit` what errors are measured in, `measured`
+    how they are: amounts of them are what the whole, as chosen, would err more or less.
     """
 
-    def __init__(self, swaps: Swaps, quality: str, unit: str) -> None:
-        self.swaps, self.quality, self.unit = swaps, quality, unit
+    def __init__(self, swaps: Swaps, quality: str, unit: str, measured: Quality) -> None:
+        self.swaps, self.quality, self.unit, self.measured = swaps, quality, unit, measured
         self.main = swaps.stand.main
+        self.error = swaps.stand.rows(swaps.stand.choice)["error"]
         rows = (row.name for row in swaps.stand.problem.rows)
         # ops are timed only then: what the roofline alone says is no reason
         self.timed = self.main != "error" or any(row.startswith("latency") for row in rows)
@@ -66,7 +67,7 @@ class Explainer:
             return self._indifferent(swap, mine, other)
         if more > 0:
             return self._worse(mine, other, more) + self._freed(swap, mine, other)
-        return f"would save {self._amount(self.main, -more)}: less than the program is solved to"
+        return f"would save {self._amount(self.main, more)}: less than the program is solved to"
 
     def chosen(self, group: int, option: int, mine: Choice, kept: Choice) -> str:
         """What a rewrite serves, and what that is worth; `option` is that which keeps the site."""
@@ -109,12 +110,12 @@ class Explainer:
             return f"{text}; {self._worse(mine, other, more)}{frees}"
         prices = self.swaps.stand.prices
         worth = sum(prices.get(row, 0.0) * swap.added[row] for row in missing)
-        saved = f"to save {self._amount(self.main, -more)} here"
-        priced = f": worth {self._amount(self.main, worth)} elsewhere" if worth > 0 else ""
+        saved = f"to save {self._amount(self.main, more)} here"
+        priced = f": worth {self._amount(self.main, -worth)} elsewhere" if worth > 0 else ""
         return f"{text}{priced}, {saved}{_tie(worth, -more)}{frees}"
 
     def _short(self, row: str, swap: Swap, mine: Choice, other: Choice) -> str:
-        full = row in self.swaps.binding and swap.missing[row] < FULL * self.swaps.limit(row)
+        full = self.swaps.is_full(row)
         if row == "error":
             more = self._amount(row, other.error - mine.error)
             return f"errs {more} more" + (
@@ -128,7 +129,7 @@ class Explainer:
         if self.main == "memory":
             return f"takes {self._amount(self.main, more)} more of memory"
         word = "errs" if self.main == "error" else "takes"
-        amounts = (self._amount(self.main, c.amount(self.main)) for c in (other, mine))
+        amounts = (self._own(c) for c in (other, mine))
         return f"{word} {' against '.join(amounts)}"
 
     def _freed(self, swap: Swap, mine: Choice, other: Choice) -> str:
@@ -137,7 +138,7 @@ class Explainer:
         full = {row: amount for row, amount in less.items() if row in self.swaps.binding}
         if full and swap.worth < 0:
             tie = _tie(-swap.worth, swap.added[self.main])
-            worth = self._amount(self.main, -swap.worth)
+            worth = self._amount(self.main, swap.worth)
             return f"; the {self._amounts_of(full)} that it frees are worth {worth}{tie}"
         if less and not full:
             has = "has" if len(less) == 1 else "have"
@@ -154,7 +155,7 @@ class Explainer:
         return {row: amount for row, amount in less.items() if amount > 0}
 
     def _amounts_of(self, rows: Mapping[str, float]) -> str:
-        return " and ".join(f"{self._amount(r, x)} of {self._name(r)}" for r, x in rows.items())
+        return " and ".join(f"{self._amount(r, -x)} of {self._name(r)}" for r, x in rows.items())
 
     def _indifferent(self, swap: Swap, mine: Choice, other: Choice) -> str:
         same = f"for the same {THINGS.get(self.main, self.main)}"
@@ -177,12 +178,12 @@ class Explainer:
 
     def _listed(self, rows: Mapping[str, float]) -> str:
         text = self._amounts_of(rows)
-        binding = [row for row in rows if row in self.swaps.binding]
-        if not binding:
+        full = [row for row in rows if self.swaps.is_full(row)]
+        if not full:
             return text
-        if len(binding) == len(rows):
+        if len(full) == len(rows):
             return text + (", which is used up" if len(rows) == 1 else ", which are used up")
-        return f"{text}; {' and '.join(binding)} is used up"
+        return f"{text}; {' and '.join(full)} is used up"
 
     def _price(self, saved: Mapping[str, float], spent: float) -> str:
         """What the saved bytes are worth elsewhere, against what the site takes more itself."""
@@ -190,12 +191,12 @@ class Explainer:
         worth = sum(prices.get(row, 0.0) * more for row, more in saved.items() if row != self.main)
         if worth <= 0:
             return ""
-        here = f", for {self._amount(self.main, spent)} here" if spent > 0 else ""
+        here = f", for {self._amount(self.main, -spent)} here" if spent > 0 else ""
         here += _tie(worth, spent)
-        return f": worth {self._amount(self.main, worth)} elsewhere{here}"
+        return f": worth {self._amount(self.main, -worth)} elsewhere{here}"
 
     def _saved(self, mine: Choice, other: Choice, less: float, before: str) -> str:
-        return "" if self._same(mine, other, less) else before + self._amount(self.main, less)
+        return "" if self._same(mine, other, less) else before + self._amount(self.main, -less)
 
     def _same(self, mine: Choice, other: Choice, change: float) -> bool:
         own = max(abs(mine.amount(self.main)), abs(other.amount(self.main)))
@@ -210,9 +211,19 @@ class Explainer:
     def _name(self, row: str) -> str:
         return self.quality if row == "error" else row
 
-    def _amount(self, row: str, amount: float) -> str:
-        unit = "s" if row.startswith("latency") else self.unit if row == "error" else "bytes"
-        return format_value(amount, unit)
+    def _own(self, choice: Choice) -> str:
+        """The share of what is minimised, an error as it is measured with this site alone."""
+        amount = choice.amount(self.main)
+        amount = self.measured.measured(amount) if self.main == "error" else amount
+        return format_value(amount, self._unit(self.main))
+
+    def _amount(self, row: str, change: float) -> str:
+        """So much more of a row, or less."""
+        amount = self.measured.step(self.error, change) if row == "error" else change
+        return format_value(abs(amount), self._unit(row))
+
+    def _unit(self, row: str) -> str:
+        return "s" if row.startswith("latency") else self.unit if row == "error" else "bytes"
 
 
 def _tie(worth: float, here: float) -> str:

@@ -53,6 +53,13 @@ class Quality:
         """Inverse of `additive`."""
         return math.sqrt(max(additive, 0.0)) if self.kind == "relative_error" else additive
 
+    def step(self, additive: float, more: float) -> float:
+        """By how much an error of `additive` measures more where `more`, or less, is added."""
+        if self.kind != "relative_error" or not more:
+            return more
+        # the difference of both roots, where it would be lost to rounding
+        return more / (math.sqrt(max(additive + more, 0.0)) + math.sqrt(max(additive, 0.0)))
+
     def prompt_of(self, length: int) -> int:
         """Tokens of a sequence of `length` that count as its prompt: at most what the workload
         says, and few enough to leave what is generated (at least half of a short sequence)."""

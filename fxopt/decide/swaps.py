@@ -11,6 +11,8 @@ from .peaks import row_of
 BINDS = 1e-4
 """The share of what is minimised that a limit twice as large must be worth, to bind."""
 ROUNDING = 1e-9
+FULL = 0.05
+"""The share of a limit that a row which is used up may leave."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class Swaps:
 
     def _binds(self, name: str) -> bool:
         return self.stand.prices.get(name, 0.0) * self.limit(name) > BINDS * abs(self.value)
+
+    def is_full(self, name: str) -> bool:
+        """Whether a row binds and the choice leaves next to nothing of it: sites are not divided,
+        so that a row can stand in the way that is not used up."""
+        if name not in self.binding:
+            return False
+        left = min(x for row, x in self.left.items() if row_of(row) == name)
+        return left < FULL * self.limit(name)
 
     def limit(self, name: str) -> float:
         """The limit of a row; of a peak, at any point."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from fxopt.ir.errors import RowResult
-from fxopt.ir.evidence import Price
+from fxopt.ir.evidence import Looser, Price
 from fxopt.ir.plan import Plan
 from fxopt.ir.units import format_value
 
@@ -22,13 +23,14 @@ STEP = 0.05
 def objective(plan: Plan) -> str:
     """The name of the row that is minimised."""
     name = plan.budget.objective
-    return (plan.budget.quality or error_row(plan)) if name == "error" else name
+    return error_row(plan) if name == "error" else name
 
 
 def error_row(plan: Plan) -> str:
-    """The name of the quality row of a budget that has none: what was measured anyway, if any."""
+    """The name of the quality row: of a budget that has none, what was measured anyway, if any."""
     known = {row.name for row in plan.totals}
-    return next((n for n in ("kl", "relative_error", "loss_increase") if n in known), "error")
+    names = (n for n in ("kl", "relative_error", "loss_increase") if n in known)
+    return plan.budget.quality or next(names, "error")
 
 
 def used(row: RowResult) -> float | None:
@@ -42,9 +44,14 @@ def used(row: RowResult) -> float | None:
 def gains(plan: Plan) -> dict[str, float]:
     """By row that was solved again with more of it: the most that this lowers what is minimised,
     as a share."""
+    return bought(plan.looser, objective(plan))
+
+
+def bought(outlooks: Iterable[Looser], main: str) -> dict[str, float]:
+    """The same of outlooks where `main` is minimised."""
     found: dict[str, float] = {}
-    for looser in plan.looser:
-        row = next((r for r in looser.rows if r.name == objective(plan)), None)
+    for looser in outlooks:
+        row = next((r for r in looser.rows if r.name == main), None)
         if looser.solved and row is not None and row.before and row.predicted is not None:
             gain = 1 - row.predicted / row.before
             found[looser.row] = max(found.get(looser.row, 0.0), gain)
@@ -57,13 +64,13 @@ def binding(plan: Plan) -> list[str]:
     By shadow price, but for rows that were proved to buy nothing; where a plan has no prices, by
     what solving again found, and by how full the other rows are.
     """
-    bought = gains(plan)
+    known = gains(plan)
     if plan.prices:
         worth = {price.row: _elasticity(plan, price) for price in plan.prices}
-        found = [n for n, share in worth.items() if share > BINDS and bought.get(n, 1.0) >= WORTH]
+        found = [n for n, share in worth.items() if share > BINDS and known.get(n, 1.0) >= WORTH]
         return sorted(found, key=lambda name: -worth[name])
-    found = sorted((n for n in bought if bought[n] >= WORTH), key=lambda name: -bought[name])
-    shares = {row.name: used(row) or 0.0 for row in plan.totals if row.name not in bought}
+    found = sorted((n for n in known if known[n] >= WORTH), key=lambda name: -known[name])
+    shares = {row.name: used(row) or 0.0 for row in plan.totals if row.name not in known}
     full = [name for name, share in shares.items() if share > FULL]
     return found + sorted(full, key=lambda name: -shares[name])
 

@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fxopt.ir.evidence import Block, Generated
-from fxopt.ir.plan import KEEP, Alternative, Decision
+from fxopt.ir.plan import KEEP, Alternative, Decision, Plan
 
+from .costs import together
 from .entries import Entry
 from .fold import QUANTITY, sentence_shape
 from .kernels import kernels_at, text_of
@@ -18,10 +19,11 @@ DIGITS = 6
 
 
 class Encoder:
-    """Collects what sites share. `encoded` is the object that web/data.js decodes."""
+    """Collects what sites share. `encoded` is the object that web/data.js decodes; errors are
+    stated as those of `plan`."""
 
-    def __init__(self, calls: Sequence[str] = ()) -> None:
-        self._calls = list(calls)
+    def __init__(self, calls: Sequence[str] = (), plan: Plan | None = None) -> None:
+        self._calls, self._plan = list(calls), plan
         self._texts: dict[Hashable, int] = {}
         self._options: dict[Hashable, int] = {}
         self._lists: dict[Hashable, int] = {}
@@ -77,11 +79,14 @@ class Encoder:
         return [
             *head,
             self._option(decision),
-            rounded(decision.error),
+            self._error(decision),
             -1 if kept is None else self._option(kept),
             self._alternatives(decision),
             _flags(decision.locked, decision.error_measured),
         ]
+
+    def _error(self, one: Decision | Alternative) -> Any:
+        return None if one.error is None else rounded(together([one.error], self._plan))
 
     def _option(self, choice: Decision | Alternative) -> int:
         cost, calls = choice.cost, choice.calls or {}
@@ -105,7 +110,7 @@ class Encoder:
             quantities = "|".join(QUANTITY.findall(other.reason))
             flat += [
                 self._option(other),
-                rounded(other.error),
+                self._error(other),
                 self.text(sentence_shape(other.reason)),
                 self.text(quantities),
                 _flags(other.feasible, other.error_measured),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from fxopt.ir.cost import Cost
 from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.units import format_value
 from fxopt.ir.workload import Train
+
+from .binding import error_row
 
 SAVED = {
     "weight_bytes": ("weights", "bytes"),
@@ -33,10 +36,26 @@ def is_training(plan: Plan) -> bool:
     return isinstance(plan.workload, Train)
 
 
-def saving(decisions: Sequence[Decision], *, training: bool = False) -> str:
+def is_relative(plan: Plan) -> bool:
+    """Whether errors are relative: so they are too where a plan was made without weights, and has
+    no row of them."""
+    return error_row(plan) in ("relative_error", "error")
+
+
+def together(errors: Iterable[float], plan: Plan | None) -> float:
+    """Errors of sites, added up as those of one plan are, as its budget states them: relative ones
+    as roots of squares, which plans hold, though those of training steps hold the roots."""
+    if plan is None or not is_relative(plan):
+        return sum(errors)
+    power = 2 if is_training(plan) else 1
+    return math.sqrt(sum(max(error, 0.0) ** power for error in errors))
+
+
+def saving(decisions: Sequence[Decision], plan: Plan | None = None) -> str:
     """What rewritten sites cost before and after, and the error they add; "" when kept."""
     if not any(decision.rewritten for decision in decisions):
         return ""
+    training = plan is not None and is_training(plan)
     after = total(decisions, lambda decision: decision.cost)
     before = total(decisions, lambda decision: decision.kept)
     if training and before is not None and after is not None:
@@ -45,7 +64,7 @@ def saving(decisions: Sequence[Decision], *, training: bool = False) -> str:
     texts = [_changed(name, before, after, training) for name in SAVED] if after else []
     errors = [decision.error for decision in decisions if decision.error is not None]
     if len(errors) == len(decisions):
-        texts.append(f"error {sum(errors):.2g}{_known_by(decisions)}")
+        texts.append(f"error {together(errors, plan):.2g}{_known_by(decisions)}")
     return ", ".join(text for text in texts if text)
 
 

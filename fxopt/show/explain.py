@@ -12,7 +12,7 @@ from fxopt.ir.units import format_value
 from fxopt.ir.workload import scenarios
 
 from . import binding
-from .costs import SAVED, is_training, label_of
+from .costs import SAVED, is_training, label_of, together
 from .entries import Entry, entries, ops_of
 from .fold import fold_keys, groups, merge_sentences, sentence_shape
 from .page import Page, has_colours, width
@@ -78,7 +78,7 @@ def _lines(plan: Plan, entry: Entry) -> list[Line]:
     order = [decision, *decision.alternatives]
     order.sort(key=_worth(plan))
     lines.append((6, f"What else was possible, by {binding.objective(plan)}:"))
-    lines += [(8, _option(one, decision)) for one in order]
+    lines += [(8, _option(one, decision, plan)) for one in order]
     return lines
 
 
@@ -91,7 +91,7 @@ def _costs(plan: Plan, decision: Decision) -> list[str]:
     time = _cost("seconds", before, after, training)
     time += f": {', '.join(calls)}" if time and calls else ""
     known = {True: ", measured alone", False: ", predicted", None: ""}[decision.error_measured]
-    error = f"{_error(decision)}{known}" if decision.error is not None else ""
+    error = f"{_error(decision, plan)}{known}" if decision.error is not None else ""
     mass = decision.kept_mass
     kept = f"keeps {mass} of its attention" if mass is not None else ""
     return [text for text in (time, *texts, error if decision.rewritten else "", kept) if text]
@@ -128,9 +128,9 @@ def _worth(plan: Plan) -> Callable[[Decision | Alternative], float]:
             return lambda one: one.error or 0.0
 
 
-def _option(one: Decision | Alternative, chosen: Decision) -> str:
+def _option(one: Decision | Alternative, chosen: Decision, plan: Plan) -> str:
     name = "keep it" if one.rewrite == KEEP else f"{one.rewrite} {one.label}".strip()
-    amounts = _amounts(one, chosen)
+    amounts = _amounts(one, chosen, plan)
     if one is chosen:
         return f"> {name} ({amounts}): chosen"
     fits = "" if not isinstance(one, Alternative) or one.feasible else "never fits: "
@@ -138,19 +138,22 @@ def _option(one: Decision | Alternative, chosen: Decision) -> str:
     return f"- {name} ({amounts}): {fits}{reason}".rstrip(": ")
 
 
-def _amounts(one: Decision | Alternative, chosen: Decision) -> str:
+def _amounts(one: Decision | Alternative, chosen: Decision, plan: Plan) -> str:
     texts = [
         format_value(getattr(one.cost, name), SAVED[name][1])
         for name in ("seconds", "weight_bytes", "state_bytes")
         if any(getattr(other.cost, name) for other in (chosen, *chosen.alternatives))
     ]
     texts += [] if one.kept_mass is None else [f"keeps {one.kept_mass.mean:.1%}"]
-    return ", ".join([*texts, *filter(None, [_error(one)])])
+    return ", ".join([*texts, *filter(None, [_error(one, plan)])])
 
 
-def _error(one: Decision | Alternative) -> str:
+def _error(one: Decision | Alternative, plan: Plan) -> str:
     """An error, with its 95 % interval where it was measured."""
     if one.error is None:
         return ""
-    within = "" if one.error_within is None else f" ± {one.error_within:.2g}"
-    return f"error {one.error:.3g}{within}"
+    error, within = together([one.error], plan), one.error_within
+    if within is None:
+        return f"error {error:.3g}"
+    low, high = (together([one.error + off], plan) for off in (-within, within))
+    return f"error {error:.3g} ± {(high - low) / 2:.2g}"

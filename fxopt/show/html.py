@@ -18,7 +18,7 @@ from fxopt.ir.workload import scenarios
 from . import binding, memory, outlook, summary
 from .blocks import both_after
 from .compact import Encoder, columns_of, rounded, to_script
-from .costs import is_training
+from .costs import is_relative, is_training
 from .entries import MARKS, Entry, entries, reasons_of
 from .entries import summary as summary_text
 from .heads import head_map, roles
@@ -38,7 +38,7 @@ SHOWN_LINES = 30
 
 def render(plan: Plan) -> str:
     """The page. It loads nothing, and no text of the plan can become part of its markup."""
-    encoder = Encoder([call["name"] for call in _calls(plan)])
+    encoder = Encoder([call["name"] for call in _calls(plan)], plan)
     encoder.add(entries(plan))
     binds = binding.binding(plan)
     data = {
@@ -58,6 +58,7 @@ def render(plan: Plan) -> str:
         "binds": binds,
         "objective": binding.objective(plan),
         "unit": _error_unit(plan),
+        "relative": is_relative(plan),
         "training": is_training(plan),
         "cpu": plan.hardware.get("kind") == "cpu",
     }
@@ -116,7 +117,7 @@ def render_diff(diff: PlanDiff) -> str:
     diff = joined_diff(diff)
     plan = diff.plans[1] if diff.plans else None
     calls = _calls(plan) if plan else []
-    encoder = Encoder([call["name"] for call in calls])
+    encoder = Encoder([call["name"] for call in calls], plan)
     pairs: list[tuple[int, int]] = []
     listed: list[Entry] = []
     sides = [
@@ -139,6 +140,7 @@ def render_diff(diff: PlanDiff) -> str:
         "blocks": encoder.blocks(blocks),
         "sources": {},
         "unit": _error_unit(plan) if plan else "",
+        "relative": plan is not None and is_relative(plan),
         "objective": binding.objective(plan) if plan else "error",
         "training": plan is not None and is_training(plan),
         "cpu": plan is not None and plan.hardware.get("kind") == "cpu",
@@ -165,9 +167,8 @@ def _entry(decision: Decision) -> Entry:
 
 
 def _error_unit(plan: Plan) -> str:
-    """What the errors of decisions are measured in: relative ones are squared, to add up."""
-    unit = {"kl": "nats", "loss_increase": "nats", "relative_error": "squared"}
-    return unit.get(plan.budget.quality or binding.error_row(plan), "")
+    """What errors are measured in."""
+    return "nats" if binding.error_row(plan) in summary.ADDITIVE else ""
 
 
 def _page(data: dict[str, Any], **context: Any) -> str:

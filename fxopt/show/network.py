@@ -12,6 +12,7 @@ from fxopt.ir.errors import PlanError
 from fxopt.ir.evidence import Block
 from fxopt.ir.plan import Decision, Plan
 
+from .costs import together
 from .entries import counted, ops_of, why
 
 LINE = re.compile(
@@ -68,7 +69,7 @@ def render(plan: Plan) -> DiGraph[str]:
     for block in plan.blocks:
         for index, module in enumerate(block.modules):
             inputs = {name: origins[index] for name, origins in block.inputs.items()}
-            _add(graph, block, module, inputs, sites)
+            _add(graph, block, module, inputs, sites, plan)
     return graph
 
 
@@ -78,6 +79,7 @@ def _add(
     module: str,
     inputs: Mapping[str, str],
     sites: Mapping[str, list[Decision]],
+    plan: Plan,
 ) -> None:
     """The calls of one block in one module."""
     for call in calls(block):
@@ -88,7 +90,7 @@ def _add(
         facts = {f"op_{side}": call.op for side in SIDES[call.mark]}
         graph.add_node(node, marks=marks, module=where, type=call.type, **facts)
         if call.is_site and where in sites:
-            graph.nodes[node].update(_facts(sites[where]))
+            graph.nodes[node].update(_facts(sites[where], plan))
         for name in call.inputs:
             origin = inputs.get(name, f"{module}/{name}")
             edge = graph.get_edge_data(origin, node, {})
@@ -106,7 +108,7 @@ def _settle(facts: dict[str, str], both: str) -> None:
     facts["change"] = both if len(marks) > 1 else words[marks.pop()]
 
 
-def _facts(decisions: list[Decision]) -> dict[str, str | float]:
+def _facts(decisions: list[Decision], plan: Plan) -> dict[str, str | float]:
     """What is decided at one op."""
     errors = [d.error for d in counted(decisions) if d.error is not None]
     rewritten = [d for d in decisions if d.rewritten] or decisions
@@ -114,6 +116,6 @@ def _facts(decisions: list[Decision]) -> dict[str, str | float]:
         "family": rewritten[0].family,
         "rewrite": "; ".join(dict.fromkeys(d.choice for d in rewritten)),
         "reason": why(rewritten[0]),
-        "error": sum(errors),
+        "error": together(errors, plan),
         "seconds": sum(d.cost.seconds for d in counted(decisions)),
     }

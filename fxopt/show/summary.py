@@ -12,7 +12,7 @@ from fxopt.ir.plan import Decision, Plan
 from fxopt.ir.units import format_value
 
 from .binding import binding, objective, quote, used
-from .costs import SAVED, TEMPORARY, change, is_training, saving, total
+from .costs import SAVED, TEMPORARY, change, is_training, saving, together, total
 from .entries import Entry, counted, entries, said_together, shown_together
 from .fold import fold_keys, groups
 from .heads import head_map, roles
@@ -260,7 +260,9 @@ def sums(diff: PlanDiff) -> list[tuple[str, str, str, str]]:
         for name, (label, unit) in SAVED.items()
         if name != "temporary_bytes"
     ]
-    found.append(("error", *(sum(d.error or 0.0 for d in side) for side in sides), ""))
+    plans = diff.plans or (None, None)
+    each = zip(sides, plans, strict=True)
+    found.append(("error", *(together((d.error or 0.0 for d in side), p) for side, p in each), ""))
     return [
         (label, format_value(old, unit), format_value(new, unit), change(old, new))
         for label, old, new, unit in found
@@ -274,7 +276,7 @@ def lines(plan: Plan) -> dict[str, list[Line]]:
     order = {family: index for index, family in enumerate(SHOWN)}
     sites = sorted(entries(plan), key=lambda entry: order[entry.family])
     for equal in groups(sites, lambda entry: (entry.family, shown_together(entry))):
-        found[_kind(equal[0])].append(_line(equal, is_training(plan)))
+        found[_kind(equal[0])].append(_line(equal, plan))
     return found
 
 
@@ -284,10 +286,10 @@ def _kind(entry: Entry) -> str:
     return "rewritten" if entry.decision is not None and entry.decision.rewritten else "kept"
 
 
-def _line(equal: Sequence[Entry], training: bool) -> Line:
+def _line(equal: Sequence[Entry], plan: Plan) -> Line:
     first = equal[0]
     decisions: list[Decision] = [entry.decision for entry in equal if entry.decision]
-    saved = saving(decisions, training=training)
+    saved = saving(decisions, plan)
     return Line(
         mark=first.mark,
         names=fold_keys(entry.key for entry in equal),

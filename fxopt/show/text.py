@@ -9,7 +9,7 @@ from fxopt.ir.plan import Plan
 from fxopt.ir.workload import Several, Workload
 
 from . import binding
-from .costs import is_training, saving
+from .costs import saving
 from .entries import Entry, by_family, entries, said_together, shown_together, summary
 from .fold import fold_keys, groups
 from .joint import JOINT
@@ -27,7 +27,7 @@ def render(plan: Plan, *, colours: bool | None = None, columns: int | None = Non
         what = "heads" if family == JOINT else "sites"
         page.add(f"{family}: {rewritten} of {len(sites)} {what} rewritten", "bold")
         for equal in groups(sites, shown_together):
-            _sites(page, equal, is_training(plan))
+            _sites(page, equal, plan)
         page.add()
     notes = [*(f"Note: {note}" for note in plan.notes), *said(plan)]
     for note in notes:
@@ -56,7 +56,7 @@ def workload_text(workload: Workload) -> str:
     return f"{type(workload).__name__}({known})"
 
 
-def _sites(page: Page, equal: Sequence[Entry], training: bool) -> None:
+def _sites(page: Page, equal: Sequence[Entry], plan: Plan) -> None:
     """The folded names, one a line, what they become behind the first, then costs and reasons."""
     mark, what = equal[0].mark, equal[0].what
     first, *names = fold_keys(entry.key for entry in equal)
@@ -66,7 +66,7 @@ def _sites(page: Page, equal: Sequence[Entry], training: bool) -> None:
         page.marked(mark, name)
     if not fits:
         page.add(what, indent=8)
-    saved = saving([entry.decision for entry in equal if entry.decision], training=training)
+    saved = saving([entry.decision for entry in equal if entry.decision], plan)
     if saved:
         page.add(saved, indent=8)
     for text in said_together(equal):

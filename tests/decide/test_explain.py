@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from fxopt.decide.decisions import decisions, pairs
 from fxopt.decide.explain import BETTER, Explainer
 from fxopt.decide.outlook import loosened, standing
 from fxopt.decide.propose import Proposal, Proposals
+from fxopt.decide.quality import Quality
 from fxopt.decide.search import Limits, Search, Trial
 from fxopt.decide.swaps import Swaps
 from fxopt.decide.table import Column, Table
@@ -77,7 +79,9 @@ def explainer(
     **limits: float,
 ) -> Explainer:
     search, trial = searched(made[0], choice, objective, **limits)
-    return Explainer(Swaps(standing(search, trial)), "kl", "nats")
+    return Explainer(
+        Swaps(standing(search, trial)), "kl", "nats", Quality("kl", per_position=False)
+    )
 
 
 def reasons(decision: Decision) -> dict[str, str]:
@@ -164,7 +168,7 @@ def test_what_would_have_been_chosen_by_costs_corrected_since_is_called_that() -
     # measured later: the smallest errs nothing
     column = made[0].columns[0][3]
     made[0].columns[0][3] = Column(column.proposals, column.cost, 0.0, 0.0, column.seconds)
-    why = Explainer(Swaps(standing(search, trial)), "kl", "nats")
+    why = Explainer(Swaps(standing(search, trial)), "kl", "nats", Quality("kl", per_position=False))
     (first, _) = decisions(made[1], made[0], why)
     assert reasons(first)["tiny4"] == f"{BETTER}: saves 500 µs"
     assert not reasons(first)["slow8"].startswith(BETTER)
@@ -201,6 +205,37 @@ def test_least_error_is_explained_in_errors() -> None:
     assert reasons(second)["small8"].startswith("errs 0.001 nats against 0 nats")
 
 
+def relative(
+    choice: tuple[int, ...], objective: str = "latency", **limits: float
+) -> list[Decision]:
+    """Decisions of two sites whose errors are relative, which the program adds up as squares."""
+    made = table(a=OPTIONS, b=OPTIONS)
+    search, trial = searched(made[0], choice, objective, **limits)
+    swaps, quality = Swaps(standing(search, trial)), Quality("relative_error", per_position=False)
+    return decisions(made[1], made[0], Explainer(swaps, "relative_error", "", quality))
+
+
+def test_relative_errors_are_told_as_the_budget_states_them() -> None:
+    said = reasons(relative((1, 0), weights=145, error=2e-3)[0])
+    more = math.sqrt(9e-3) - math.sqrt(1e-3)
+    assert said["tiny4"].startswith(f"errs {more:.3g} more than relative_error has room for")
+    assert said["keep"].endswith(f"; frees {math.sqrt(1e-3):.3g} of relative_error")
+    less = math.sqrt(1e-3) - math.sqrt(1e-4)
+    assert f"the {less:.3g} of relative_error that it frees" in said["slow8"]
+    (first, _) = relative((1, 0), "error", weights=145)
+    own = f"errs {math.sqrt(9e-3):.3g} against {math.sqrt(1e-3):.3g}"
+    assert reasons(first)["tiny4"].startswith(own)
+    assert first.reason.endswith(f", for {math.sqrt(1e-3):.3g} here")
+
+
+def test_a_row_that_sites_cannot_fill_is_not_said_to_be_used_up() -> None:
+    options: Options = {"keep": (5, 100, 0), "small8": (6, 40, 1e-3)}
+    (half,) = decided(table(a=options), (1,), weights=80, error=1.0)
+    assert half.reason.startswith("saves 60 KiB of weights: worth ")
+    (full,) = decided(table(a=options), (1,), weights=41, error=1.0)
+    assert full.reason.startswith("saves 60 KiB of weights, which is used up: worth ")
+
+
 def test_a_site_whose_call_is_exact_already_says_so() -> None:
     made, proposals = table(a={"keep": (5, 100, 0)})
     exact = proposal(site("a"), "exact", exact=True, name="attention.exact")
@@ -216,7 +251,7 @@ def test_groups_exclude_the_rewrites_of_their_members() -> None:
     search, trial = searched(made[0], (1, 0), weights=300, error=1.0)
     stand = standing(search, trial)
     bound = replace(stand, problem=replace(stand.problem, exclusive=((0, 1),)))
-    why = Explainer(Swaps(bound), "kl", "nats")
+    why = Explainer(Swaps(bound), "kl", "nats", Quality("kl", per_position=False))
     second = decisions(made[1], made[0], why)[1]
     assert set(reasons(second).values()) == {"cannot stand beside the rewrite of q"}
     assert second.reason == "cannot stand beside the rewrite of q"

@@ -114,6 +114,27 @@ def test_saving_adds_up_and_leaves_out_what_stays() -> None:
     assert "error" not in text.saving(decisions)
 
 
+def test_relative_errors_of_sites_are_stated_as_that_of_the_whole() -> None:
+    cost = Cost(weight_bytes=1024)
+    sites = [
+        Decision(key=f"a.{i}", family="linear", cost=cost, error=0.02, **LOW_RANK) for i in range(2)
+    ]
+    plan = Plan(budget=Budget(relative_error=0.3), workload=Forward(), decisions=sites)
+    assert text.saving(sites, plan).endswith("error 0.2")
+    step = Plan(budget=Budget(relative_error=0.3), workload=Train(1, 2), decisions=sites)
+    assert text.saving(sites, step).endswith("error 0.028")
+    assert "error 0.141" in plan.explain("a.0")
+    assert "error 0.141 ± 0.037" in explained(plan, within=0.01)
+
+
+def explained(plan: Plan, within: float) -> str:
+    """A site's page where its error was measured to `within`."""
+    (first, _) = plan.decisions
+    first.error_measured, first.error_within = True, within
+    first.alternatives = [Alternative(rewrite=KEEP, cost=Cost())]
+    return plan.explain("a.0")
+
+
 def test_always_says_why_not() -> None:
     silent = Decision(key="a", family="linear")
     assert "no rewrite serves this site" in shown(silent)

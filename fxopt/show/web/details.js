@@ -51,7 +51,7 @@ function costsOf(entry) {
     after.calls.length ? "Time is that of the whole workload: its calls at this site, added up." : "Time is over the whole workload, by the plan's own costs.",
     entry.family.includes(" + ") ? " Attention and cache of a head are chosen as one: time, bytes and error are those of both." : "",
     !data.training && (before?.temporary || after.temporary) ? " Temporary bytes are alive only while a call runs." : "",
-    data.unit === "squared" ? " Errors of sites are squared relative errors, which add up." : "",
+    data.relative ? " Relative errors of sites add up as squares." : "",
   ];
   return [el("h4", {}, "What it costs"), tableOf(["", "before", "after", "change", "known by"], lines, 4), el("p", { class: "note" }, ...notes)];
 }
