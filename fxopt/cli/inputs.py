@@ -30,7 +30,7 @@ def load_inputs(model: str, source: o.Source, workload: Workload | None) -> Inpu
     """The model, its calibration inputs, and an example: the factory's own, or the first of
     these; without either the model's config must describe one."""
     device = o.device(source.device)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, o.dtype(source.dtype))
     if source.calibration is None:
         return Inputs(loaded.module, loaded.example, None)
     length = source.length or o.tokens_of(workload) or LENGTH

@@ -25,12 +25,15 @@ class Loaded:
     example: Any = None
 
 
-def load_model(source: str, device: torch.device | None = None) -> Loaded:
+def load_model(
+    source: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Loaded:
     """A Hugging Face folder, or what `package.module:factory` gives: a module, or a pair of a
-    module and its example inputs. Moved to `device` when there is one."""
+    module and its example inputs. Moved to `device` when there is one; a folder's model in `dtype`,
+    or as it is stored."""
     folder = Path(source)
     if folder.is_dir():
-        loaded = Loaded(_from_folder(folder))
+        loaded = Loaded(_from_folder(folder, dtype))
     elif folder.exists():
         raise FxoptError(f"{source} is a file: name the folder that holds config.json and weights")
     elif ":" not in source:
@@ -38,6 +41,8 @@ def load_model(source: str, device: torch.device | None = None) -> Loaded:
             f"there is no folder {source!r}; a model is a Hugging Face folder on this machine, or "
             "package.module:factory"
         )
+    elif dtype is not None:
+        raise FxoptError(f"--dtype: {source} makes its model in a dtype of its own")
     else:
         loaded = _from_factory(source)
     module = loaded.module.eval()
@@ -82,7 +87,7 @@ def _from_factory(source: str) -> Loaded:
     return Loaded(made, example)
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     if (folder / "graph.json").exists():
         raise FxoptError(f"{folder} was written by fxopt: start from the original model's folder")
     config = folder / "config.json"
@@ -99,7 +104,7 @@ def _from_folder(folder: Path) -> nn.Module:
                 "yourself and pass package.module:factory"
             )
         model, info = found.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
     except FxoptError:
         raise

@@ -78,6 +78,7 @@ class Source:
         None
     )
     device: Annotated[str | None, _option(None, "cpu, cuda, cuda:1; omitted: as loaded.")] = None
+    dtype: Annotated[str | None, _option(None, "Of the folder's model; omitted: as stored.")] = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Sizes:
         int | None, _option(WORKLOAD, "Tokens of the prompt, or of a forward pass.", at_least=1)
     ] = None
     new_tokens: Annotated[
-        int | None, _option(WORKLOAD, "Tokens to generate; 0: a forward pass.", at_least=0)
+        int | None,
+        _option(WORKLOAD, "Tokens to generate; 0, no sizes: a forward pass.", at_least=0),
     ] = None
 
     def workload(self) -> Workload | None:

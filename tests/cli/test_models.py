@@ -35,6 +35,14 @@ def test_a_factory_may_give_example_inputs(project: str) -> None:
     assert torch.equal(example, torch.ones(5, 16))
 
 
+def test_a_folder_is_loaded_as_stored_or_in_the_dtype_asked_for(folder: Path, project: str) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        parameters = load_model(str(folder), dtype=dtype).module.parameters()
+        assert {p.dtype for p in parameters} == {dtype}
+    with pytest.raises(FxoptError, match=r"--dtype: .* makes its model in a dtype of its own"):
+        load_model(f"{project}:model", dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
