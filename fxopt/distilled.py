@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from .compiler import Compiler
 from .decide.distill import Outcome, trains
-from .decide.propose import Proposal
+from .decide.propose import Prepare, Proposal, Remade
 from .ir.distill import Distill
-
-Prepare = Callable[[Proposal], Mapping[str, Tensor]]
-Key = tuple[str, str]
 
 SAID = "recover: "
 """How a note begins that says what came of distillation."""
 
 
 @dataclass
-class Distillation:
+class Distillation(Remade):
     """Tensors by proposal, for `Compiler.realise`: trained ones, others as `prepare` gives them."""
 
-    prepare: Prepare
-    trained: dict[Key, dict[str, Tensor]]
-    outcome: Outcome
+    outcome: Outcome = field(default_factory=lambda: Outcome(0))
     taken_back: bool = False
 
     @property
@@ -52,12 +47,8 @@ class Distillation:
 
     def take_back(self) -> None:
         """Give what `prepare` gives again."""
-        self.trained.clear()
+        self.anew.clear()
         self.taken_back = True
-
-    def __call__(self, proposal: Proposal) -> Mapping[str, Tensor]:
-        found = self.trained.get(_key(proposal))
-        return self.prepare(proposal) if found is None else found
 
 
 def distilled(
@@ -65,12 +56,12 @@ def distilled(
 ) -> Distillation:
     """Distil a choice whose tensors are first those of `prepare`, which stay as they are."""
     training = [p for p in proposals if trains(p.site)]
-    held = {_key(p): _copied(prepare(p)) for p in training}
-    made = Distillation(prepare, held, Outcome(0))
+    held = {p.where: _copied(prepare(p)) for p in training}
+    made = Distillation(prepare, dict(held))
     editor = compiler.realise(proposals, made)
-    found = [(p.site, _registered(held[_key(p)], editor.graph)) for p in training]
+    found = [(p.site, _registered(held[p.where], editor.graph)) for p in training]
     made.outcome = compiler.distil(editor, [one for one in found if one[1]], how)
-    made.trained = {k: {n: t.detach() for n, t in of.items()} for k, of in held.items()}
+    made.anew = {k: {n: t.detach() for n, t in of.items()} for k, of in held.items()}
     return made
 
 
@@ -82,10 +73,6 @@ def too_few(compiler: Compiler) -> str | None:
         "distillation holds some of the sequences out that tensors are fitted on, and there is "
         "one; pass a calibration of four sequences or more"
     )
-
-
-def _key(proposal: Proposal) -> Key:
-    return proposal.site.family, proposal.site.key
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

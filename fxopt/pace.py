@@ -165,7 +165,7 @@ class Pace:
         if not isinstance(work, Generate):
             return 0
         asked = Scenario("", work.batch, 1, work.prompt + room - 1)
-        chosen = {(p.site.family, p.site.key): p for p in proposals}
+        chosen = {p.where: p for p in proposals}
         found = 0
         for site in self._compiler.sites:
             seen = site.at(asked)
@@ -191,9 +191,7 @@ class _Dry:
         self._device = compiler.device
         self._scenario = compiler.scenarios[0]
         self._costs = compiler.costs
-        self._chosen: dict[tuple[str, str], Proposal] = {
-            (p.site.family, p.site.key): p for p in proposals
-        }
+        self._chosen: dict[tuple[str, str], Proposal] = {p.where: p for p in proposals}
         tensors = dict(compiler.request.model.named_parameters(remove_duplicate=False))
         self._linear: dict[int, int] = {}
         self._attention: list[int] = []

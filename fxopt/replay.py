@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import passes
 from .compiler import Compiler
-from .decide.propose import Proposal, candidates
-from .distilled import SAID, Prepare, distilled, too_few
+from .decide.propose import Prepare, Proposal, candidates
+from .distilled import SAID, distilled, too_few
 from .emit.module import OptimizedModule
 from .emit.targets import written
 from .hosted import Optimized

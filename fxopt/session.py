@@ -16,10 +16,11 @@ from .compiler import TRIALS, Compiler
 from .decide.again import note_totals
 from .decide.decisions import refusals
 from .decide.outlook import nearest_note
+from .decide.propose import Prepare
 from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
-from .distilled import SAID, Distillation, Prepare, distilled, too_few
+from .distilled import SAID, Distillation, distilled, too_few
 from .emit.editor import GraphEditor
 from .hosted import Optimized
 from .ir.errors import BudgetError, FxoptError, RowResult

@@ -186,7 +186,7 @@ def test_what_makes_the_whole_model_worse_is_undone(
 
     def spoilt(*given: Any) -> Any:
         made = original(*given)
-        for tensors in made.trained.values():
+        for tensors in made.anew.values():
             tensors["up"].mul_(2)
         return made
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..ir.cost import Cost, CostModel, OpCall
 from ..ir.names import select
@@ -24,6 +26,27 @@ class Proposal:
     match: Match
     candidate: Candidate
 
+    @property
+    def where(self) -> tuple[str, str]:
+        """The family and the key of its site."""
+        return self.site.family, self.site.key
+
+
+Prepare = Callable[[Proposal], Mapping[str, Tensor]]
+"""Gives the tensors of a proposal."""
+
+
+@dataclass
+class Remade:
+    """A `Prepare` that gives tensors made `anew`, by `Proposal.where`, for those of `prepare`."""
+
+    prepare: Prepare
+    anew: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, proposal: Proposal) -> Mapping[str, Tensor]:
+        found = self.anew.get(proposal.where)
+        return self.prepare(proposal) if found is None else found
+
 
 @dataclass(frozen=True)
 class Proposals:
@@ -36,9 +59,8 @@ class Proposals:
 
     def refuse(self, proposal: Proposal, reason: str) -> None:
         """Note why a candidate is none after all."""
-        where = (proposal.site.family, proposal.site.key)
         said = f"{proposal.candidate.label}: {reason}"
-        self.refused.setdefault(where, []).append((proposal.rewrite.name, said))
+        self.refused.setdefault(proposal.where, []).append((proposal.rewrite.name, said))
 
 
 def propose(

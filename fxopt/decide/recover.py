@@ -8,7 +8,7 @@ E‖(W' - V) x'‖². So every rewrite fits as before, to W' and the gram of x'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..ir.patches import from_rows, to_rows
 from ..ir.site import EmbeddingInfo, ExpertsInfo, GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
-from .propose import Proposal
+from .propose import Prepare, Proposal, Remade
 from .quality import Quality
 from .statistics import Recorded, Run, Statistics
 from .walk import Walk
@@ -26,33 +26,16 @@ DAMPING = 3.0
 """Times features a row, of the mean energy of an input: how much W' is held to W. Little of it
 lowers the error on the rows that it is fitted to, and raises it on others where they are few."""
 
-Prepare = Callable[[Proposal], Mapping[str, Tensor]]
-Key = tuple[str, str]
-
 
 @dataclass
-class Recovery:
+class Recovery(Remade):
     """Tensors by proposal, for `Compiler.realise`: those fitted again where that helped.
 
     `errors` has, by site key, E‖y - ŷ‖² / E‖y‖² of the site's output behind the rewritten sites
     before it: with the tensors as they were, and as they are.
     """
 
-    prepare: Prepare
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    _fitted: dict[Key, Mapping[str, Tensor]] = field(default_factory=dict)
-
-    def __call__(self, proposal: Proposal) -> Mapping[str, Tensor]:
-        found = self._fitted.get(_key(proposal))
-        return self.prepare(proposal) if found is None else found
-
-    def keep(self, proposal: Proposal, tensors: Mapping[str, Tensor]) -> None:
-        """Use `tensors` for `proposal` from now on."""
-        self._fitted[_key(proposal)] = tensors
-
-
-def _key(proposal: Proposal) -> Key:
-    return proposal.site.family, proposal.site.key
 
 
 def recover(
@@ -143,7 +126,7 @@ def _fit(
     first = recovery.prepare(proposal)
     errors = [_error(proposal, t, member, pairs, recorded) for t in (first, fitted)]
     if errors[1] < errors[0]:
-        recovery.keep(proposal, fitted)
+        recovery.anew[proposal.where] = fitted
     recovery.errors[proposal.site.key] = (errors[0], min(errors))
 
 
