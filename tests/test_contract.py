@@ -14,7 +14,8 @@ import torch
 
 import fxopt
 from fxopt.compiler import Compiler
-from fxopt.decide.search import Search, uniform
+from fxopt.decide.search import Choice, Search
+from fxopt.decide.table import Table
 from fxopt.measure import Measurer
 from fxopt.request import resolve
 
@@ -152,6 +153,12 @@ def identity_rows(model: Any) -> dict[str, float]:
 def uniforms(model: Any, data: Any) -> Callable[[], list[dict[str, float]]]:
     """Their rows, measured when a refusal first asks."""
     return functools.cache(lambda: uniform_rows(model, data))
+
+
+def uniform(table: Table, label: str) -> Choice:
+    """The choice that takes the option `label` wherever a group has it."""
+    labels = [[c.label for c in columns] for columns in table.columns]
+    return tuple(names.index(label) if label in names else 0 for names in labels)
 
 
 def uniform_rows(model: Any, data: Any) -> list[dict[str, float]]:

@@ -141,10 +141,10 @@ def _replace(graph: fx.GraphModule, found: Found, masks: _Masks) -> None:
     found.result.replace_all_uses_with(out)
     # Random ops survive dead-code elimination, and this one is taken for such.
     graph.graph.erase_node(found.result)
-    _undo_transposes(graph.graph, new, out)
+    _undo_transposes(new, out)
 
 
-def _undo_transposes(graph: fx.Graph, attention: fx.Node, out: fx.Node) -> None:
+def _undo_transposes(attention: fx.Node, out: fx.Node) -> None:
     """What transposes the result back to [batch, tokens, heads, features] reads it directly."""
     for user in list(out.users):
         dims: list[Any] = list(user.args[1:])

@@ -411,9 +411,3 @@ def improve(
 def identity(table: Table) -> Choice:
     """The choice that keeps every site."""
     return tuple(0 for _ in table.columns)
-
-
-def uniform(table: Table, label: str) -> Choice:
-    """The choice that takes the option `label` wherever a group has it."""
-    labels: Sequence[list[str]] = [[c.label for c in columns] for columns in table.columns]
-    return tuple(names.index(label) if label in names else 0 for names in labels)

@@ -15,7 +15,6 @@ from .facts import facts
 from .program import Program
 
 POSITIONAL = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")
-FILLED = ("position_ids", "logits_to_keep")
 
 
 class Binding:

@@ -134,7 +134,7 @@ def export_onnx(
             exported = _trace(lowered, samples)
         with shown.stage("translating"):
             written: Any = _translate(exported, lowered)
-    rename_dimensions(written.model, lowered)
+    rename_dimensions(written.model)
     write_provenance(written, exported)
     counts = Counter(f"{n.domain}::{n.op_type}" for n in written.model.graph if n.domain)
     graph = written.model.graph

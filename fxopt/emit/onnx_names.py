@@ -8,10 +8,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from .lowering import Lowered
 
-
-def rename_dimensions(model: Any, lowered: Lowered) -> None:
+def rename_dimensions(model: Any) -> None:
     """Symbols become "batch", "length" and `<input>_<dimension>`, wherever they occur."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:

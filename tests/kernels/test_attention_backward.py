@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.attention import op
-from fxopt.kernels.attention.blocks import TileLists, lists_from_map, lists_of_window
+from fxopt.kernels.attention.blocks import TileLists, lists_from_map
 from fxopt.kernels.attention.reference import gradients
 from fxopt.kernels.attention.spec import Attention, bind
+from tests.kernels.window_lists import lists_of_window
 
 pytest.importorskip("triton")
 

@@ -14,11 +14,11 @@ from fxopt.kernels.attention.blocks import (
     block_sparse,
     block_sparse_reference,
     lists_from_map,
-    lists_of_window,
     merge,
 )
 from fxopt.kernels.attention.reference import attention_with_lse
 from fxopt.kernels.attention.spec import Attention, bind
+from tests.kernels.window_lists import lists_of_window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.kv_attention import cached_attention_functional, empty_past, parse
-from fxopt.kernels.kv_attention.example import example_lengths, example_past
+from tests.kernels.growing_example import example_lengths, example_past
 
 onnxruntime = pytest.importorskip("onnxruntime")
 LAYOUT = "0:k4v2g32r8s4|1:exact"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .layout import FIXED, Layout, layout_shapes
+from fxopt.kernels.kv_attention.layout import FIXED, Layout, layout_shapes
 
 
 def example_lengths(layouts: Iterable[Layout]) -> tuple[int, int]:
