@@ -18,6 +18,7 @@ from fxopt.capture import capture
 from fxopt.compiler import Compiler
 from fxopt.decide.propose import Proposal
 from fxopt.decide.recover import recover
+from fxopt.decide.shrinkage import intensity, shrunk
 from fxopt.ir.patches import from_rows, output_rows, to_rows
 from fxopt.ir.site import LinearInfo
 from fxopt.passes.baseline import baseline_calls
@@ -142,7 +143,9 @@ def test_statistics_are_of_patches() -> None:
     x = torch.cat([batch["x"] for batch in compiler.request.calibration.fit]).double()
     recorded = compiler.statistics.at(next(s for s in compiler.sites if s.key == "patch"))
     rows = F.unfold(x, (4, 2), stride=(4, 2)).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(recorded.gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    seen = rows.T @ rows / len(rows)
+    made = shrunk(seen, intensity(seen, len(rows)))
+    torch.testing.assert_close(recorded.gram, made, rtol=1e-5, atol=1e-6)
     assert recorded.inputs["x"].shape[1] == 64
     assert recorded.exact().shape == recorded.gradients.shape
 

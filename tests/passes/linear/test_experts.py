@@ -14,6 +14,7 @@ import fxopt
 from fxopt.capture import capture
 from fxopt.compiler import Compiler
 from fxopt.decide.recover import recover
+from fxopt.decide.shrinkage import intensity, shrunk
 from fxopt.ir.rewrite import Refusal
 from fxopt.ir.site import ExpertsInfo
 from fxopt.kernels.quantized_linear import dequantize
@@ -87,7 +88,9 @@ def test_statistics_are_of_the_rows_of_all_experts() -> None:
             model(**batch)
     x = torch.cat([rows.repeat_interleave(2, 0) for rows, _ in seen]).double()
     recorded = compiler.statistics.at(experts_of(compiler)["model.layers.0.mlp.experts#0"])
-    torch.testing.assert_close(recorded.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    moments = x.T @ x / len(x)
+    made = shrunk(moments, intensity(moments, len(x)))
+    torch.testing.assert_close(recorded.gram, made, rtol=1e-4, atol=1e-5)
     assert recorded.exact().shape == recorded.gradients.shape
     assert len(recorded.inputs["expert"]) == len(recorded.inputs["x"])
     # every row is a token's, and goes to one of the experts that were chosen for it

@@ -102,9 +102,9 @@ def recorded(site: Site, bias: bool = True) -> Any:
 
 
 def _statistics(layer: nn.Linear, rows: Tensor) -> Recorded:
-    gram = rows.double().T @ rows.double() / len(rows)
+    gram = rows.double().T @ rows.double()
     bias = None if layer.bias is None else layer.bias.detach()
-    return Recorded(layer.weight.detach(), bias, {"x": rows}, gram_sum=gram, gram_rows=1)
+    return Recorded(layer.weight.detach(), bias, {"x": rows}, gram_sum=gram, gram_rows=len(rows))
 
 
 def rewritten(rewrite: Any, site: Site, candidate: Candidate, tensors: Any) -> GraphEditor:
@@ -187,7 +187,8 @@ def test_last_layer_is_fitted_to_what_the_whole_mlp_returned() -> None:
     statistics, match = recorded(site), Match(site)
     candidate = Candidate(rewrite.name, "keep128", {"channels": 128})
     tensors = rewrite.prepare(match, candidate, statistics)
-    rows = statistics.inputs["x"].double()
+    # any rows with the moments that were recorded
+    rows = torch.linalg.cholesky(statistics.gram).mT
     kept, target = rows[:, tensors["kept"]], rows @ statistics.weight.double().T
     best = torch.linalg.lstsq(kept, target).solution.T
     torch.testing.assert_close(tensors["weight2"].double(), best, rtol=1e-3, atol=1e-3)
