@@ -91,7 +91,7 @@ def recorded(site: Site, bias: bool = True) -> Any:
     """Statistics of a group from random inputs of its first layers."""
     model, _ = captured(bias)
     members = [model.get_submodule(m.op) for m in site.info.members]
-    x = torch.randn(700, 96) @ torch.randn(96, 96) / 10
+    x = torch.randn(700, 24) @ torch.randn(24, 96) / 5
     inputs = [x] * len(members)
     if site.info.kind == "channels":
         made = [layer(x) for layer in members[:-1]]
