@@ -12,8 +12,8 @@ from torch import nn
 from . import training
 from .capture import weightless
 from .compiler import Compiler
-from .decide import disturbed
 from .decide.again import solve_again
+from .distilled import SAID
 from .frontiers import Frontier
 from .hosted import Optimized, load_into
 from .ir.budget import Budget
@@ -194,6 +194,7 @@ def verify(
         keep=(), rewrites=installed(opt.plan), at=opt.plan.at, seed=0, time_limit=None,
     )  # fmt: skip
     with evaluated(model), showing(progress) as shown:
+        request.calibration.warn()
         compiler = _compiler(request, shown)
         replayed = replay(compiler, opt.plan, refit=False)
         check_tensors(opt, replayed)
@@ -202,9 +203,9 @@ def verify(
         measurer = Measurer(compiler)
         measured = measurer.contract(editor, opt) | measurer.minimised(opt)
         rows = measurer.rows({}, measured)
-    notes = [note for note in opt.plan.notes if not note.startswith(disturbed.SAID)]
-    notes += measurer.disturbance()
-    return Report(rows, notes, distilled=replayed.report.distilled)
+    # of the plan's notes those of its search are stale, that of how its tensors were trained is not
+    trained = [note for note in replayed.report.notes if note.startswith(SAID)]
+    return Report(rows, [*measurer.said(), *trained], distilled=replayed.report.distilled)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Optimized:

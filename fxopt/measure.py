@@ -214,6 +214,13 @@ class Measurer:
         self.timings = found.calls
         return found
 
+    def said(self) -> list[str]:
+        """What is to be said of what was measured last: on which data, how surely, of what."""
+        compiler = self.compiler
+        of_data, of_model = compiler.request.calibration.notes, compiler.captured.notes
+        around = compiler.host.notes() if compiler.host is not None else []
+        return [*of_data, *self.notes, *self.disturbance(), *of_model, *around]
+
     def disturbance(self) -> list[str]:
         """That what was timed last was not left alone, if so."""
         spreads = {name: timing.spreads for name, timing in self.timings.items()}

@@ -67,8 +67,7 @@ class Session:
         self._made: dict[Choice, Distillation] = {}
         if compiler.request.recover is not None and (reason := too_few(compiler)):
             raise FxoptError(f"recover: {reason}")
-        for note in compiler.request.calibration.notes:
-            logger.warning(note)
+        compiler.request.calibration.warn()
         self.measurer = measurer or Measurer(compiler)
         self.table = table or compiler.table()
         limits = compiler.limits(self.measurer.baseline, self.table)
@@ -278,10 +277,7 @@ class Session:
         return [*self._notes(), f"{SAID}{said}"]
 
     def _notes(self) -> list[str]:
-        notes = [*self.compiler.request.calibration.notes, *self.measurer.notes]
-        notes += [*self.measurer.disturbance(), *self.compiler.captured.notes]
-        if self.compiler.host is not None:
-            notes += self.compiler.host.notes()
+        notes = self.measurer.said()
         if self.interrupted:
             notes.append("Ctrl-C ended the search; this is the best plan measured so far")
         elif self.search.stopped:

@@ -44,7 +44,7 @@ def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float =
     choice = found.choice if found else nearest(problem, time_limit=time_limit)
     made = _chosen(plan, columns, choice)
     made.budget = budget
-    made.totals = _totals(plan, budget, limits, constants, problem, choice)
+    made.totals = _totals(plan, budget, limits, problem, choice)
     made.notes = ["decided again from the plan's own costs and errors: not realised, not measured"]
     if plan.distilled and not made.distilled:
         made.notes.append(
@@ -187,17 +187,21 @@ def _totals(
     plan: Plan,
     budget: Budget,
     limits: Mapping[str, float],
-    constants: Mapping[str, float],
     problem: Problem,
     choice: Sequence[int],
 ) -> list[RowResult]:
+    """The rows of `budget`, then those that the plan tells of without a limit."""
     quality, known = _quality(plan), {row.name: row for row in plan.totals}
+    outside = {"error": 0.0, **plan.outside}
     rows: list[RowResult] = []
-    for name, limit in limits.items():
-        row = budget.quality if name == "error" and budget.quality else name
-        value = total(problem, choice, name) + constants[name]
+    for row in dict.fromkeys((*budget.rows(), *known)):
+        name = "error" if row in QUALITIES else row
+        if name not in outside:
+            continue
+        value, limit = total(problem, choice, name) + outside[name], limits.get(name)
         if name == "error":
-            value, limit = quality.measured(value), quality.measured(limit)
+            value = quality.measured(value)
+            limit = None if limit is None else quality.measured(limit)
         before = known[row].before if row in known else None
         unit = known[row].unit if row in known else ""
         rows.append(RowResult(row, limit, value, None, unit, before))

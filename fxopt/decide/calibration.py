@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ..ir.errors import FxoptError
 from ..ir.units import so_many
+
+logger = logging.getLogger("fxopt")
 
 Batch = dict[str, Any]
 """Arguments of the model's forward by name, batch size 1 wherever they have a batch."""
@@ -27,6 +30,11 @@ class Calibration:
     verify: tuple[Batch, ...]
     notes: tuple[str, ...] = ()
     given: bool = True
+
+    def warn(self) -> None:
+        """Say in the log, before anything is measured, what the data cannot tell."""
+        for note in self.notes:
+            logger.warning(note)
 
 
 def split(items: Iterable[Any], names: Sequence[str], *, given: bool) -> Calibration:

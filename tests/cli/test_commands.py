@@ -293,6 +293,13 @@ def test_verify_measures_again(
     assert again == pytest.approx(before, rel=1e-5)
 
 
+def test_verify_without_data_says_that_it_was_drawn_at_random(
+    fxopt: Invoke, folder: Path, saved: Path
+) -> None:
+    _, shown, _ = fxopt("verify", folder, saved)
+    assert "drawn at random" in " ".join(shown.split())
+
+
 @pytest.mark.slow
 def test_verify_says_when_a_row_is_no_longer_kept(
     fxopt: Invoke, folder: Path, saved: Path, text_file: Path, tmp_path: Path

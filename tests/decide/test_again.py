@@ -141,6 +141,35 @@ def test_distillation_is_said_of_the_choices_that_it_trained(plan: fxopt.Plan) -
     assert not any("distillation" in note for note in same.notes)
 
 
+def test_rows_without_a_limit_are_told_of_as_before(plan: fxopt.Plan) -> None:
+    again = fxopt.solve(plan, fxopt.Budget(weights="60%"))
+    assert {row.name for row in again.totals} == {row.name for row in plan.totals}
+    (error,) = (row for row in again.totals if row.name == "relative_error")
+    assert error.limit is None
+    assert error.predicted is not None
+    assert error.predicted > 0
+
+
+def test_what_is_verified_is_not_called_unmeasured(
+    plan: fxopt.Plan, model: Gated, data: list[torch.Tensor]
+) -> None:
+    again = fxopt.solve(plan)
+    opt = fxopt.apply(model, again, example_inputs=data[0], calibration=data)
+    report = fxopt.verify(opt, model, data)
+    assert not any("measured" in note for note in report.notes)
+    assert not any("calibration" in note for note in report.notes)
+
+
+def test_verifying_on_random_data_says_so(
+    plan: fxopt.Plan, model: Gated, data: list[torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    opt = fxopt.apply(model, plan, example_inputs=data[0], calibration=data)
+    caplog.clear()
+    report = fxopt.verify(opt, model, example_inputs=data[0])
+    assert any("calibration: none given" in note for note in report.notes)
+    assert "calibration: none given" in caplog.text
+
+
 def test_an_impossible_budget_gives_the_nearest_plan_and_says_so(plan: fxopt.Plan) -> None:
     again = fxopt.solve(plan, fxopt.Budget(weights="1%"))
     assert "no choice was found" in again.notes[-1]
