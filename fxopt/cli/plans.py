@@ -23,7 +23,7 @@ Heads = Annotated[
     Path | None,
     typer.Option(help="SVG to write: what each attention head keeps.", show_default=False),
 ]
-SiteName = Annotated[str, typer.Argument(help="Site, attention op, or module.")]
+SiteName = Annotated[str, typer.Argument(help="Site, attention op, module, or re:pattern.")]
 FamilyName = Annotated[
     str | None, typer.Option("--family", help="Of the sites of one name.", show_default=False)
 ]
@@ -89,7 +89,7 @@ def report(
 def explain(plan: o.PlanFile, site: SiteName, output: Output, family: FamilyName = None) -> int:
     """Say why a site is what it is, what else was possible there, and why not.
 
-    A module stands for the sites below it, an attention op for its heads.
+    A module stands for itself and the sites below it, an attention op for its heads.
 
     fxopt explain plan.json model.layers.3.self_attn
     """

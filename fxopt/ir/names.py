@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from .errors import PlanError
 
+NAMED = 3
+"""Names that a message lists."""
 
-def near(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+
+def near(name: str, known: Iterable[str], limit: int = NAMED) -> list[str]:
     """The known names nearest to a mistyped one, best first."""
     return difflib.get_close_matches(name, sorted(set(known)), n=limit, cutoff=0.5)
 
@@ -47,6 +50,15 @@ def select(patterns: Sequence[str] | str, names: Iterable[str], what: str = "nam
                 f"{what} pattern {pattern!r} is no regular expression: {error}"
             ) from None
         if not found:
-            raise PlanError(f"no {what} matches {pattern!r}.{hint(pattern, known)}")
+            raise PlanError(f"no {what} matches {pattern!r}.{_pattern_hint(pattern, known)}")
         chosen |= found
     return [name for name in known if name in chosen]
+
+
+def _pattern_hint(pattern: str, known: Sequence[str]) -> str:
+    """A part of names as the expression that means them; else names that are near."""
+    within = [name for name in known if pattern and pattern in name]
+    if not within:
+        return hint(pattern, known)
+    more = f" and {len(within) - NAMED} more" if len(within) > NAMED else ""
+    return f" Did you mean 're:.*{re.escape(pattern)}.*': {', '.join(within[:NAMED])}{more}?"

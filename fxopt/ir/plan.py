@@ -208,7 +208,8 @@ class Plan(PlanModel):
         return _view("markdown", self)
 
     def explain(self, site: str, family: str | None = None) -> str:
-        """Why this and not that at a site, an op with its heads, or the sites below a module.
+        """Why this and not that at the sites that a name or `re:` pattern covers: an op with its
+        heads, a module with all below it.
 
         PlanError, with near names, when nothing is decided there.
         """

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from fxopt.ir.cost import Cost
-from fxopt.ir.errors import PlanError
-from fxopt.ir.names import hint
+from fxopt.ir.names import select
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan
 from fxopt.ir.units import format_value
 from fxopt.ir.workload import scenarios
@@ -53,18 +52,13 @@ def render(
 
 
 def matching(plan: Plan, site: str, family: str | None = None) -> list[Entry]:
-    """The sites that a name means: itself, else the heads of the op, else what is below it."""
+    """The sites that a name or `re:` pattern covers: first those named so, then the heads of the
+    op, what is below the module, and groups with a part in it."""
     known = [entry for entry in entries(plan) if family in (None, entry.family, *entry.families)]
-    tests: tuple[Callable[[Entry], bool], ...] = (
-        lambda entry: entry.key == site,
-        lambda entry: site in ops_of(entry.key),
-        lambda entry: any(op.startswith(f"{site}.") for op in ops_of(entry.key)),
-    )
-    for test in tests:
-        if found := [entry for entry in known if test(entry)]:
-            return found
-    names = dict.fromkeys(name for entry in known for name in (entry.key, *ops_of(entry.key)))
-    raise PlanError(f"the plan has no site {site!r}.{hint(site, names)}")
+    names = {id(entry): (entry.key, *ops_of(entry.key)) for entry in known}
+    covered = set(select(site, (name for each in names.values() for name in each), "site"))
+    found = [entry for entry in known if not covered.isdisjoint(names[id(entry)])]
+    return sorted(found, key=lambda entry: entry.key != site)
 
 
 def _lines(plan: Plan, entry: Entry) -> list[Line]:

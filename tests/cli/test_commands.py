@@ -195,7 +195,7 @@ def test_explain(fxopt: Invoke, saved: Path) -> None:
     assert {price["row"] for price in document["prices"]} == {"kl", "weights"}
     code, shown, error = fxopt("explain", saved, f"{site}x")
     assert (code, shown) == (1, "")
-    assert f"no site {site + 'x'!r}. Did you mean" in error
+    assert f"no site matches {site + 'x'!r}. Did you mean" in error
 
 
 @pytest.mark.slow

@@ -37,6 +37,14 @@ def test_an_expression_covers_whole_names_only() -> None:
     assert covers("re:model.*", "model.layers")
 
 
+def test_a_part_of_names_is_answered_with_an_expression_that_covers_them() -> None:
+    with pytest.raises(PlanError) as caught:
+        select("fc", NAMES, "site")
+    text = str(caught.value)
+    assert text.endswith("mean 're:.*fc.*': model.layers.1.fc, model.layers.10.fc?")
+    assert select("re:.*fc.*", NAMES) == NAMES[:2]
+
+
 def test_hint() -> None:
     assert hint("model.layer.1.fc", NAMES).startswith(" Did you mean 'model.layers.1.fc'")
     assert hint("zzz", NAMES) == ""

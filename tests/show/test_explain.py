@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fxopt.ir.errors import PlanError
-from fxopt.ir.plan import Plan
+from fxopt.ir.plan import KEEP, Decision, Plan
 from fxopt.show import explain
 from tests.show.synthetic import llama
 
@@ -46,10 +46,20 @@ def test_a_name_is_a_site_or_an_op_or_a_module(plan: Plan) -> None:
     assert len(keys("model.layers.1")) == 5
     assert keys("model.layers.1", "kv_cache") == heads
     assert keys("lm_head") == ["lm_head"]
-    with pytest.raises(PlanError, match=r"no site 'lm_hed'. Did you mean 'lm_head'"):
+    with pytest.raises(PlanError, match=r"no site matches 'lm_hed'. Did you mean 'lm_head'"):
         plan.explain("lm_hed")
     with pytest.raises(PlanError, match="no site"):
         plan.explain("lm_head", "attention")
+    assert keys("re:.*attn.*") == [k for k in keys("model") if "attn" in k]
+
+
+def test_a_module_that_is_a_site_covers_what_is_below_it_as_well(plan: Plan) -> None:
+    below = [entry.key for entry in explain.matching(plan, "model.layers.0.mlp")]
+    chunked = Decision(family="activation", key="model.layers.0.mlp", rewrite=KEEP)
+    plan = plan.model_copy(update={"decisions": [*plan.decisions, chunked]})
+    found = [entry.key for entry in explain.matching(plan, "model.layers.0.mlp")]
+    assert below
+    assert found == ["model.layers.0.mlp", *below]
 
 
 def test_heads_that_read_alike_are_one(plan: Plan) -> None:
