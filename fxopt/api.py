@@ -133,14 +133,18 @@ def _check_exact(recover: Distill | None) -> None:
         raise FxoptError("recover: fxopt.Train rewrites steps exactly; leave recover out")
 
 
-def solve(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0) -> Plan:
-    """Decide the sites of `plan` that are not locked again, without the model.
+def solve(
+    plan: Plan | str | Path, budget: Budget | None = None, *, time_limit: float = 10.0
+) -> Plan:
+    """Decide the sites of `plan`, or of the file of one, that are not locked again, without the
+    model.
 
     `budget` is the plan's own unless given: edit, lock, and see what the rest becomes, or what
     another budget would. Costs and errors are those in the plan, and the new plan is a prediction:
     realise it with `apply`, measure it with `verify`. PlanError for a row that the plan cannot
     tell (activations, single calls), and of a training step.
     """
+    plan = _read(plan)
     if isinstance(plan.workload, Train):
         raise PlanError("a plan of a training step is solved with its graph: use fxopt.plan")
     return solve_again(plan, budget, time_limit=time_limit)
@@ -148,20 +152,21 @@ def solve(plan: Plan, budget: Budget | None = None, *, time_limit: float = 10.0)
 
 def apply(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | str | Path,
     *,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     refit: bool = False,
     progress: bool | None = None,
 ) -> Optimized | TrainingModule:
-    """Realise `plan` on `model` without searching.
+    """Realise `plan`, or that in the file of one, on `model` without searching.
 
     With the plan's prepared tensors the result is that of the first time, bit for bit; without
     them, or with `refit=True` (a fine-tune of the model), they are fitted from `calibration`, and
     the report says so. PlanError when the plan was made for another model, or (without refit) for
     other weights.
     """
+    plan = _read(plan)
     step = training_step(model, plan.budget, example_inputs, plan.workload, calibration, plan.at)
     if step is not None:
         with preserved(model), showing(progress) as shown:
@@ -172,6 +177,15 @@ def apply(
     )  # fmt: skip
     with evaluated(model), showing(progress) as shown:
         return replay(_compiler(request, shown), plan, refit=refit)
+
+
+def _read(plan: object) -> Plan:
+    """A plan as it is, or from its file."""
+    if isinstance(plan, str | Path):
+        return Plan.load(plan)
+    if not isinstance(plan, Plan):
+        raise FxoptError(f"plan: takes fxopt.Plan or the path of its file, not {plan!r:.80}")
+    return plan
 
 
 def verify(

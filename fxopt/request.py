@@ -69,7 +69,7 @@ def resolve(
     may turn out not to be needed, so that example inputs without a sequence do as well."""
     check(model, budget, workload)
     names = forward_names(model)
-    example = bind(default_inputs(model, example_inputs), names)
+    example = _example(model, example_inputs)
     chosen = together(workload) or default_workload(budget, example)
     if isinstance(chosen, Train):
         raise FxoptError(
@@ -166,10 +166,22 @@ def training_step(
     if at is not None or calibration is not None:
         name = "at" if at is not None else "calibration"
         raise FxoptError(f"{name}: fxopt.Train plans the whole step, exactly; leave {name} out")
-    example = bind(default_inputs(model, example_inputs), forward_names(model))
+    example = _example(model, example_inputs)
     chosen = workload or default_workload(budget, example)
     assert isinstance(chosen, Train)
     return example, chosen
+
+
+def _example(model: nn.Module, given: Any) -> Batch:
+    """The example by argument names. FxoptError for tokens that are no integers."""
+    example = bind(default_inputs(model, given), forward_names(model))
+    for name, value in example.items():
+        if name.endswith("input_ids") and isinstance(value, Tensor) and value.is_floating_point():
+            raise FxoptError(
+                f"example_inputs: {name} holds tokens, which are integers, not {value.dtype}: pass "
+                f"{name}.long()"
+            )
+    return example
 
 
 def forward_names(model: nn.Module) -> list[str]:

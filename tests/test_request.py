@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +88,24 @@ def test_a_share_of_no_parameters_and_of_no_cache(data: list[torch.Tensor]) -> N
         fxopt.optimize(
             llama, fxopt.Budget(kv_cache="50%"), {"input_ids": ids}, workload=fxopt.Forward()
         )
+
+
+def test_tokens_that_are_no_integers_are_named() -> None:
+    ids = torch.ones(1, 16)
+    with pytest.raises(FxoptError, match=r"input_ids holds tokens.*: pass input_ids\.long\(\)"):
+        fxopt.plan(tiny_llama(), fxopt.Budget(weights="50%"), {"input_ids": ids})
+
+
+def test_a_plan_may_be_named_by_its_file(
+    model: nn.Module, data: list[torch.Tensor], tmp_path: Path
+) -> None:
+    plan = fxopt.plan(model, BUDGET, data[0], calibration=data, rewrites=["linear.quantized"])
+    path = plan.save(tmp_path / "plan.json")
+    assert fxopt.apply(model, str(path), example_inputs=data[0]).plan == plan
+    assert fxopt.solve(path) == fxopt.solve(plan)
+    for call in (lambda: fxopt.solve(3), lambda: fxopt.apply(model, 3)):  # pyright: ignore
+        with pytest.raises(FxoptError, match=r"plan: takes fxopt\.Plan or the path of"):
+            call()
 
 
 def test_one_tensor_is_a_batch_of_sequences_and_one_text_a_name(model: nn.Module) -> None:

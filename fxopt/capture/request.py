@@ -13,6 +13,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import CaptureError
+from ..ir.names import hint
 
 
 @dataclass
@@ -46,8 +47,8 @@ class Request:
         for name, value in further.items():
             if isinstance(value, Tensor):
                 raise CaptureError(
-                    f"Tensor {name!r} is passed through the forward's **kwargs, which "
-                    "torch.export cannot describe. Give it a parameter of its own in forward()."
+                    f"forward() has no argument {name!r}.{hint(name, signature.parameters)} A "
+                    "tensor that goes to its **kwargs cannot be captured: give it a parameter."
                 )
             del self.kwargs[name]
         return further

@@ -110,8 +110,17 @@ def test_tensors_in_keyword_arguments() -> None:
         def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
             return x + kwargs["y"]
 
-    with pytest.raises(CaptureError, match=r"'y' is passed through the forward's \*\*kwargs"):
+    with pytest.raises(CaptureError, match=r"no argument 'y'\. A tensor that goes to its \*\*kw"):
         capture(Loose(), {"x": torch.randn(2), "y": torch.randn(2)})
+
+
+def test_a_mistyped_argument_of_a_forward_that_takes_any() -> None:
+    class Model(nn.Module):
+        def forward(self, input_ids: Tensor, **kwargs: Tensor) -> Tensor:
+            return input_ids
+
+    with pytest.raises(CaptureError, match=r"no argument 'inputs'\. Did you mean 'input_ids'\?"):
+        capture(Model(), {"inputs": torch.ones(1, 3)})
 
 
 def test_data_dependent_control_flow() -> None:
