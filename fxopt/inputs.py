@@ -13,8 +13,9 @@ from .ir.errors import FxoptError
 from .ir.workload import LENGTHY, Forward, Generate, Train, Workload
 
 
-def default_inputs(model: nn.Module, example_inputs: Any) -> Any:
-    """The example inputs, or random ones that a Hugging Face config describes."""
+def default_inputs(model: nn.Module, example_inputs: Any, workload: Any = None) -> Any:
+    """The example inputs, or random ones that a Hugging Face config describes, as long as the
+    workload asks for."""
     if example_inputs is not None:
         return example_inputs
     config = getattr(model, "config", None)
@@ -24,7 +25,8 @@ def default_inputs(model: nn.Module, example_inputs: Any) -> Any:
     name = getattr(model, "main_input_name", None)
     if name == "input_ids" and isinstance(vocab, int):
         longest = getattr(config, "max_position_embeddings", 128) or 128
-        shape = (2, min(128, longest))
+        rows, length = _asked(workload)
+        shape = (rows, min(length, longest))
         decodes = getattr(config, "is_encoder_decoder", False)
         names = ["input_ids", *(["decoder_input_ids"] if decodes else [])]
         return {n: torch.randint(vocab, shape, generator=generator).to(device) for n in names}
@@ -43,6 +45,15 @@ def default_inputs(model: nn.Module, example_inputs: Any) -> Any:
         f"example_inputs: {type(model).__name__} has no config that says what it takes; "
         "pass a tensor, a tuple or a dict of arguments"
     )
+
+
+def _asked(workload: Any) -> tuple[int, int]:
+    """Rows and tokens of random inputs. Prompts, and batches that no gradient sees, are made of
+    any example by repeating it (`decide.runs`)."""
+    if isinstance(workload, Train):
+        return workload.batch, workload.seq
+    length = workload.length if isinstance(workload, Forward) else None
+    return 2, length or 128
 
 
 def default_workload(budget: Budget, example: Batch) -> Workload:

@@ -69,7 +69,7 @@ def resolve(
     may turn out not to be needed, so that example inputs without a sequence do as well."""
     check(model, budget, workload)
     names = forward_names(model)
-    example = _example(model, example_inputs)
+    example = _example(model, example_inputs, workload)
     chosen = together(workload) or default_workload(budget, example)
     if isinstance(chosen, Train):
         raise FxoptError(
@@ -166,15 +166,15 @@ def training_step(
     if at is not None or calibration is not None:
         name = "at" if at is not None else "calibration"
         raise FxoptError(f"{name}: fxopt.Train plans the whole step, exactly; leave {name} out")
-    example = _example(model, example_inputs)
+    example = _example(model, example_inputs, workload)
     chosen = workload or default_workload(budget, example)
     assert isinstance(chosen, Train)
     return example, chosen
 
 
-def _example(model: nn.Module, given: Any) -> Batch:
+def _example(model: nn.Module, given: Any, workload: object) -> Batch:
     """The example by argument names. FxoptError for tokens that are no integers."""
-    example = bind(default_inputs(model, given), forward_names(model))
+    example = bind(default_inputs(model, given, workload), forward_names(model))
     for name, value in example.items():
         if name.endswith("input_ids") and isinstance(value, Tensor) and value.is_floating_point():
             raise FxoptError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.inputs import default_inputs
 from fxopt.ir.errors import FxoptError
 
 hf = pytest.importorskip("transformers")
@@ -223,6 +224,19 @@ def tiny_llama() -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     return hf.LlamaForCausalLM(config).eval()
+
+
+def test_random_inputs_are_as_many_as_the_workload_says() -> None:
+    model = tiny_llama()
+
+    def drawn(workload: Any) -> tuple[int, ...]:
+        return tuple(default_inputs(model, None, workload)["input_ids"].shape)
+
+    assert drawn(None) == (2, 128)
+    assert drawn(fxopt.Forward(batch=3, length=512)) == (2, 512)  # timed as three rows
+    assert drawn(fxopt.Train(batch=3, seq=48)) == (3, 48)
+    longest = model.config.max_position_embeddings
+    assert drawn(fxopt.Forward(length=longest + 1)) == (2, longest)
 
 
 def test_a_model_generates_whatever_its_budget_was() -> None:

@@ -85,6 +85,7 @@ def bench(
 ) -> int:
     """Time the original against a saved result, in the calls of its workload, and weigh both.
 
+    The inputs are the first of the calibration, or random tokens as many as the workload has.
     Calls alternate, so that what disturbs one disturbs the other; medians with the 95 % interval.
 
     fxopt bench examples/tiny_lm small --seconds 1

@@ -109,6 +109,8 @@ def test_doctor_shows_both_directions_and_both_launches() -> None:
         (["plan", "os", "--kl", "1", "--device", "cuda:99"], 1, "CUDA devices here"),
         (["plan", "math:frob", "--kl", "1"], 1, "cannot find 'math:frob'"),
         (["plan", "os:getcwd", "--kl", "1"], 1, "gives str, not a torch.nn.Module"),
+        (["plan", "torch.nn:ReLU", "--kl", "1"], 1, "give inputs by --calibration"),
+        (["plan", "torch.nn:ReLU", "--kl", "1", "--length", "8"], 64, "--prompt says how long"),
         (["diff", "absent.json", "b.json"], 1, "cannot read the plan absent.json"),
         (["export", "absent", "m.onnx"], 1, "not a folder"),
         (["bench", "m", "absent"], 1, "not a folder"),
