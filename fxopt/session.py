@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from . import evidence
+from . import evidence, passes
 from .compiler import TRIALS, Compiler
 from .decide.again import note_totals
 from .decide.decisions import refusals
-from .decide.outlook import nearest_note
+from .decide.outlook import floors, nearest_note
 from .decide.propose import Prepare
 from .decide.quality import QUALITIES
 from .decide.search import Choice, Search, Trial, identity
@@ -213,7 +213,31 @@ class Session:
                     return self._warned(made.module)
                 nearest = _nearer(nearest, made)
         assert nearest is not None
-        raise _budget_error(nearest.module, nearest.rows)
+        raise self._budget_error(nearest)
+
+    def _budget_error(self, nearest: Verified) -> BudgetError:
+        """What is exceeded most, what these rewrites cannot reach, and the way out."""
+        limited = [row for row in nearest.rows if row.limit is not None]
+        worst = max(limited, key=lambda row: row.excess)
+        measured, limit = (format_value(v, worst.unit) for v in (worst.measured, worst.limit))
+        floor = floors(self.search.problem()).get(worst.name, "")
+        reach = f"{floor} with these rewrites; " if floor else ""
+        quality = [row.name for row in limited if row.name in QUALITIES and not floor]
+        looser = " or ".join(dict.fromkeys([worst.name, *quality]))
+        more = ", or allow more rewrites" if self._more_serve(worst.name) else ""
+        return BudgetError(
+            f"no plan keeps the budget: {worst.name} measured {measured}, limit {limit}; {reach}"
+            f"the nearest plan is in .best, its rows in .rows. Loosen {looser}{more}",
+            nearest.rows,
+            worst.name,
+            nearest.module,
+        )
+
+    def _more_serve(self, row: str) -> bool:
+        """Whether a rewrite that was not allowed may serve a row."""
+        loaded = {rewrite.name for rewrite in self.compiler.rewrites}
+        family = {"kv_cache": "kv_cache", "weights": "linear"}.get(row, "")
+        return any(name.startswith(family) for name in passes.available().keys() - loaded)
 
     def _warned(self, module: Optimized) -> Optimized:
         """The module, once it is said what its plan's measurement leaves open."""
@@ -320,17 +344,3 @@ class Session:
 
 def _nearer(one: Verified | None, other: Verified) -> Verified:
     return other if one is None or other.excess < one.excess else one
-
-
-def _budget_error(best: Optimized, rows: list[RowResult]) -> BudgetError:
-    worst = max((r for r in rows if r.limit is not None), key=lambda r: r.excess)
-    measured, limit = (format_value(v, worst.unit) for v in (worst.measured, worst.limit))
-    quality = next((r.name for r in rows if r.limit is not None and r.name in QUALITIES), None)
-    looser = f"{worst.name} or {quality}" if quality not in (None, worst.name) else worst.name
-    return BudgetError(
-        f"no plan keeps the budget: {worst.name} measured {measured}, limit {limit}; the nearest "
-        f"plan is in .best, its rows in .rows. Loosen {looser}, or allow more rewrites",
-        rows,
-        worst.name,
-        best,
-    )

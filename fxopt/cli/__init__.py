@@ -13,6 +13,7 @@ from fxopt.ir.errors import BudgetError, FxoptError
 
 from . import search, realised, plans, doctor  # isort: skip  # in the order of `fxopt --help`
 from .command import CODES, ERROR, INFEASIBLE, INTERRUPTED, OK, USAGE, USAGE_ERROR, app
+from .words import as_options
 
 __all__ = ["CODES", "app", "doctor", "main", "plans", "realised", "run", "search"]
 
@@ -32,9 +33,9 @@ def run(arguments: list[str] | None = None) -> int:
     except BudgetError as error:
         from fxopt.show.report import Report
 
-        return _failed(f"{error}\n{Report(error.rows)}", INFEASIBLE)
+        return _failed(f"{as_options(str(error))}\n{Report(error.rows)}", INFEASIBLE)
     except (FxoptError, OSError) as error:
-        return _failed(str(error), ERROR)
+        return _failed(as_options(str(error)), ERROR)
     except typer.Abort:
         return _failed("interrupted", INTERRUPTED)
     except Exception as error:

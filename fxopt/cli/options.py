@@ -15,6 +15,8 @@ from fxopt.ir.budget import Budget
 from fxopt.ir.errors import FxoptError
 from fxopt.ir.workload import Forward, Generate, Workload
 
+from .words import as_options
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,10 +61,14 @@ def _option(
 
 Model = Annotated[
     str,
-    typer.Argument(help="Hugging Face folder, or package.module:factory."),
+    typer.Argument(help="Hugging Face folder, or package.module:factory.", metavar="MODEL"),
 ]
-PlanFile = Annotated[Path, typer.Argument(help="plan.json, or a folder that holds one.")]
-Saved = Annotated[Path, typer.Argument(help="Folder written by optimize or apply.")]
+PlanFile = Annotated[
+    Path, typer.Argument(help="plan.json, or a folder that holds one.", metavar="PLAN")
+]
+Saved = Annotated[
+    Path, typer.Argument(help="Folder written by optimize or apply.", metavar="FOLDER")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
 Html = Annotated[Path | None, _option(None, "Page to write.")]
 
@@ -116,7 +122,7 @@ class Rows:
         try:
             return Budget(**given)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise typer.BadParameter(as_options(str(error))) from None
 
 
 @dataclass(frozen=True)

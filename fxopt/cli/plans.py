@@ -23,7 +23,9 @@ Heads = Annotated[
     Path | None,
     typer.Option(help="SVG to write: what each attention head keeps.", show_default=False),
 ]
-SiteName = Annotated[str, typer.Argument(help="Site, attention op, module, or re:pattern.")]
+SiteName = Annotated[
+    str, typer.Argument(help="Site, attention op, module, or re:pattern.", metavar="SITE")
+]
 FamilyName = Annotated[
     str | None, typer.Option("--family", help="Of the sites of one name.", show_default=False)
 ]

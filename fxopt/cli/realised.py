@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fxopt.ir.plan import Plan
 
 Refit = Annotated[bool, typer.Option("--refit", help="Fit to other weights, as of a fine-tune.")]
-File = Annotated[Path, typer.Argument(help="File to write, as model.onnx.")]
+File = Annotated[Path, typer.Argument(help="File to write, as model.onnx.", metavar="FILE")]
 KindOption = Annotated[o.Kind, typer.Option(help="One pass, or a step with its cache.")]
 TargetOption = Annotated[
     o.Target,

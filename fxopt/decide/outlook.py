@@ -85,11 +85,16 @@ def loosened(stand: Standing, row: str, factor: float, *, time_limit: float) -> 
 
 def nearest_note(problem: Problem) -> str:
     """What is said of a plan that keeps not every row, with the rows that no choice could keep."""
-    floors: dict[str, float] = {}
+    said = list(floors(problem).values())
+    return "; ".join(["no choice was found that keeps every row: this is the nearest", *said])
+
+
+def floors(problem: Problem) -> dict[str, str]:
+    """By row of bytes that no choice could keep: how far down it goes."""
+    found: dict[str, float] = {}
     for row in problem.rows:
         name = row_of(row.name)
         alone = replace(problem, rows=(), cuts=(), objective={row.name: 1.0})
-        if name in BYTE_ROWS and (found := solve(alone)) and found.value + row.constant > row.limit:
-            floors[name] = max(found.value + row.constant, floors.get(name, 0.0))
-    said = [f"{name} goes no lower than {format_value(v, 'bytes')}" for name, v in floors.items()]
-    return "; ".join(["no choice was found that keeps every row: this is the nearest", *said])
+        if name in BYTE_ROWS and (least := solve(alone)) and least.value + row.constant > row.limit:
+            found[name] = max(least.value + row.constant, found.get(name, 0.0))
+    return {n: f"{n} goes no lower than {format_value(v, 'bytes')}" for n, v in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fxopt.ir.budget import Budget
@@ -43,7 +44,12 @@ def verdict(row: RowResult) -> str:
     if row.measured is None:
         over = row.predicted is not None and row.predicted > row.limit
         return "not measured" + (", predicted to exceed" if over else "")
-    return "kept" if row.excess <= 0 else f"exceeded by {row.excess:.1%}"
+    if row.excess <= 0:
+        return "kept"
+    if row.excess < 1:
+        return f"exceeded by {row.excess:.1%}"
+    far = math.isfinite(row.excess)
+    return f"exceeded: {1 + row.excess:.3g}x its limit" if far else "exceeded"
 
 
 def deviation(row: RowResult) -> str:

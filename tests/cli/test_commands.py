@@ -230,7 +230,8 @@ def test_a_budget_that_cannot_be_kept_is_code_3(
     code, shown, error = fxopt("optimize", folder, "--out", out, *tight, "--json")
     assert code == 3
     assert "no plan keeps the budget" in error
-    assert "exceeded by" in error
+    assert "exceeded" in error
+    assert ".best" not in error
     document = json.loads(shown)
     rows = {row["name"]: row for row in document["rows"]}
     assert rows[document["binding"]]["excess"] > 0
@@ -313,7 +314,7 @@ def test_verify_says_when_a_row_is_no_longer_kept(
     code, shown, _ = fxopt("verify", *arguments)
     assert code == 3
     assert "20% = " in shown
-    assert "exceeded by" in shown
+    assert "exceeded" in shown
     document = json.loads(fxopt("verify", *arguments, "--json")[1])
     measured = {row["name"]: row["measured"] for row in document["rows"]}
     # also of a module that was loaded, the rows of peaks are measured and not left open

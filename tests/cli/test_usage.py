@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from fxopt.cli import run
 from fxopt.cli.doctor import PACKAGES, abilities, effects, no_gpu
 from fxopt.cli.options import Rows, Sizes, rewrite_names
+from fxopt.cli.words import as_options
 from fxopt.cost_models.hardware import Device
 from fxopt.ir.workload import Forward, Generate
 
@@ -94,9 +96,9 @@ def test_doctor_shows_both_directions_and_both_launches() -> None:
         ([], 64, "Usage"),
         (["frobnicate"], 64, "No such command"),
         (["plan"], 64, "Missing argument"),
-        (["plan", "m"], 64, "names no row"),
+        (["plan", "m"], 64, "names no row; for example --kl 0.02 --kv-cache 40%"),
         (["plan", "m", "--kl", "0"], 64, "budget of zero"),
-        (["plan", "m", "--kl", "2%"], 64, "Budget.kl='2%'"),
+        (["plan", "m", "--kl", "2%"], 64, "--kl 2%: "),
         (["plan", "m", "--kv-cach", "40%", "--kl", "1"], 64, "--kv-cache"),
         (["plan", "m", "--kl", "1", "--new-tokens", "8"], 64, "--prompt"),
         (["plan", "m", "--kl", "1", "--prompt", "0"], 64, "prompt"),
@@ -126,6 +128,25 @@ def test_mistakes(fxopt: Invoke, arguments: list[str], code: int, says: str) -> 
     assert says in " ".join((error or shown).split())
 
 
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("Budget.kv_cache='40': no unit. Example: kv_cache=\"40%\"",
+         "--kv-cache 40: no unit. Example: --kv-cache 40%"),
+        ("write latency=\"0.7x\" or latency={\"decode\": \"0.7x\"}",
+         "write --latency 0.7x or --latency decode=0.7x"),
+        ("pass workload=fxopt.Generate(batch=, prompt=, new_tokens=)",
+         "pass --prompt and --new-tokens"),
+        ("try at='model' or at='lm_head'.", "try --at model or --at lm_head."),
+        ("leave it out with rewrites=, or keep= it", "leave it out with --rewrites, or --keep it"),
+        ("Loosen weights at layer=3; pass refit=True", "Loosen weights at layer=3; pass --refit"),
+        ("make a plan with fxopt.plan", "make a plan with fxopt plan"),
+    ],
+)  # fmt: skip
+def test_messages_name_options(message: str, says: str) -> None:
+    assert as_options(message) == says
+
+
 def test_help_and_version_leave_with_0(fxopt: Invoke) -> None:
     code, shown, _ = fxopt("--version")
     assert (code, shown.strip().count(".")) == (0, 2)
@@ -133,6 +154,7 @@ def test_help_and_version_leave_with_0(fxopt: Invoke) -> None:
         code, shown, _ = fxopt(command, "--help")
         assert code == 0
         assert f" fxopt {command}" in shown
+        assert command == "doctor" or re.search(r"MODEL|PLAN|FOLDER", shown)
         assert "3 budget infeasible" in shown
 
 

@@ -46,6 +46,8 @@ def test_kept_means_measured_and_within_every_limit(rows: list[RowResult], kept:
         (WEIGHTS, ""),
         (CACHE, "kept"),
         (SLOW, "exceeded by 20.0%"),
+        (RowResult("kl", 0.02, None, 0.4, "nats"), "exceeded: 20x its limit"),
+        (RowResult("kl", 0.0, None, 0.4, "nats"), "exceeded"),
         (RowResult("kl", 0.02, None, None, "nats"), "not measured"),
         (RowResult("kl", 0.02, 0.02, None, "nats"), "not measured"),
         (RowResult("kl", 0.02, 0.03, None, "nats"), "not measured, predicted to exceed"),
