@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -89,6 +89,8 @@ class OnnxReport:
         lines = [
             f"{self.kind}, target {self.target}, opset {self.opset}, {self.nodes:,} nodes, "
             f"{self.size / 2**20:.1f} MiB; contrib operators: {made}",
+            f"takes {_listed(self.inputs, 'past.')}",
+            f"returns {_listed(self.outputs, 'present.')}",
             *self.notes,
             f"onnxruntime differs from the module by at most {self.difference:.1e}",
         ]
@@ -100,6 +102,13 @@ class OnnxReport:
                 f"cache, fp8 inputs) differently{apart}"
             )
         return "\n".join(lines)
+
+
+def _listed(names: Sequence[str], cache: str) -> str:
+    """Names, those of a cache as one."""
+    others = [name for name in names if not name.startswith(cache)]
+    held = len(names) - len(others)
+    return ", ".join([*others, *([f"{cache}<layer>.<name> ({held} in all)"] if held else [])])
 
 
 def export_onnx(
@@ -122,9 +131,12 @@ def export_onnx(
     final = Path(path)
     _check_request(module, final, kind, target)
     if dtype not in (None, torch.float32, module.dtype):
+        way_out = f"convert the model to {dtype} and optimise that"
+        if not isinstance(dtype, torch.dtype):
+            way_out = "pass a dtype of torch, such as torch.float16"
         raise ExportError(
-            f"export_onnx: dtype is torch.float32 or the module's {module.dtype}, got {dtype}; "
-            f"convert the model to {dtype} and optimise that"
+            f"export_onnx: dtype is torch.float32 or the module's {module.dtype}, got {dtype!r}; "
+            f"{way_out}"
         )
     tensors = module.program.tree.collect(module)
     lowered = Lowered(module.program, tensors, kind, dtype or torch.float32, target).eval()

@@ -22,10 +22,7 @@ def why_no_generation(program: Program) -> str:
             "of an encoder-decoder model ONNX has the forward only; opt.generate generates from it"
         )
     if program.positions is not None and "logits" in program.output.get("keys", ()):
-        return (
-            "it was optimised for fxopt.Forward, whose graph takes no cache; optimise it with "
-            "workload=fxopt.Generate(batch, prompt, new_tokens)"
-        )
+        return "it is a part of a model (at=), whose graph takes no cache"
     return "it is no causal language model"
 
 

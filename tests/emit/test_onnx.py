@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt.capture import capture
 from fxopt.emit.editor import GraphEditor
 from fxopt.emit.lowering import Lowered, empty_states, state_names
@@ -253,5 +256,37 @@ def test_wrong_requests(case, tmp_path):
         opt.export_onnx(tmp_path / "v.onnx", kind="backward")
     with pytest.raises(ExportError, match="optimise that"):
         opt.export_onnx(tmp_path / "v.onnx", dtype=torch.float16)
+    with pytest.raises(ExportError, match=r"got 'fp16'; pass a dtype of torch, such as torch\.fl"):
+        opt.export_onnx(tmp_path / "v.onnx", dtype="fp16")
     with pytest.raises(ExportError, match="folder that exists"):
         opt.export_onnx(tmp_path / "no" / "v.onnx")
+
+
+def test_a_report_lists_what_the_file_takes_and_returns():
+    report = OnnxReport(
+        Path("m.onnx"), "generate", "portable", 23, 10, {}, 2**20, 1e-6, 1e-6, 0.0,
+        inputs=("input_ids", "past.0.key", "past.0.value"),
+        outputs=("logits", "present.0.key", "present.0.value"),
+    )  # fmt: skip
+    lines = str(report).splitlines()
+    assert "takes input_ids, past.<layer>.<name> (2 in all)" in lines
+    assert "returns logits, present.<layer>.<name> (2 in all)" in lines
+    forward = replace(report, inputs=("input_ids", "attention_mask"), outputs=("logits",))
+    assert "takes input_ids, attention_mask\nreturns logits\n" in str(forward)
+
+
+@pytest.mark.slow
+def test_a_plan_for_forward_passes_generates_too(tmp_path):
+    hf = pytest.importorskip("transformers")
+    config = hf.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 97, (6, 24))
+    opt = fxopt.optimize(
+        model, fxopt.Budget(weights="100%"), {"input_ids": ids[:1]}, workload=fxopt.Forward(),
+        calibration=[{"input_ids": row[None]} for row in ids],
+    )  # fmt: skip
+    report = opt.export_onnx(tmp_path / "g.onnx", kind="generate")
+    assert report.inputs[-2:] == ("past.0.key", "past.0.value")
