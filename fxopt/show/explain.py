@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from fxopt.ir.cost import Cost
+from fxopt.ir.decision import BY_HAND
 from fxopt.ir.names import select
 from fxopt.ir.plan import KEEP, Alternative, Decision, Plan
 from fxopt.ir.units import format_value
@@ -14,6 +15,7 @@ from . import binding
 from .costs import SAVED, is_training, label_of, together
 from .entries import Entry, entries, ops_of
 from .fold import fold_keys, groups, merge_sentences, sentence_shape
+from .joint import parts_of
 from .page import Page, has_colours, width
 
 Line = tuple[int, str]
@@ -113,12 +115,12 @@ def _calls(plan: Plan, decision: Decision) -> list[str]:
 
 def _worth(plan: Plan) -> Callable[[Decision | Alternative], float]:
     """What decides the order: the share of what is minimised."""
-    match plan.budget.objective:
+    match binding.objective(plan):
         case "latency":
             return lambda one: one.cost.seconds
         case "memory":
             return lambda one: one.cost.weight_bytes + one.cost.state_bytes
-        case "error":
+        case _:
             return lambda one: one.error or 0.0
 
 
@@ -128,7 +130,8 @@ def _option(one: Decision | Alternative, chosen: Decision, plan: Plan) -> str:
     if one is chosen:
         return f"> {name} ({amounts}): chosen"
     fits = "" if not isinstance(one, Alternative) or one.feasible else "never fits: "
-    reason = one.reason or ("not compared since the choice was changed by hand" if not fits else "")
+    by_hand = not fits and any(part.reason == BY_HAND for part in parts_of(chosen))
+    reason = one.reason or ("not compared since the choice was changed by hand" if by_hand else "")
     return f"- {name} ({amounts}): {fits}{reason}".rstrip(": ")
 
 

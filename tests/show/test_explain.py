@@ -86,6 +86,14 @@ def test_a_choice_by_hand_leaves_no_stale_comparison() -> None:
     assert "not compared since the choice was changed by hand" in " ".join(text.split())
 
 
+def test_an_alternative_without_a_reason_was_not_changed_by_hand() -> None:
+    plan = llama(1, 1)
+    decision = next(d for d in plan.rewritten if d.family == "linear")
+    for other in decision.alternatives:
+        other.reason = ""
+    assert "by hand" not in plan.explain(decision.key)
+
+
 def test_calls_without_a_time_are_not_listed() -> None:
     plan = llama(2, 1)
     decision = plan.decisions[0]

@@ -225,6 +225,7 @@ def test_saved_tensors_wait_all_at_once() -> None:
     memory = Memory(weights=0, border=1, holders={"kept": [1, 2]}, spans=[], policies=[policy])
     found = shown(site("a.0"), site("a.1"), workload=Train(1, 1), memory=memory)
     assert "saved for backward 8 KiB -> 2 KiB, time 0 s -> 2 ms" in found
+    assert "minimising latency within these limits" in found
     assert "in all 2 ms; what several are made again from runs once" in " ".join(found.split())
     assert "the step takes 1.5 ms longer" in " ".join(found.split())
     assert "temporary" not in found
