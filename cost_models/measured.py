@@ -97,7 +97,7 @@ class Measured:
         self._path = (folder or cache_folder()) / f"calls-{name}.json"
         self._known = _points(read_json(self._path))
         self._passing: set[str] = set()
-        self._dirty = False
+        self._dirty = self._told = False
 
     def __call__(self, call: OpCall) -> Cost:
         prior = self.prior(call)
@@ -156,7 +156,8 @@ class Measured:
         stored = read_json(self._path)
         write_json(self._path, {**(stored if isinstance(stored, dict) else {}), **lasting})
         self._dirty = False
-        if self.disturbed:
+        if self.disturbed and not self._told:
+            self._told = True
             logger.warning(
                 "disturbed by what else runs here: %s, used now and measured again by the next run",
                 so_many(len(self.disturbed), "op timing"),

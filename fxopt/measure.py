@@ -165,11 +165,16 @@ class Measurer:
     def _spread(self, measured: Measurement) -> Iterator[str]:
         """What the mean of a quality row leaves out."""
         unit = UNITS[self.quality_row]
-        if self.compiler.quality.per_position:
+        if self.compiler.quality.per_position and measured.p99:
             yield f"99% of {measured.count} positions < {format_value(measured.p99, unit)}"
-        if measured.upper is not None:
+        if measured.upper:
             bound = format_value(measured.upper, unit)
-            yield f"the mean is < {bound} with 95% confidence, by {measured.sequences} sequences"
+            limit = self.budget.absolute(self.baseline).get(self.quality_row, math.inf)
+            over = ": over the limit, which is one of the mean measured"
+            yield (
+                f"the mean is < {bound} with 95% confidence, by {measured.sequences} sequences"
+                f"{over if measured.mean <= limit < measured.upper else ''}"
+            )
 
     def _metric(self, module: nn.Module) -> float:
         assert self.budget.metric is not None

@@ -150,8 +150,4 @@ class Logged(Lines):
         if self._hint and time.monotonic() > self._began + PAUSE:
             self._hint = False
             if not logger.isEnabledFor(logging.INFO):
-                logger.warning(
-                    "still at work (%s); progress=True shows how far it is, progress=False does "
-                    "not say this",
-                    text,
-                )
+                logger.warning("still at work (%s); progress=True shows how far it is", text)

@@ -237,3 +237,20 @@ def test_a_site_is_measured_on_more_than_one_sequence() -> None:
     each = [compiler.choose_reference.measure(graph, batches=n).mean for n in (1, 2)]
     assert each[0] != each[1]
     assert compiler.measure_column(column).error == compiler.quality.additive(each[1])
+
+
+def test_a_bound_over_the_limit_says_what_the_limit_is_of() -> None:
+    model, data = layers().eval(), [torch.randn(4, 128) * (1 + i % 3) for i in range(9)]
+    opt = fxopt.optimize(
+        model, fxopt.Budget(relative_error=0.5, weights="60%"), data[0], calibration=data,
+        rewrites=["linear.quantized"],
+    )  # fmt: skip
+
+    def bound(report: Any) -> str:
+        return next(note for note in report.notes if "with 95% confidence" in note)
+
+    assert bound(opt.report).endswith("sequences")
+    mean = next(row.measured for row in opt.report.rows if row.name == "relative_error")
+    opt.plan.budget = fxopt.Budget(relative_error=mean * (1 + 1e-6), weights="60%")
+    said = bound(fxopt.verify(opt, model, data))
+    assert said.endswith("sequences: over the limit, which is one of the mean measured")

@@ -34,7 +34,7 @@ def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for row in ("weights", "kl", "kept"):
+    for row in ("weights", "kl", "holds"):
         assert row in done.stdout
     assert (tmp_path / "plan.json").exists()
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -53,6 +54,11 @@ class Output:
             self.show_json(document)
         elif not self.quiet:
             print(text)
+
+    def wrote(self, *paths: Path | None) -> None:
+        """Say which files were written; those that were not asked for are None."""
+        if not self.as_json and not self.quiet:
+            print("".join(f"wrote {path}\n" for path in paths if path), end="")
 
     def show_json(self, document: Any) -> None:
         """Print for a machine only."""

@@ -51,6 +51,7 @@ def diff(before: o.PlanFile, after: o.PlanFile, output: Output, html: o.Html = N
         "facts": [{"name": n, "before": a, "after": b} for n, a, b in found.facts],
     }
     output.show(found, document)
+    output.wrote(html)
     return DIFFERENT if found else OK
 
 
@@ -84,6 +85,7 @@ def report(
     if heads:
         write_text(heads, svg(read))
     output.show(shown, report_of(shown))
+    output.wrote(html, markdown, memory, heads)
     return OK
 
 

@@ -34,7 +34,8 @@ def show_plan(made: Plan, output: Output) -> int:
 def show_result(opt: Any, out: Path, output: Output) -> int:
     """Print what was made: the plan and its report, or the report's rows."""
     document = {"out": str(out), **report_of(opt.report)}
-    output.show(f"{opt.plan}\n\n{opt.report}\n\nwrote {out}", document)
+    output.show(f"{opt.plan}\n\n{opt.report}\n", document)
+    output.wrote(out)
     return OK
 
 

@@ -75,7 +75,9 @@ def plan(
         made.save(out)
     if html:
         made.to_html(html)
-    return show_plan(made, output)
+    code = show_plan(made, output)
+    output.wrote(out, html)
+    return code
 
 
 def _arguments(

@@ -9,6 +9,7 @@ from pathlib import Path
 from fxopt.ir.errors import PlanError, RowResult
 from fxopt.ir.evidence import Distilled, Memory
 from fxopt.ir.store import write_text
+from fxopt.ir.units import format_value
 
 from . import memory
 from .page import Page, has_colours, width
@@ -49,6 +50,8 @@ class Report:
 
 def render(report: Report, *, colours: bool | None = None, columns: int | None = None) -> str:
     page = Page(columns or width())
+    if latency := _latency(report):
+        page.add(latency)
     heads = [*HEADS[:5], "off by", HEADS[5]]
     lines = [cells(row, report.written) for row in report.rows]
     offs = [deviation(row) for row in report.rows]
@@ -67,6 +70,16 @@ def render(report: Report, *, colours: bool | None = None, columns: int | None =
     for note in report.notes:
         page.add(f"Note: {note}")
     return page.render(has_colours() if colours is None else colours)
+
+
+def _latency(report: Report) -> str:
+    """How much faster or slower the result is than the original, where that was measured."""
+    row = next((row for row in report.rows if row.name == "latency"), None)
+    if row is None or not row.before or row.measured is None:
+        return ""
+    now, before = (format_value(value, row.unit) for value in (row.measured, row.before))
+    ratio = f"{row.measured / row.before:.2f}x"
+    return f"Measured latency: {ratio} of the original's, {now} against {before}"
 
 
 def _trained(block: Distilled) -> list[str]:

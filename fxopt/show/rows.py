@@ -9,6 +9,9 @@ from fxopt.ir.budget import Budget
 from fxopt.ir.errors import RowResult
 from fxopt.ir.units import format_value
 
+COMPARABLE = 10.0
+"""Up to this ratio the measured and the predicted value of a row are of one size."""
+
 
 def with_missing(rows: Sequence[RowResult], budget: Budget) -> list[RowResult]:
     """The rows, and those of the budget that nothing is known of yet."""
@@ -45,7 +48,7 @@ def verdict(row: RowResult) -> str:
         over = row.predicted is not None and row.predicted > row.limit
         return "not measured" + (", predicted to exceed" if over else "")
     if row.excess <= 0:
-        return "kept"
+        return "holds"
     if row.excess < 1:
         return f"exceeded by {row.excess:.1%}"
     far = math.isfinite(row.excess)
@@ -53,10 +56,12 @@ def verdict(row: RowResult) -> str:
 
 
 def deviation(row: RowResult) -> str:
-    """How far the measurement is from the prediction, as a share of the prediction."""
+    """How far the measurement is from the prediction, as a share of the prediction; "-" where one
+    of them is next to nothing, of which shares say nothing."""
     if not row.predicted or row.measured is None:
         return ""
-    return f"{row.measured / row.predicted - 1:+.0%}"
+    ratio = row.measured / row.predicted
+    return f"{ratio - 1:+.0%}" if 1 / COMPARABLE < ratio < COMPARABLE else "-"
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

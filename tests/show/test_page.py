@@ -103,7 +103,7 @@ def test_every_state_has_a_mark_of_its_own(tab: Show) -> None:
         )
         assert set(signs) <= {sign}
         assert shown.page.eval_on_selector(f".legend .i-{kind}", "icon => icon.textContent") == sign
-    assert "✓ kept" in shown.text(".card .verdict.good")
+    assert "✓ holds" in shown.text(".card .verdict.good")
     assert "✗" in shown.text(".tried")
     shapes = {
         kind: shown.page.eval_on_selector(

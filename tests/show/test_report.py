@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from fxopt.ir.errors import RowResult
 from fxopt.show import report
 from fxopt.show.report import Report
-from fxopt.show.rows import verdict
+from fxopt.show.rows import deviation, verdict
 
 KL = RowResult("kl", 0.02, 0.010, 0.015, "nats")
 CACHE = RowResult("kv_cache", 1 << 20, 1 << 20, 1 << 20, "bytes", before=4 << 20)
@@ -44,7 +45,7 @@ def test_kept_means_measured_and_within_every_limit(rows: list[RowResult], kept:
     ("row", "says"),
     [
         (WEIGHTS, ""),
-        (CACHE, "kept"),
+        (CACHE, "holds"),
         (SLOW, "exceeded by 20.0%"),
         (RowResult("kl", 0.02, None, 0.4, "nats"), "exceeded: 20x its limit"),
         (RowResult("kl", 0.0, None, 0.4, "nats"), "exceeded"),
@@ -55,6 +56,21 @@ def test_kept_means_measured_and_within_every_limit(rows: list[RowResult], kept:
 )
 def test_verdict(row: RowResult, says: str) -> None:
     assert verdict(row) == says
+
+
+def test_shares_of_next_to_nothing_are_not_told() -> None:
+    def off(predicted: float, measured: float | None) -> str:
+        return deviation(RowResult("kl", 1.0, predicted, measured, "nats"))
+
+    assert [off(0.02, 0.03), off(0.02, 0.01)] == ["+50%", "-50%"]
+    assert [off(1e-9, 0.02), off(0.02, 1e-9), off(0.02, -0.01)] == ["-"] * 3
+    assert [off(0.0, 0.02), off(0.02, None)] == ["", ""]
+
+
+def test_the_ratio_of_latency_stands_first_where_it_was_measured() -> None:
+    first = str(Report([KL, SLOW])).splitlines()[0]
+    assert first == "Measured latency: 0.86x of the original's, 600 ms against 700 ms"
+    assert "Measured latency" not in str(Report([KL, replace(SLOW, measured=None)]))
 
 
 def test_no_rows() -> None:
