@@ -58,6 +58,10 @@ class Estimate:
     doubt: float
 
 
+_told: set[Path] = set()
+"""Files of which it was said, once is enough, that timings were disturbed."""
+
+
 class Measured:
     """Times a call's own closure; where that would take too long, or cannot be, others of its
     family tell (`between`), or the roofline.
@@ -97,7 +101,7 @@ class Measured:
         self._path = (folder or cache_folder()) / f"calls-{name}.json"
         self._known = _points(read_json(self._path))
         self._passing: set[str] = set()
-        self._dirty = self._told = False
+        self._dirty = False
 
     def __call__(self, call: OpCall) -> Cost:
         prior = self.prior(call)
@@ -156,8 +160,8 @@ class Measured:
         stored = read_json(self._path)
         write_json(self._path, {**(stored if isinstance(stored, dict) else {}), **lasting})
         self._dirty = False
-        if self.disturbed and not self._told:
-            self._told = True
+        if self.disturbed and self._path not in _told:
+            _told.add(self._path)
             logger.warning(
                 "disturbed by what else runs here: %s, used now and measured again by the next run",
                 so_many(len(self.disturbed), "op timing"),
