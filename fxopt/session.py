@@ -333,6 +333,7 @@ class Session:
             **shown,
         )
         note_totals(made)
+        made.settle()
         made.tensors = self._tensors(trial)
         return made
 

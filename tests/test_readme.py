@@ -20,7 +20,7 @@ def blocks(name: str, language: str) -> list[str]:
 @pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    (code,) = blocks("README.md", "python")
+    code = "\n".join(blocks("README.md", "python"))
     for name in ("examples", "fxopt"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

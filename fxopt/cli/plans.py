@@ -79,7 +79,7 @@ def report(
     if markdown:
         write_text(markdown, read.to_markdown())
     written = limit_texts(read.budget)
-    shown = Report(read.totals, read.notes, written, read.memory, read.distilled)
+    shown = Report(read.totals, read.said, written, read.memory, read.distilled)
     if memory:
         shown.to_svg(memory)
     if heads:

@@ -43,6 +43,7 @@ def solve_again(plan: Plan, budget: Budget | None = None, *, time_limit: float =
     found = solve(problem, time_limit=time_limit)
     choice = found.choice if found else nearest(problem, time_limit=time_limit)
     made = _chosen(plan, columns, choice)
+    made.settle()
     made.budget = budget
     made.totals = _totals(plan, budget, limits, problem, choice)
     made.notes = ["decided again from the plan's own costs and errors: not realised, not measured"]

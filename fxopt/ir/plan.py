@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib import import_module
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["KEEP", "Alternative", "Decision", "Plan", "PlanDiff", "Refused"]
 
 SCHEMA_VERSION = 1
+EDITED = (
+    "decisions were edited since: the totals are those of before, and of what was edited in the "
+    "file costs and reasons too (Plan.lock takes costs along); fxopt.solve counts totals again"
+)
 
 
 def _version() -> str:
@@ -43,7 +48,8 @@ class Plan(PlanModel):
     takes in a row beyond its sites, and the whole erred `error_scale` times as much as its sites
     added up: with these `fxopt.solve` decides again. `tensors` is what calibrated
     choices prepared, by choice and name; it is stored beside the JSON, and `prepared` is the
-    SHA-256 of that file; `recover` is how they were trained after they were fitted, and
+    SHA-256 of that file; `choices` is that of what was decided when the totals were counted, by
+    which edits are noticed (`said`); `recover` is how they were trained after they were fitted, and
     `distilled` what that did to each block.
     `trials`, `prices`, `looser`, `untried` (installed rewrites that only `rewrites=` brings in),
     `blocks`, `sources`, `pairs` and `memory` (of a training step) are for readers: nothing of them
@@ -66,6 +72,7 @@ class Plan(PlanModel):
     error_scale: float = 1.0
     notes: list[str] = Field(default_factory=list[str])
     prepared: str | None = None
+    choices: str = ""
     recover: Distill | None = None
     distilled: list[Distilled] = Field(default_factory=list[Distilled])
     trials: list[Trial] = Field(default_factory=list[Trial])
@@ -101,6 +108,20 @@ class Plan(PlanModel):
         """The decisions that change the model."""
         return [decision for decision in self.decisions if decision.rewritten]
 
+    def settle(self) -> None:
+        """Note that totals, costs and reasons are those of the decisions as they are now."""
+        self.choices = self._digest()
+
+    def _digest(self) -> str:
+        made = [(d.family, d.key, d.rewrite, d.label, d.parameters) for d in self.decisions]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def said(self) -> list[str]:
+        """The notes, and that the decisions are others than those that were counted, if so."""
+        edited = self.choices and self.choices != self._digest()
+        return [*self.notes, *([EDITED] if edited else [])]
+
     def find(self, key: str, family: str | None = None) -> Decision:
         """The decision at a site; PlanError with near names, or when two families have the key."""
         found = [d for d in self.decisions if d.key == key and family in (None, d.family)]
@@ -121,7 +142,8 @@ class Plan(PlanModel):
         *,
         family: str | None = None,
     ) -> list[Decision]:
-        """Lock the decisions that a name or `re:` pattern covers, as they are or as `rewrite`.
+        """Lock the decisions that a name or `re:` pattern covers: as the plan has them, or as
+        `rewrite`, "keep" being the original.
 
         With `rewrite` only sites of its family are meant ("keep": of all, or of `family`), and
         each must list it, and `label` where several fit, among its alternatives. Nothing changes
@@ -223,7 +245,7 @@ class Plan(PlanModel):
         """The rows as they were measured when the plan was made, for a module that was not."""
         kind = import_module("..show.report", __package__).Report
         return kind(
-            list(self.totals), [*self.notes, *notes], memory=self.memory, distilled=self.distilled
+            list(self.totals), [*self.said, *notes], memory=self.memory, distilled=self.distilled
         )
 
     def graph(self) -> DiGraph[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from fxopt.ir.cost import Cost
 from fxopt.ir.decision import BY_HAND
 from fxopt.ir.names import select
-from fxopt.ir.plan import KEEP, Alternative, Decision, Plan
+from fxopt.ir.plan import EDITED, KEEP, Alternative, Decision, Plan
 from fxopt.ir.units import format_value
 from fxopt.ir.workload import scenarios
 
@@ -50,6 +50,8 @@ def render(
             page.add(merge_sentences([text for _, text in lines]), indent=lines[0][0])
         page.add()
     page.add(binding.sentence(plan))
+    if EDITED in plan.said:
+        page.add(f"Note: {EDITED}")
     return page.render(has_colours() if colours is None else colours)
 
 

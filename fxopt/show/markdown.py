@@ -36,7 +36,7 @@ def render(plan: Plan) -> str:
         _table(["row", *HEADS[1:]], [[escape(cell) for cell in row] for row in rows], numbers=4),
         f"**What binds.** {escape(binding.sentence(plan))}",
         *_outlooks(plan),
-        *(f"> Note: {escape(note)}" for note in plan.notes),
+        *(f"> Note: {escape(note)}" for note in plan.said),
         *map(escape, summary.said(plan)),
     ]
     for kind, lines in summary.lines(plan).items():

@@ -93,7 +93,7 @@ def _is_of(note: str, row: RowResult) -> bool:
 
 def general_notes(plan: Plan) -> list[str]:
     """The plan's notes but those that stand on the card of a row."""
-    return [note for note in plan.notes if not any(_is_of(note, row) for row in rows(plan))]
+    return [note for note in plan.said if not any(_is_of(note, row) for row in rows(plan))]
 
 
 def said(plan: Plan) -> list[str]:

@@ -29,7 +29,7 @@ def render(plan: Plan, *, colours: bool | None = None, columns: int | None = Non
         for equal in groups(sites, shown_together):
             _sites(page, equal, plan)
         page.add()
-    notes = [*(f"Note: {note}" for note in plan.notes), *said(plan)]
+    notes = [*(f"Note: {note}" for note in plan.said), *said(plan)]
     for note in notes:
         page.add(note)
     if notes:

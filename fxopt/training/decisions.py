@@ -32,7 +32,7 @@ def plan_of(
 ) -> Plan:
     """The plan of a layout, one decision for each tensor that eager saves or this plan does."""
     facts = probe(device_of(model))
-    return Plan(
+    made = Plan(
         budget=budget,
         workload=workload,
         hardware={"device": facts.name, "kind": facts.kind, "torch": str(torch.__version__)},
@@ -42,6 +42,8 @@ def plan_of(
         totals=rows,
         notes=[*notes, *head_notes(layout)],
     )
+    made.settle()
+    return made
 
 
 def _decisions(layout: Layout) -> list[Decision]:

@@ -141,6 +141,15 @@ def test_distillation_is_said_of_the_choices_that_it_trained(plan: fxopt.Plan) -
     assert not any("distillation" in note for note in same.notes)
 
 
+def test_totals_are_counted_again(plan: fxopt.Plan) -> None:
+    edited = plan.model_copy(deep=True)
+    assert edited.said == edited.notes
+    edited.lock("re:.*", "keep", family="linear")
+    assert edited.said[:-1] == edited.notes
+    again = fxopt.solve(edited, fxopt.Budget(weights="100%"))
+    assert again.said == again.notes
+
+
 def test_rows_without_a_limit_are_told_of_as_before(plan: fxopt.Plan) -> None:
     again = fxopt.solve(plan, fxopt.Budget(weights="60%"))
     assert {row.name for row in again.totals} == {row.name for row in plan.totals}

@@ -13,7 +13,7 @@ from fxopt.ir.budget import Budget
 from fxopt.ir.cost import Cost
 from fxopt.ir.decision import BY_HAND
 from fxopt.ir.errors import PlanError, RowResult
-from fxopt.ir.plan import KEEP, Alternative, Decision, Plan, Refused
+from fxopt.ir.plan import EDITED, KEEP, Alternative, Decision, Plan, Refused
 from fxopt.ir.workload import Forward, Generate, Train
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "plan.schema.json"
@@ -112,6 +112,25 @@ def test_plans_without_the_facts_for_readers_load(plan: Plan, tmp_path: Path) ->
         del data[name]
     path.write_text(json.dumps(data), encoding="utf-8")
     assert Plan.load(path) == plan
+
+
+def test_edits_since_the_totals_were_counted_are_told_of(plan: Plan, tmp_path: Path) -> None:
+    assert EDITED not in plan.said  # of a plan that is not known
+    plan.settle()
+    path = plan.save(tmp_path / "plan.json")
+    assert EDITED not in Plan.load(path).said
+    data = json.loads(path.read_text("utf-8"))
+    data["decisions"][0]["rewrite"] = "keep"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    edited = Plan.load(path)
+    for text in (str(edited), str(edited.report()), edited.to_markdown()):
+        assert "decisions were edited since" in " ".join(text.split())
+    assert "decisions were edited since" in edited.explain(edited.decisions[0].key)
+    plan.lock(plan.decisions[0].key)  # as it is
+    assert EDITED not in plan.said
+    plan.lock(plan.decisions[0].key, "keep")
+    assert EDITED in plan.said
+    assert EDITED not in plan.notes
 
 
 def test_kept_cost(plan: Plan) -> None:
