@@ -132,7 +132,7 @@ def export_onnx(
     _check_request(module, final, kind, target)
     if dtype not in (None, torch.float32, module.dtype):
         way_out = f"convert the model to {dtype} and optimise that"
-        if not isinstance(dtype, torch.dtype):
+        if not str(dtype).startswith("torch."):
             way_out = "pass a dtype of torch, such as torch.float16"
         raise ExportError(
             f"export_onnx: dtype is torch.float32 or the module's {module.dtype}, got {dtype!r}; "
