@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from .decide.calibration import Batch
 from .ir.budget import Budget
 from .ir.errors import FxoptError
-from .ir.workload import LENGTHY, Forward, Generate, Train, Workload
+from .ir.workload import LENGTHY, Forward, Generate, Several, Train, Workload
+
+SEQUENCES, LONGEST = 6, 512
+"""What is drawn to calibrate with where nobody gave any: two sequences for each part."""
 
 
 def default_inputs(model: nn.Module, example_inputs: Any, workload: Any = None) -> Any:
@@ -18,14 +21,25 @@ def default_inputs(model: nn.Module, example_inputs: Any, workload: Any = None) 
     workload asks for."""
     if example_inputs is not None:
         return example_inputs
+    return _drawn(model, *_asked(workload), seed=0)
+
+
+def default_calibration(model: nn.Module, workload: Workload) -> Batch:
+    """Random sequences as long as those that the workload ends with, up to `LONGEST` tokens."""
+    each = [part for _, part in workload.parts] if isinstance(workload, Several) else [workload]
+    tokens = max(w.prompt + w.new_tokens if isinstance(w, Generate) else _asked(w)[1] for w in each)
+    return _drawn(model, SEQUENCES, min(tokens, LONGEST), seed=1)
+
+
+def _drawn(model: nn.Module, rows: int, length: int, *, seed: int) -> Batch:
+    """`rows` random sequences of at most `length` tokens, or images, as the model's config says."""
     config = getattr(model, "config", None)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     vocab = getattr(config, "vocab_size", None)
     name = getattr(model, "main_input_name", None)
     if name == "input_ids" and isinstance(vocab, int):
         longest = getattr(config, "max_position_embeddings", 128) or 128
-        rows, length = _asked(workload)
         shape = (rows, min(length, longest))
         decodes = getattr(config, "is_encoder_decoder", False)
         names = ["input_ids", *(["decoder_input_ids"] if decodes else [])]
@@ -33,12 +47,12 @@ def default_inputs(model: nn.Module, example_inputs: Any, workload: Any = None) 
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", 0)
     if name == "input_features" and isinstance(bins, int) and isinstance(vocab, int):
         dtype = next(p.dtype for p in model.parameters())
-        features = torch.randn(2, bins, 2 * frames, generator=generator).to(device, dtype)
-        ids = torch.randint(vocab, (2, 32), generator=generator).to(device)
+        features = torch.randn(rows, bins, 2 * frames, generator=generator).to(device, dtype)
+        ids = torch.randint(vocab, (rows, 32), generator=generator).to(device)
         return {"input_features": features, "decoder_input_ids": ids}
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if name == "pixel_values" and isinstance(size, int):
-        pixels = torch.randn(2, channels, size, size, generator=generator)
+        pixels = torch.randn(rows, channels, size, size, generator=generator)
         dtype = next(p.dtype for p in model.parameters())
         return {"pixel_values": pixels.to(device, dtype)}
     raise FxoptError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .capture import weightless
 from .decide.calibration import Batch, Calibration, bind, split
 from .host import refuse_cache, uncached
-from .inputs import default_inputs, default_workload, sizes_of
+from .inputs import default_calibration, default_inputs, default_workload, sizes_of
 from .ir.budget import Budget
 from .ir.distill import Distill
 from .ir.errors import FxoptError
@@ -92,7 +92,9 @@ def resolve(
         example=example,
         calibration=_nothing_to_measure(calibration)
         if weightless(model)
-        else _calibration(calibration, example, names, fits, drawn=example_inputs is None),
+        else _drawn_calibration(model, chosen)
+        if calibration is None and example_inputs is None
+        else _calibration(calibration, example, names, fits),
         keep=kept,
         rewrites=None if rewrites is None else listed(rewrites),
         at=at or None,
@@ -231,19 +233,19 @@ def _nothing_to_measure(given: Any) -> Calibration:
     return Calibration((), (), (), given=False)
 
 
-def _calibration(
-    given: Any, example: Batch, names: Sequence[str], fits: bool, *, drawn: bool
-) -> Calibration:
-    """Calibration split in three; one tensor or dict is one batch of sequences. `drawn` are
-    example inputs that nobody gave."""
+def _drawn_calibration(model: nn.Module, workload: Workload) -> Calibration:
+    """Random sequences, for a caller who gave neither these nor an example."""
+    made = split([default_calibration(model, workload)], forward_names(model), given=True)
+    note = "calibration: none given, so its data was drawn at random: errors are of such data"
+    return replace(made, notes=(note, *made.notes), given=False)
+
+
+def _calibration(given: Any, example: Batch, names: Sequence[str], fits: bool) -> Calibration:
+    """Calibration split in three; one tensor or dict is one batch of sequences."""
     if given is None:
         if not fits and any(isinstance(v, Tensor) and not v.numel() for v in example.values()):
             return Calibration((), (), (), given=False)
-        made = split([example], names, given=False)
-        if not drawn:
-            return made
-        random = "calibration: the example inputs were drawn at random: errors are of such data"
-        return replace(made, notes=(*made.notes, random))
+        return split([example], names, given=False)
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise FxoptError(
             f"calibration: takes an iterable of inputs, such as [{{'input_ids': ids}}, ...], not "

@@ -200,6 +200,10 @@ def test_errors_of_inputs_that_nobody_gave_are_called_that() -> None:
     budget = fxopt.Budget(weights="60%")
     request = resolve(transformers.GPT2LMHeadModel(config).eval(), budget, None, **given)
     assert any("drawn at random" in note for note in request.calibration.notes)
+    parts = [request.calibration.fit, request.calibration.choose, request.calibration.verify]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    seen = [tuple(batch["input_ids"].flatten().tolist()) for part in parts for batch in part]
+    assert len(set(seen)) == 6
     request = resolve(layers().eval(), budget, torch.randn(4, 128), **given)
     assert not any("drawn at random" in note for note in request.calibration.notes)
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.inputs import default_inputs
+from fxopt.inputs import LONGEST, SEQUENCES, default_calibration, default_inputs
 from fxopt.ir.errors import FxoptError
+from fxopt.ir.workload import Several
 
 hf = pytest.importorskip("transformers")
 
@@ -237,6 +238,22 @@ def test_random_inputs_are_as_many_as_the_workload_says() -> None:
     assert drawn(fxopt.Train(batch=3, seq=48)) == (3, 48)
     longest = model.config.max_position_embeddings
     assert drawn(fxopt.Forward(length=longest + 1)) == (2, longest)
+
+
+def test_what_is_drawn_to_calibrate_with_is_as_long_as_what_is_attended() -> None:
+    """Windows and packed caches err on no shorter sequence."""
+    model = tiny_llama()
+
+    def length(workload: Any) -> int:
+        drawn = default_calibration(model, workload)["input_ids"]
+        assert drawn.shape[0] == SEQUENCES
+        return drawn.shape[1]
+
+    assert length(fxopt.Generate(batch=4, prompt=200, new_tokens=100)) == 300
+    assert length(fxopt.Forward(batch=4, length=70)) == 70
+    parts = (("a", fxopt.Forward(length=70)), ("b", fxopt.Forward(length=90)))
+    assert length(Several(parts)) == 90
+    assert length(fxopt.Generate(batch=1, prompt=10**5, new_tokens=100)) == LONGEST
 
 
 def test_a_model_generates_whatever_its_budget_was() -> None:
