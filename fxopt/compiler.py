@@ -24,7 +24,8 @@ from .decide.priors import Priors
 from .decide.problem import weighed
 from .decide.propose import Proposal, Proposals, propose
 from .decide.quality import Measurement
-from .decide.search import Choice, Limits, Search, Trial, improve, measure_swaps
+from .decide.refine import Refined, refine
+from .decide.search import Choice, Limits, Rows, Search, Trial, improve, measure_swaps
 from .decide.table import Column, Swapped, Table, build
 from .decide.verify import peak_live_bytes
 from .emit.editor import GraphEditor
@@ -51,6 +52,9 @@ keep priors corrected by those measured."""
 ALONE = 2
 """Sequences of the `choose` part on which single sites are measured: on one alone, what only others
 bring out is taken for no error, and the solver finds it."""
+ABOUT, ABOUT_SECONDS = 8, 120.0
+"""Sequences of the `choose` part on which choices near the best are measured, where sites interact,
+and the time for it in all."""
 
 
 class Compiler(Subject):
@@ -58,7 +62,7 @@ class Compiler(Subject):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self._swap_seconds = SWAP_SECONDS
+        self._swap_seconds, self._about_seconds = SWAP_SECONDS, ABOUT_SECONDS
 
     def under(self, budget: Budget) -> Compiler:
         """The same capture and scores for another budget, whose quality is of the same kind; its
@@ -66,7 +70,7 @@ class Compiler(Subject):
         other = copy.copy(self)
         deadline = ends(self.request.time_limit)
         other.request = replace(self.request, budget=budget, deadline=deadline)
-        other._swap_seconds = SWAP_SECONDS
+        other._swap_seconds, other._about_seconds = SWAP_SECONDS, ABOUT_SECONDS
         return other
 
     @cached_property
@@ -260,13 +264,15 @@ class Compiler(Subject):
         within = self.scores(f"within{ALONE}:{key}", lambda: measured().within)
         return Swapped(error, within)
 
-    def scored(self, proposals: Sequence[Proposal], measure: Callable[[], float]) -> float:
-        """The error of a whole choice on the `choose` part, measured once; a metric, which may be
+    def scored(
+        self, proposals: Sequence[Proposal], measure: Callable[[], float], on: str = "whole"
+    ) -> float:
+        """The error of a whole choice `on` the `choose` part, measured once; a metric, which may be
         another function each time, always."""
         if self.quality.kind == "metric":
             return measure()
         names = hashlib.sha256(key_of(proposals).encode()).hexdigest()
-        return self.scores(f"whole:{self._choosing}:{names}", measure)
+        return self.scores(f"{on}:{self._choosing}:{names}", measure)
 
     @cached_property
     def _choosing(self) -> str:
@@ -288,6 +294,33 @@ class Compiler(Subject):
                 return improve(search, trial, deadline=self.request.deadline, rounds=rounds)
             finally:
                 self.scores.save()
+
+    def refine(self, search: Search, measure: Callable[[Choice], Rows]) -> Refined | None:
+        """Choose again by errors measured about the best trial, where sites interact."""
+        if self.quality.kind == "metric":  # single sites are measured in KL
+            return None
+        began = time.monotonic()
+        try:
+            return refine(
+                search,
+                partial(self.measure_about, search),
+                measure,
+                deadline=min(self.request.deadline, began + self._about_seconds),
+                watch=partial(self.request.progress.track, "refining"),
+            )
+        finally:
+            self.scores.save()
+            self._about_seconds -= time.monotonic() - began
+
+    def measure_about(self, search: Search, choice: Choice) -> float:
+        """Additive error of a whole choice on the first sequences of the `choose` part."""
+        proposals = self.chosen(search, choice)
+
+        def measured() -> float:
+            graph = self.realise(proposals).graph
+            return self.quality.additive(self.choose_reference.measure(graph, batches=ABOUT).mean)
+
+        return self.scored(proposals, measured, on=f"first{ABOUT}")
 
     def chosen(self, search: Search, choice: Choice) -> list[Proposal]:
         """The proposals of a choice, in the order of the graph."""

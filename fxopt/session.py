@@ -18,6 +18,7 @@ from .decide.decisions import refusals
 from .decide.outlook import floors, nearest_note
 from .decide.propose import Prepare
 from .decide.quality import QUALITIES
+from .decide.refine import Refined
 from .decide.search import Choice, Search, Trial, identity
 from .decide.table import Table
 from .distilled import SAID, Distillation, distilled, too_few
@@ -26,7 +27,7 @@ from .hosted import Optimized
 from .ir.errors import BudgetError, FxoptError, RowResult
 from .ir.plan import Plan
 from .ir.units import format_value
-from .measure import Measurer
+from .measure import UNITS, Measurer
 from .replay import prepared_tensors
 from .show.report import Report
 
@@ -63,6 +64,7 @@ class Session:
     ) -> None:
         self.compiler = compiler
         self.interrupted = False
+        self._refined: Refined | None = None
         self._distils = False
         self._made: dict[Choice, Distillation] = {}
         if compiler.request.recover is not None and (reason := too_few(compiler)):
@@ -75,7 +77,9 @@ class Session:
 
     def search_best(self) -> Trial:
         """Search; the identity is always among the trials."""
-        found = self._search()
+        self._search()
+        self._refine()
+        found = self.search.best
         if found is None or found.excess > 0:
             self._insist(lambda: self._try(identity(self.table)))
         self._go_on_distilled()
@@ -122,10 +126,19 @@ class Session:
         if all(trial.choice != choice for trial in self.search.trials):
             self.search.tell(choice, self._measured(choice))
 
-    def _search(self) -> Trial | None:
+    def _search(self) -> None:
         """As far as time goes; at least one choice is measured, where none was."""
         rounds = self._left or TRIALS
-        return self._insist(lambda: self.compiler.search(self.search, self._measured, rounds))
+        self._insist(lambda: self.compiler.search(self.search, self._measured, rounds))
+
+    def _refine(self) -> None:
+        """Choose again near the best choice, where its sites interact; Ctrl-C ends the time."""
+        if self._distils or self.interrupted:
+            return
+        try:
+            self._refined = self.compiler.refine(self.search, self._measured) or self._refined
+        except KeyboardInterrupt:
+            self._end()
 
     def _insist(self, work: Callable[[], T]) -> T:
         """What `work` returns, without which there is no plan to hand out: Ctrl-C ends the time,
@@ -302,11 +315,30 @@ class Session:
 
     def _notes(self) -> list[str]:
         notes = self.measurer.said()
+        if self._refined is not None:
+            notes.append(self._said(self._refined))
         if self.interrupted:
             notes.append("Ctrl-C ended the search; this is the best plan measured so far")
         elif self.search.stopped:
             notes.append("the time limit ended the search; this is the best plan measured so far")
         return notes
+
+    def _said(self, refined: Refined) -> str:
+        """What choosing again did, on the part of the data that choices are made by."""
+        row = self.measurer.quality_row
+
+        def text(error: float) -> str:
+            return format_value(self.compiler.quality.measured(error), UNITS[row])
+
+        some = f" of {refined.near}" if refined.measured < refined.near else ""
+        found = "no choice by them is better"
+        if refined.after is not None:
+            found = f"a choice by them is better, with {text(refined.after)}"
+        return (
+            f"{row}: errors of sites alone add up to {text(refined.alone)}, together they had "
+            f"{text(refined.before)}; {refined.measured}{some} changes of one site were measured "
+            f"about that plan, and {found}"
+        )
 
     def plan_of(
         self,

@@ -117,7 +117,7 @@ def test_a_linear_that_two_decisions_rewrite_is_named(planned: Any) -> None:
         fxopt.apply(model, plan, example_inputs=data[0], calibration=data)
 
 
-@pytest.mark.parametrize(("whole", "scale"), [(-1e-4, 1.0), (0.0, 1.0), (1e9, 10.0)])
+@pytest.mark.parametrize(("whole", "scale"), [(-1e-4, 1.0), (0.0, 1.0)])
 def test_no_measurement_makes_errors_free(planned: Any, whole: float, scale: float) -> None:
     _, _, plan = planned
     plan = plan.model_copy(deep=True)

@@ -14,6 +14,8 @@ from .swaps import Swap, Swaps
 
 BETTER = "better by costs corrected after the choice; not solved again"
 """How the reason begins of an alternative that would have been chosen by today's costs."""
+ALONE = "better by errors of sites alone; the plan was chosen by errors measured about it"
+"""The same of a plan that was."""
 SAME = 5e-3
 """The share of its own below which a change of what is minimised is none."""
 TIE = 1e-2
@@ -62,7 +64,8 @@ class Explainer:
         if self._useless(swap, mine, other):
             return f"a rewrite that saves no bytes has to be {FASTER}x as fast as what it replaces"
         if self.swaps.is_better(swap, GAP * abs(self.swaps.value)):
-            return BETTER + self._saved(mine, other, -more, ": saves ")
+            better = ALONE if self.swaps.stand.refined else BETTER
+            return better + self._saved(mine, other, -more, ": saves ")
         if self._same(mine, other, more) and swap.worth >= 0:
             return self._indifferent(swap, mine, other)
         if more > 0:

@@ -19,7 +19,8 @@ class Standing:
 
     `problem` predicts of `choice` what was predicted when it was chosen, whatever was corrected
     since, and has no cuts. `main` is the row that is minimised, and `prices` what one more unit
-    of each row would take off it; empty when they are not known.
+    of each row would take off it; empty when they are not known. `refined`: the choice was made by
+    errors measured about another, `problem` has those of sites alone.
     """
 
     search: Search
@@ -27,6 +28,7 @@ class Standing:
     problem: Problem
     main: str
     prices: Mapping[str, float]
+    refined: bool = False
 
     def rows(self, choice: Sequence[int]) -> dict[str, float]:
         """The rows with a limit, the main one and the error, as predicted of `choice`."""
@@ -61,7 +63,9 @@ def standing(search: Search, taken: Trial) -> Standing:
     )
     problem = replace(problem, rows=rows, cuts=())
     main = next(iter(search.limits.objective))
-    return Standing(search, taken.choice, problem, main, prices(problem, main))
+    return Standing(
+        search, taken.choice, problem, main, prices(problem, main), refined=taken.refined
+    )
 
 
 def loosened(stand: Standing, row: str, factor: float, *, time_limit: float) -> Rows | None:

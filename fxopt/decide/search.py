@@ -61,7 +61,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice with what was predicted and measured of it, and the corrections until then."""
+    """A choice with what was predicted and measured of it, and the corrections until then;
+    `refined` if it was chosen by errors measured about another."""
 
     choice: Choice
     predicted: Rows
@@ -69,6 +70,7 @@ class Trial:
     excess: float
     value: float
     correction: Mapping[str, float] = field(default_factory=dict)
+    refined: bool = False
 
 
 @dataclass
@@ -230,13 +232,24 @@ class Search:
         """What the sites add to a row, all of them kept."""
         return sum(self.table.amounts(c[0], c[0]).get(name, 0.0) for c in self.table.columns)
 
-    def tell(self, choice: Choice, measured: Rows) -> Trial:
-        """Record what `choice` measured; later predictions are corrected by it."""
+    def alone(self, choice: Choice) -> float:
+        """What the errors of the sites of `choice`, each as known alone, add up to."""
+        pairs = zip(self.table.columns, choice, strict=True)
+        return sum(self.table.amounts(columns[o], columns[0])["error"] for columns, o in pairs)
+
+    def worth(self, rows: Rows) -> float:
+        """What is minimised."""
+        return sum(weight * rows[name] for name, weight in self.limits.objective.items())
+
+    def tell(self, choice: Choice, measured: Rows, error: float | None = None) -> Trial:
+        """Record what `choice` measured; later predictions are corrected by it. `error` is what
+        was predicted of it otherwise than by errors of sites alone."""
         predicted = self.predict(choice)
-        value = sum(w * measured.get(n, predicted[n]) for n, w in self.limits.objective.items())
+        value = self.worth({**predicted, **measured})
         value = value if math.isfinite(value) else math.inf
         excess, then = self.limits.excess(measured), dict(self.correction)
-        trial = Trial(choice, predicted, measured, excess, value, then)
+        said = predicted if error is None else {**predicted, "error": error}
+        trial = Trial(choice, said, measured, excess, value, then, refined=error is not None)
         self.trials.append(trial)
         self.correct(choice, predicted, measured)
         return trial
@@ -400,9 +413,8 @@ def improve(
         choice = choice if choice is not None else search.nearest()
         if choice is None:
             break
-        predicted = search.predict(choice)
-        worth = sum(w * predicted[n] for n, w in search.limits.objective.items())
-        if held and best is not None and worth >= best.value * (1 - 1e-3):
+        worth = search.worth(search.predict(choice))
+        if held and best is not None and worth >= best.value * (1 - GAP):
             break
         search.tell(choice, measure(choice))
     return search.best

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fxopt.decide.decisions import decisions, pairs
-from fxopt.decide.explain import BETTER, Explainer
+from fxopt.decide.explain import ALONE, BETTER, Explainer
 from fxopt.decide.outlook import loosened, standing
 from fxopt.decide.propose import Proposal, Proposals
 from fxopt.decide.quality import Quality
@@ -162,16 +162,20 @@ def test_bytes_that_nobody_needs_are_no_reason() -> None:
     assert reasons(only)["b8"] == "saves 10 KiB of weights, which has room"
 
 
-def test_what_would_have_been_chosen_by_costs_corrected_since_is_called_that() -> None:
+@pytest.mark.parametrize(("refined", "better"), [(False, BETTER), (True, ALONE)])
+def test_what_would_have_been_chosen_by_these_costs_is_called_that(
+    refined: bool, better: str
+) -> None:
     made = table(a=OPTIONS, b=OPTIONS)
     search, trial = searched(made[0], (1, 1), weights=80, error=1.0)
+    trial = replace(trial, refined=refined)
     # measured later: the smallest errs nothing
     column = made[0].columns[0][3]
     made[0].columns[0][3] = Column(column.proposals, column.cost, 0.0, 0.0, column.seconds)
     why = Explainer(Swaps(standing(search, trial)), "kl", "nats", Quality("kl", per_position=False))
     (first, _) = decisions(made[1], made[0], why)
-    assert reasons(first)["tiny4"] == f"{BETTER}: saves 500 µs"
-    assert not reasons(first)["slow8"].startswith(BETTER)
+    assert reasons(first)["tiny4"] == f"{better}: saves 500 µs"
+    assert not reasons(first)["slow8"].startswith((ALONE, BETTER))
 
 
 def test_less_than_the_gap_is_not_called_better() -> None:
