@@ -4,11 +4,11 @@
         [--svg docs/images/linear-quality.svg]
 
 The tiny model in bfloat16, as it was trained. At each share of the bytes of its linear layers, for
-`low_rank` alone and for all rewrites together: the solver's plan, errors of single sites measured
-as a search measures them; and every uniform plan that fits, of a rewrite with sizes the largest.
-Loss increase and KL are on text that nothing was fitted to or chosen by; of the uniform plans the
-best on that very text counts. Each plan is also a line of JSON. With `--svg` the loss increase is
-drawn against the bytes.
+`low_rank` alone and for all rewrites together: the solver's plan, errors measured as a search
+measures them, of single sites and about a plan; and every uniform plan that fits, of a rewrite with
+sizes the largest. Loss increase and KL are on text that nothing was fitted to or chosen by; of the
+uniform plans the best on that very text counts. Each plan is also a line of JSON. With `--svg` the
+loss increase is drawn against the bytes.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import curves_plot
 import torch
-from linear_quality import compiler, share, weight_bytes, within
+from linear_quality import compiler, dense_bytes, share, weight_bytes, within
 
 from fxopt import passes
 from fxopt.decide.propose import Proposal, propose
 from fxopt.decide.quality import Kind, Reference
-from fxopt.decide.search import measure_swaps
+from fxopt.decide.refine import refine
+from fxopt.decide.search import Choice, Search, measure_swaps
 from fxopt.decide.table import Table
 from fxopt.ir.rewrite import Rewrite
 from fxopt.passes.baseline import baseline_calls
@@ -129,19 +130,32 @@ class Bench:
 
     def contest(self, part: float) -> Contest:
         uniform = [self.found(name, part, plan) for name, plan in self.uniform(part).items()]
-        plan = self.solved(part)
-        (label, count), *_ = Counter(p.candidate.label for p in plan).most_common(1)
-        return Contest(self.found(f"{count} x {label}", part, plan, solved=True), uniform)
+        *_, solved = [self.found(mostly(p), part, p, solved=True) for p in self.solved(part)]
+        return Contest(solved, uniform)
 
-    def solved(self, part: float) -> list[Proposal]:
-        """Of least predicted KL, once single sites were measured."""
-        search = within(self.made, self.table, part)
-        measure_swaps(search, self.made.measure_column, deadline=math.inf)
-        self.made.scores.save()
+    def solved(self, part: float) -> Iterator[list[Proposal]]:
+        """Of least predicted KL, once single sites were measured; then what `refine` made of it."""
+        # what another share had measured is not known to a search
+        table = replace(self.table, columns=[list(columns) for columns in self.table.columns])
+        search, made = within(self.made, table, part), self.made
+        measure_swaps(search, made.measure_column, deadline=math.inf)
         choice = search.next()
         if choice is None:
             raise SystemExit(f"{part:.0%} of the bytes cannot be reached")
-        return self.made.chosen(search, choice)
+        yield made.chosen(search, choice)
+        measure = partial(self.measured, search)
+        search.tell(choice, measure(choice))
+        done = refine(search, partial(made.measure_about, search), measure, deadline=math.inf)
+        made.scores.save()
+        if done is not None and search.best is not None:
+            print(json.dumps({"within": part, **asdict(done)}))
+            yield made.chosen(search, search.best.choice)
+
+    def measured(self, search: Search, choice: Choice) -> dict[str, float]:
+        """Bytes of a choice, and its KL on the text that choices are made by."""
+        made, plan = self.made, self.made.chosen(search, choice)
+        error = made.choose_reference.measure(made.realise(plan).graph).mean
+        return {"weights": share(made, plan) * dense_bytes(made), "error": error}
 
     def uniform(self, part: float) -> dict[str, list[Proposal]]:
         """By name, the largest plan of each setting that fits."""
@@ -181,6 +195,12 @@ class Bench:
         found = Found(name, share(self.made, plan), *errors)
         print(json.dumps({"within": part, "solved": solved, **found._asdict()}), flush=True)
         return found
+
+
+def mostly(plan: Sequence[Proposal]) -> str:
+    """The candidate that a plan has most of."""
+    (label, count), *_ = Counter(p.candidate.label for p in plan).most_common(1)
+    return f"{count} x {label}"
 
 
 def sizes(rewrite: Rewrite) -> Iterator[tuple[Rewrite, str]]:
