@@ -33,6 +33,8 @@ UNITS = {
     "metric_drop": "",
 }
 
+APART = 0.05
+"""Seconds that differ by less are about the same."""
 BRIEF = 0.25
 """The share of its time that the original is timed for where no row limits what that says."""
 
@@ -225,6 +227,16 @@ class Measurer:
         of_data, of_model = compiler.request.calibration.notes, compiler.captured.notes
         around = compiler.host.notes() if compiler.host is not None else []
         return [*of_data, *self.notes, *self.disturbance(), *of_model, *around]
+
+    def counted_from(self) -> list[str]:
+        """What predicted seconds begin with, where that is not about the original's."""
+        before, kept = (self.baseline.get(n, 0.0) for n in ("latency", "kept.latency"))
+        if not kept or abs(kept / before - 1) < APART:
+            return []
+        return [
+            f"latency: with every site kept the rewritten module takes {format_value(kept, 's')} "
+            f"at most, the original {format_value(before, 's')}; predictions count from the former"
+        ]
 
     def disturbance(self) -> list[str]:
         """That what was timed last was not left alone, if so."""

@@ -314,7 +314,7 @@ class Session:
         return [*self._notes(), f"{SAID}{said}"]
 
     def _notes(self) -> list[str]:
-        notes = self.measurer.said()
+        notes = [*self.measurer.said(), *self.measurer.counted_from()]
         if self._refined is not None:
             notes.append(self._said(self._refined))
         if self.interrupted:
