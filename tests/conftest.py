@@ -79,6 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the on-disk cache of measurements apart from the user's, and empty at the start."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FXOPT_CACHE_DIR", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
