@@ -80,6 +80,8 @@ def compiler(
 @torch.no_grad()
 def row(made: Compiler, names: list[str], part: float, steps: int) -> str:
     title = f"`{names[0]}`" if len(names) == 1 else "all together"
+    if not any(made.proposals.by_site.values()):
+        return f"| {title} | serves no layer here | | | | | |"
     proposals, stored = choose(made, part)
     if not proposals:
         return f"| {title} | cannot reach {part:.0%} | | | | | |"

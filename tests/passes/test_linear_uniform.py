@@ -77,5 +77,11 @@ def test_uniform_plans_have_one_setting_for_all_layers(bench: ModuleType) -> Non
     assert bench.share(made.made, plan) > 0.3
 
 
+def test_a_rewrite_that_serves_no_layer_has_a_row_that_says_so(bench: ModuleType) -> None:
+    quality, names = importlib.import_module("linear_quality"), ["linear.quantized_experts"]
+    made = quality.compiler(names, 3, length=32)
+    assert quality.row(made, names, 0.5, 0).startswith(f"| `{names[0]}` | serves no layer here |")
+
+
 def labels(plan: Any) -> Counter[str]:
     return Counter(proposal.candidate.label for proposal in plan)
