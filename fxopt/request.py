@@ -92,7 +92,7 @@ def resolve(
         example=example,
         calibration=_nothing_to_measure(calibration)
         if weightless(model)
-        else _drawn_calibration(model, chosen)
+        else _drawn_calibration(model, chosen, at)
         if calibration is None and example_inputs is None
         else _calibration(calibration, example, names, fits),
         keep=kept,
@@ -233,9 +233,11 @@ def _nothing_to_measure(given: Any) -> Calibration:
     return Calibration((), (), (), given=False)
 
 
-def _drawn_calibration(model: nn.Module, workload: Workload) -> Calibration:
+def _drawn_calibration(model: nn.Module, workload: Workload, at: str | None) -> Calibration:
     """Random sequences, for a caller who gave neither these nor an example."""
-    made = split([default_calibration(model, workload)], forward_names(model), given=True)
+    drawn = default_calibration(model, workload)
+    drawn = uncached(model, at, drawn) if at else drawn
+    made = split([drawn], forward_names(model), given=True)
     note = "calibration: none given, so its data was drawn at random: errors are of such data"
     return replace(made, notes=(note, *made.notes), given=False)
 

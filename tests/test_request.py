@@ -13,6 +13,7 @@ import fxopt
 from fxopt.inputs import LONGEST, SEQUENCES, default_calibration, default_inputs
 from fxopt.ir.errors import FxoptError
 from fxopt.ir.workload import Several
+from fxopt.request import resolve
 
 hf = pytest.importorskip("transformers")
 
@@ -254,6 +255,16 @@ def test_what_is_drawn_to_calibrate_with_is_as_long_as_what_is_attended() -> Non
     parts = (("a", fxopt.Forward(length=70)), ("b", fxopt.Forward(length=90)))
     assert length(Several(parts)) == 90
     assert length(fxopt.Generate(batch=1, prompt=10**5, new_tokens=100)) == LONGEST
+
+
+def test_what_is_drawn_for_a_part_leaves_out_the_cache_as_the_example_does() -> None:
+    request = resolve(
+        tiny_llama(), fxopt.Budget(weights="60%"), None, workload=None, calibration=None, keep=(),
+        rewrites=None, at="model", seed=0, time_limit=None,
+    )  # fmt: skip
+    batches = (*request.calibration.fit, *request.calibration.choose, *request.calibration.verify)
+    assert request.example["use_cache"] is False
+    assert [batch["use_cache"] for batch in batches] == [False] * SEQUENCES
 
 
 def test_a_model_generates_whatever_its_budget_was() -> None:
