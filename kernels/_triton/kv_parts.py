@@ -99,7 +99,7 @@ def weight_plane(b_x, PLANE: tl.constexpr, PLANES: tl.constexpr, W: tl.constexpr
 
 @triton.jit
 def scattered(b_x, GROUP: tl.constexpr):
-    """Numbers of tokens, in the order in which `_packed_share` has them in the rows of a tile."""
+    """Numbers of tokens, in the order in which `kv_int8` has them in the rows of a tile."""
     return tl.reshape(tl.permute(tl.reshape(b_x, (GROUP // 32, 8, 4)), (0, 2, 1)), (GROUP,))
 
 
