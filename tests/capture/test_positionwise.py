@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.capture import capture
+from fxopt.capture.positionwise import why_not_positionwise
 
 
 def llama() -> Any:
@@ -85,6 +87,26 @@ def test_sums_in_another_order_are_no_reason_in_half_precision() -> None:
     assert capture(model).causal_lm
     model.model.layers[1].mlp = OwnPositions(model.model.layers[1].mlp.inner)
     assert "position_ids" in str(capture(model).reason)
+
+
+class RoundsByRows(TorchDispatchMode):
+    """Products of matrices err otherwise for other numbers of rows."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.mm.default:
+            return y
+        return y * (1 + 0.5 * torch.sin(torch.arange(y.shape[1]) * y.shape[0])).to(y.dtype)
+
+
+def test_how_products_are_rounded_is_no_reason() -> None:
+    """On GPUs other kernels serve other numbers of rows, and deep models amplify the difference."""
+    model = llama().to(torch.bfloat16)
+    captured = capture(model, generate=False)
+    x = torch.ones(4, 4)
+    with RoundsByRows():
+        assert not torch.equal(nn.functional.linear(x, x), nn.functional.linear(x[:2], x))
+        assert why_not_positionwise(captured.graph, 97) is None
 
 
 def test_attention_that_looks_ahead_has_no_cache() -> None:
