@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from .watched import Probe
 Inputs = Mapping[str, Any]
 SEED = 0
 GRADIENT = "gradient of "
+PIECE = 1 << 24
+"""Elements that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Outcome:
     """What a step leaves: its outputs, gradients, changed buffers and random state, on the host."""
 
     tensors: dict[str, Tensor]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where they were made."""
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -33,7 +37,8 @@ class Outcome:
 
     def without(self, names: Collection[str]) -> Outcome:
         """The same but for some tensors."""
-        return Outcome({n: t for n, t in self.tensors.items() if n not in names})
+        kept = {n: t for n, t in self.tensors.items() if n not in names}
+        return Outcome(kept, self.device)
 
     def difference(self, other: Outcome, *, gradients: bool = True) -> tuple[str, float]:
         """The tensor that differs most, relative to its norm, and by how much; 0.0: bit-equal.
@@ -42,7 +47,7 @@ class Outcome:
         with the rounding of all gradients instead. Without `gradients` those are left out.
         """
         worst = ("", 0.0)
-        rounding = self._rounding()
+        rounding: float | None = None
         for name in self.tensors.keys() | other.tensors.keys():
             if name.startswith(GRADIENT) and not gradients:
                 continue
@@ -50,10 +55,13 @@ class Outcome:
             if mine is None or theirs is None:
                 return name, float("inf")
             if not torch.equal(mine, theirs):
-                a, b = mine.double(), theirs.double()
-                least = rounding * a.numel() ** 0.5 if name.startswith(GRADIENT) else 0.0
-                off = ((a - b).norm() / a.norm().clamp_min(max(least, 1e-30))).item()
-                worst = max(worst, (name, off), key=lambda found: found[1])
+                least = 0.0
+                if name.startswith(GRADIENT):
+                    rounding = self._rounding() if rounding is None else rounding
+                    least = rounding * mine.numel() ** 0.5
+                off, norm = self._norms(mine, theirs)
+                share = off / max(norm, least, 1e-30)
+                worst = max(worst, (name, share), key=lambda found: found[1])
         return worst
 
     def _rounding(self) -> float:
@@ -62,15 +70,28 @@ class Outcome:
         count = sum(t.numel() for t in gradients)
         if not count:
             return 0.0
-        squares = sum(t.double().square().sum().item() for t in gradients)
+        squares = sum(self._norms(t, t)[1] ** 2 for t in gradients)
         return (squares / count) ** 0.5 * max(torch.finfo(t.dtype).eps for t in gradients)
 
     def gradient_error(self, other: Outcome) -> float:
         """The norm of the difference of all gradients, relative to the norm of these."""
         names = [name for name in self.tensors if name.startswith(GRADIENT)]
-        pairs = [(self.tensors[n].double(), other.tensors[n].double()) for n in names]
-        off = sum(((a - b).norm() ** 2).item() for a, b in pairs)
-        return (off / max(sum((a.norm() ** 2).item() for a, _ in pairs), 1e-60)) ** 0.5
+        pairs = [self._norms(self.tensors[name], other.tensors[name]) for name in names]
+        off, norm = (sum(one**2 for one in found) for found in zip(*pairs, strict=True))
+        return (off / max(norm, 1e-60)) ** 0.5
+
+    def _norms(self, a: Tensor, b: Tensor) -> tuple[float, float]:
+        """Norms of a - b and of a's finite elements, summed in float64 where the step ran, which
+        takes a billion gradients in a second, and piece by piece, since that device may be full.
+        Infinite or undefined elements differ infinitely from any others but their like."""
+        off = norm = 0.0
+        for mine, theirs in zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True):
+            x, y = (piece.to(self.device).double() for piece in (mine, theirs))
+            alike = (x == y) | (x.isnan() & y.isnan())
+            apart = torch.where(alike, 0.0, x - y).nan_to_num(nan=torch.inf)
+            off += apart.square().sum().item()
+            norm += torch.where(x.isfinite(), x, 0.0).square().sum().item()
+        return off**0.5, norm**0.5
 
 
 def step(module: nn.Module, inputs: Inputs) -> Any:
@@ -92,7 +113,8 @@ def outcome(module: nn.Module, inputs: Inputs) -> Outcome:
         found |= {f"{GRADIENT}{n}": g for n, g in gradients if g is not None}
         found |= {f"buffer {n}": b for n, b in module.named_buffers()}
         found["random state"] = torch.get_rng_state()
-        return Outcome({name: t.detach().to("cpu", copy=True) for name, t in found.items()})
+        kept = {name: t.detach().to("cpu", copy=True) for name, t in found.items()}
+        return Outcome(kept, device_of(module))
 
 
 def peak(module: nn.Module, inputs: Inputs) -> int:

@@ -72,6 +72,15 @@ def test_a_gradient_of_rounding_alone_is_no_difference() -> None:
     assert third.difference(second) == ("gradient of b", pytest.approx(1.0))
 
 
+def test_what_is_undefined_in_one_step_alone_differs() -> None:
+    values = torch.tensor([1.0, float("inf"), float("nan"), 2.0])
+    other = torch.tensor([1.0, float("inf"), float("nan"), float("nan")])
+    first, second = (measure.Outcome({"gradient of a": v}) for v in (values, other))
+    assert first.difference(measure.Outcome({"gradient of a": values.clone()})) == ("", 0.0)
+    assert first.difference(second) == ("gradient of a", float("inf"))
+    assert first.gradient_error(second) == float("inf")
+
+
 def test_batch_statistics_move_once(conv: Example) -> None:
     model, inputs = conv
     module, _, again = dropping(model, inputs, 1.0)
