@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import fx
 
-from ..passes.activation.cut_cross_entropy import workspace_of
 from .forms import OUTWARD, State, states
 from .lifetimes import touched, unread
 
@@ -34,7 +33,7 @@ def live(laid: Schedule) -> np.ndarray:
     alive = np.repeat(known.between, extra + 1)
     alive[runs] = known.live
     for node in known.large:
-        alive[runs[known.place[node]]] += workspace_of(node)
+        alive[runs[known.place[node]]] += step.workspace(node)
     for node, owner in laid.replaced.items():
         alive[runs[known.place[node]]] += laid.images[owner].unpacking
     calls: list[tuple[int, Item]] = []
@@ -61,7 +60,7 @@ def _own(laid: Schedule, items: Sequence[Item]) -> np.ndarray:
         own[i] = held
         if item.kind == "again":
             number -= 1
-            own[i], held = taken[number] + workspace_of(item.node), waiting[number]
+            own[i], held = taken[number] + laid.step.workspace(item.node), waiting[number]
         elif item.kind == "pack":
             own[i] += laid.images[item.node].packing
         elif item.kind == "unpack":

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..ir.evidence import Holder
 from ..ir.saved import Image
-from ..passes.activation.cut_cross_entropy import EARLY, workspace_of
+from ..passes.activation.cut_cross_entropy import EARLY
 from .forms import OUTWARD, Call, State, states
 from .schedule import Schedule
 from .step import Step, storage_of
@@ -156,7 +156,7 @@ def _unowned(laid: Schedule) -> np.ndarray:
                 waiting.pop(storage_of(item.node.meta["val"]), None)
             else:
                 whole, waiting = item.node, _parts(laid.step, item.node)
-                extra[i] = workspace_of(item.node)
+                extra[i] = laid.step.workspace(item.node)
             if item.kind == "run" and item.node in replaced:
                 extra[i] += laid.images[replaced[item.node]].unpacking
         extra[i] += sum(waiting.values())

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, fx
 
-from ..passes.activation.cut_cross_entropy import workspace_of
-
 if TYPE_CHECKING:
     from .step import Step
 
@@ -68,7 +66,7 @@ class Lifetimes:
             made + untaken,
             before + waiting,
             sum(step.bytes[o] for o in begin if o.op == "placeholder"),
-            tuple(node for node in nodes if workspace_of(node)),
+            tuple(node for node in nodes if step.workspace(node)),
         )
 
 

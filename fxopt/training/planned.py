@@ -35,6 +35,7 @@ from .search import StepPlan, laid_out
 from .sites import Saved, saved_tensors
 from .step import Step, node_key
 from .watched import Probe
+from .workspaces import workspaces
 
 HOST_SHARE = 0.5
 """Of what the host can still give, the most that a plan may take."""
@@ -91,6 +92,8 @@ def planned(
         structure = _structure(step)
         with _disable_current_modes(), no_python_dispatcher():
             costs = costs_of(model)
+            if device_of(model).type == "cuda":  # on a CPU kernels take next to nothing
+                step.temporary = workspaces(step, device_of(model))
             saved = saved_tensors(
                 step, costs, request.rewrites, request.workload, request.keep, costs.prior,
                 heads=traced.heads, cut=cut,

@@ -16,7 +16,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..ir.saved import AGAIN
-from ..passes.activation.cut_cross_entropy import workspace_of
 from .capture import module_of
 from .forms import Choices, Form, Treatment
 from .search import StepPlan, frontier
@@ -81,7 +80,7 @@ def _lines(
                 node in step.inside,
                 node in step.outputs,
                 node in step.changed,
-                workspace_of(node),
+                step.workspace(node),
                 seconds.get(node),
                 step.pace.get(node),
                 forms.get(node),

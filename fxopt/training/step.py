@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import CaptureError
-from ..passes.activation.cut_cross_entropy import EARLY
+from ..passes.activation.cut_cross_entropy import EARLY, workspace_of
 from .capture import module_of
 from .lifetimes import Lifetimes, storage_of
 from .link import Clock
@@ -41,6 +41,8 @@ class Step:
     """Placeholders that the step writes to: running statistics, inputs changed in place."""
     pace: dict[fx.Node, float] = field(default_factory=dict[fx.Node, float])
     """Seconds that each node takes, where it was asked: copies beside them are placed by it."""
+    temporary: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
+    """Bytes that nodes were seen to take beside their results while they run."""
 
     @classmethod
     def of(cls, graph: fx.Graph, num_fwd_outputs: int) -> Step:
@@ -98,6 +100,10 @@ class Step:
     def clock(self) -> Clock:
         """When each node starts; asked only once `pace` is known."""
         return Clock.of(self.forward, self.backward, self.pace)
+
+    def workspace(self, node: fx.Node) -> int:
+        """Bytes that a node takes beside its results while it runs."""
+        return self.temporary.get(node, 0) + workspace_of(node)
 
     def read_back(self, owners: Collection[fx.Node]) -> list[fx.Node]:
         """The nodes of the backward that read the forward's memory of these owners, in order."""
