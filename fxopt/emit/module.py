@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,13 @@ class OptimizedModule(HuggingFaceSurface, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        tensors = (*self.parameters(), *self.buffers())
-        return tensors[0].device if tensors else torch.device("cpu")
+        first = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
-        floating = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        tensors = chain(self.parameters(), self.buffers())
+        floating = (t.dtype for t in tensors if t.is_floating_point())
         return next(floating, torch.get_default_dtype())
 
     def save(self, path: str | Path) -> None:
@@ -142,7 +144,7 @@ class OptimizedModule(HuggingFaceSurface, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModule:
         before = self.device
-        for dtype in {t.dtype for t in (*self.parameters(), *self.buffers())}:
+        for dtype in {t.dtype for t in chain(self.parameters(), self.buffers())}:
             changed = fn(torch.empty(0, dtype=dtype, device=before))
             if changed.dtype != dtype:
                 raise FxoptError(

@@ -178,3 +178,20 @@ def test_two_threads_generate_as_two_runs(case):
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_forward_does_not_walk_through_the_parameters(case, monkeypatch):
+    """Which would take the longer the more layers there are."""
+    opt = case("llama").emit()
+    walked = []
+
+    def parameters(module, recurse=True):
+        for name, found in module.named_parameters(recurse=recurse):
+            walked.append(name)
+            yield found
+
+    monkeypatch.setattr(type(opt), "parameters", parameters)
+    with torch.no_grad():
+        opt(prompts(), use_cache=True)
+    assert walked
+    assert len(set(walked)) == 1, "only the first says where the module lies"
