@@ -1,17 +1,19 @@
 """Decoding attention over a packed cache against the fastest exact attention, on one GPU.
 
-    python benchmarks/kv_decode.py [--only check shapes rows] [--tune] [--out FILE]
+    python benchmarks/kv_decode.py [--only check shapes rows pages] [--tune] [--out FILE]
 
 Checks first that the kernel's error against float64 over the dequantised cache is below the one of
 bfloat16 attention, then times CUDA graphs of one layer (32 query heads, 8 KV heads of 128; "rows":
 more query heads) and prints JSON lines: microseconds, terabytes a second of what has to be read,
-and the ratio to the faster of cuDNN's and flash attention in the same run. --tune tries other
+and the ratio to the faster of cuDNN's and flash attention in the same run. "pages", which has to be
+asked for: blocks on pages in no order against the same ones side by side. --tune tries other
 launches beside what a call gets by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +29,7 @@ from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
 from fxopt.kernels.kv_attention.mutating import attend_image
 from fxopt.kernels.kv_attention.packing import FLOAT8, LARGEST, code_range
+from fxopt.kernels.kv_attention.pages import sizes, store
 from fxopt.kernels.kv_attention.triton import decode
 from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed
@@ -71,6 +74,12 @@ class Packed:
             self.arguments, self.new, self.part, self.start, None, self.fmt, **options
         )
 
+    def paged(self) -> Packed:
+        """The same blocks on pages in no order."""
+        moved = copy.copy(self)
+        moved.part = scattered(self.part)
+        return moved
+
     def general(self) -> Tensor:
         return decode(self.arguments, self.new, self.part, self.start, None, self.fmt)
 
@@ -102,6 +111,18 @@ def fill(part: dict[str, Tensor], fmt: Blocks | None, length: int) -> None:
             tensor.uniform_(middle - 0.3, middle + 0.3)
         else:
             tensor.normal_()
+
+
+def scattered(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`part` with its blocks on pages in no order, the first of which none has."""
+    batch, _, blocks = sizes(part, "key")
+    order = torch.randperm(batch * blocks, device=part["key"].device)
+    found = {**part, "table": (1 + order).int().view(batch, blocks)}
+    for name, x in part.items():
+        if x.dim() == 5:
+            found[name] = x.new_empty((1 + batch * blocks, x.shape[1], 1, *x.shape[3:]))
+            store(found, name, 0, x)
+    return found
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -214,6 +235,26 @@ def rows(tuned: bool) -> None:
         torch.cuda.empty_cache()
 
 
+def pages() -> None:
+    """All layouts at all shapes, side by side and on pages."""
+    good = True
+    for batch, length in SHAPES:
+        for layout in LAYOUTS:
+            case = Packed(layout, batch, length)
+            paged = case.paged()
+            same = torch.equal(case.step(), paged.step())
+            good = good and same
+            apart, on_pages = microseconds(case.step), microseconds(paged.step)
+            report(
+                pages=layout, B=batch, T=length, same=same, us=round(on_pages, 1),
+                side_by_side=round(apart, 1), longer=round(on_pages / apart, 3),
+            )  # fmt: skip
+            del case, paged
+            torch.cuda.empty_cache()
+    if not good:
+        raise SystemExit("pages changed a result")
+
+
 def other_splits(batch: int, length: int) -> Iterator[dict[str, int]]:
     """Launches that compile no new kernel, by programs a multiprocessor."""
     places = [wave * 132 // (batch * KV) for wave in (2, 3, 4, 6, 8, 12)]
@@ -279,6 +320,8 @@ def main() -> None:
         shapes(args.tune)
     if "rows" in args.only:
         rows(args.tune)
+    if "pages" in args.only:
+        pages()
     if args.out:
         with open(args.out, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in LINES)

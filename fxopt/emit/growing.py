@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..kernels.kv_attention.layout import Blocks, functional_names, parse, split_state
 from ..kernels.kv_attention.mutating import recent
+from ..kernels.kv_attention.pages import stored
 from .cache import Cache
 from .program import Program
 
@@ -32,4 +33,4 @@ def _grown(part: dict[str, Tensor], fmt: Blocks | None, name: str, length: int) 
         return part[name][:, :, : min(length, fmt.sink)]
     if kind == "recent":
         return recent(part, side, packed, length - fmt.sink)
-    return part[name][:, :, : packed // fmt.group]
+    return stored(part, (name,), packed // fmt.group)[name]

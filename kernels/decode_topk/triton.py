@@ -16,7 +16,8 @@ from fxopt.kernels.block_topk.triton import select_warps
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import RANGES, Blocks
 from fxopt.kernels.kv_attention.packing import code_range
-from fxopt.kernels.kv_attention.triton import blocks_used
+from fxopt.kernels.kv_attention.pages import sizes
+from fxopt.kernels.kv_attention.triton import block_at, blocks_used, first_block
 
 from . import reference as topk
 
@@ -37,8 +38,8 @@ def _whole_tiles(start_ptr, block_start, BLOCKS, GROUP: tl.constexpr):
 
 @triton.jit
 def _estimate_kernel(
-    q, low, high, start_ptr, block_start, out, TILES, scale, least, width,
-    G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, low, high, start_ptr, block_start, table, out, TILES, scale, least, width,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Estimates [B * KV, G, TILES] of q [B * KV, G, D]. Of packed keys `low` and `high` are zero
@@ -49,7 +50,12 @@ def _estimate_kernel(
     if tl.program_id(1) * BLOCK_T < whole:
         o_d = tl.arange(0, BLOCK_D)
         m_t, m_d = tile < whole, o_d < D
-        at = (i_bh * TILES + tile)[:, None] * D + o_d[None, :]
+        place = tile
+        if table is not None:
+            table += i_bh // H * TILES
+            place = tl.minimum(tile, TILES - 1)
+        at = first_block(table, i_bh, TILES, H) + block_at(table, place, H)
+        at = at[:, None] * D + o_d[None, :]
         b_low = tl.load(low + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         b_high = tl.load(high + at, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         b_width = b_high - b_low
@@ -139,19 +145,21 @@ def kept_list(
     top_keys = arguments.top_keys[0]
     names = RANGES if fmt is None else ("key_zero", "key_scale")
     q = arguments.q.contiguous()
-    if not top_keys or q.shape[2] != 1 or not part[names[0]].shape[2]:
+    if not top_keys or q.shape[2] != 1:
+        return None
+    batch, heads, tiles = sizes(part, names[0]) if fmt else part[names[0]].shape[:3]
+    if not tiles:
         return None
     size = topk.TILE if fmt is None else fmt.group
-    batch, heads, tiles = part[names[0]].shape[:3]
     group, dim = q.shape[1] // heads, q.shape[3]
     starts = part.get("block_start", start)
     kind = {"G": group, "GROUP": 0 if fmt is None else size}
     mass = torch.empty((batch * heads, group, tiles), device=q.device)
     least, largest = (0.0, 0.0) if fmt is None else code_range(fmt.key_bits)
     _estimate_kernel[(batch * heads, triton.cdiv(tiles, BLOCK_T))](
-        q, part[names[0]], part[names[1]], start, starts, mass, tiles, float(arguments.scale),
-        least, largest - least,
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_T=BLOCK_T, **kind,
+        q, part[names[0]], part[names[1]], start, starts, part.get("table"), mass, tiles,
+        float(arguments.scale), least, largest - least,
+        H=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_T=BLOCK_T, **kind,
     )  # fmt: skip
     most = topk.tiles_read(top_keys, size)
     listed = torch.empty((batch * heads, most + 1), dtype=torch.int32, device=q.device)

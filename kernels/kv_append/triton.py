@@ -15,6 +15,8 @@ from fxopt.kernels._triton.common import tile
 from fxopt.kernels._triton.kv_pack import copy_block, pack_float8, pack_keys, pack_values
 from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.packing import width
+from fxopt.kernels.kv_attention.pages import room
+from fxopt.kernels.kv_attention.triton import block_at, first_block
 
 
 @triton.jit
@@ -58,8 +60,8 @@ def _plan_kernel(
 
 @triton.jit
 def _pack_block(
-    k, v, start, used, old, due, i_n, key, key_scale, key_zero, value, value_scale, value_zero,
-    recent_k, recent_v, rank, i_bh, N, BLOCKS, RING, rank_b,
+    k, v, start, used, old, due, i_n, table, key, key_scale, key_zero,
+    value, value_scale, value_zero, recent_k, recent_v, rank, i_bh, N, BLOCKS, RING, rank_b,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -73,7 +75,9 @@ def _pack_block(
         to_sink = tl.maximum(SINK - start, 0)
         end = aligned + GROUP
         rank += (i_bh // H) * rank_b + SINK
-        i_block = i_bh * BLOCKS + used + i_n
+        if table is not None:
+            table += i_bh // H * BLOCKS
+        i_block = first_block(table, i_bh, BLOCKS, H) + block_at(table, used + i_n, H)
         k += to_sink * D
         v += to_sink * DV
         if K_BITS == 16:
@@ -106,7 +110,7 @@ def _pack_block(
 
 @triton.jit
 def _pack_kernel(
-    k, v, start_ptr, counts, key, key_scale, key_zero, value, value_scale, value_zero,
+    k, v, start_ptr, counts, table, key, key_scale, key_zero, value, value_scale, value_zero,
     recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
@@ -115,7 +119,7 @@ def _pack_kernel(
     """Pack the blocks that are due, each in a program."""
     _pack_block(
         k, v, tl.load(start_ptr), tl.load(counts), tl.load(counts + 1), tl.load(counts + 2),
-        tl.program_id(1), key, key_scale, key_zero, value, value_scale, value_zero,
+        tl.program_id(1), table, key, key_scale, key_zero, value, value_scale, value_zero,
         recent_k, recent_v, rank, tl.program_id(0).to(tl.int64), N, BLOCKS, RING, rank_b,
         H, D, DV, GROUP, SINK, K_BITS, V_BITS, HAS_RANK, BLOCK_K, BLOCK_V,
     )  # fmt: skip
@@ -168,7 +172,7 @@ def _keep_kernel(
 
 @triton.jit
 def _append_kernel(
-    k, v, start_ptr, counts, block_start, sink_k, sink_v, key, key_scale, key_zero,
+    k, v, start_ptr, counts, block_start, sink_k, sink_v, table, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
@@ -184,7 +188,7 @@ def _append_kernel(
     used, old, due = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
     if old < due:
         _pack_block(
-            k, v, start, used, old, due, 0, key, key_scale, key_zero,
+            k, v, start, used, old, due, 0, table, key, key_scale, key_zero,
             value, value_scale, value_zero, recent_k, recent_v, rank, i_bh, N, BLOCKS, RING, rank_b,
             H, D, DV, GROUP, SINK, K_BITS, V_BITS, HAS_RANK, BLOCK_K, BLOCK_V,
         )  # fmt: skip
@@ -216,7 +220,7 @@ def append(
     wide = {"BLOCK_D": tile(dim, most=256), "BLOCK_V": tile(value_dim, most=256)}
     kept = part.get("sink_key", none), part.get("sink_value", none)
     if fmt is not None and counts is not None and queries <= fmt.group:
-        blocks = part["key"].shape[2]
+        blocks = room(part)
         _append_kernel[(batch * heads,)](
             k, v, start, counts, part["block_start"], *kept, *_stored(part, none),
             none if rank is None else rank, queries, blocks, part["recent_key"].shape[2],
@@ -247,7 +251,7 @@ def _pack(
     """Pack the blocks that are due; returns the counts of `_plan_kernel`."""
     k, v, starts = new["key"], new["value"], part["block_start"]
     batch, heads, queries, _ = k.shape
-    blocks, none = part["key"].shape[2], k
+    blocks, none = room(part), k
     counts = starts.new_empty(3)
     _plan_kernel[(1,)](
         start, starts, counts, queries, blocks, fmt.sink + fmt.residual,
@@ -262,10 +266,11 @@ def _pack(
     return counts
 
 
-def _stored(part: dict[str, Tensor], none: Tensor) -> list[Tensor]:
-    """Packed tensors and the ring, in the order in which kernels take them."""
+def _stored(part: dict[str, Tensor], none: Tensor) -> list[Tensor | None]:
+    """The table, packed tensors and the ring, in the order in which kernels take them."""
     packed = (f"{side}{kind}" for side in ("key", "value") for kind in ("", "_scale", "_zero"))
-    return [part.get(name, none) for name in (*packed, "recent_key", "recent_value")]
+    held = [part.get(name, none) for name in (*packed, "recent_key", "recent_value")]
+    return [part.get("table"), *held]
 
 
 def _packing(new: dict[str, Tensor], fmt: Blocks, rank: Tensor | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fxopt.kernels.decode_topk.reference import (
 from .heads import Arguments, Attend
 from .layout import RANGES, Blocks
 from .packing import code_range, unpack_side, wide
+from .pages import lines, stored
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def exact_tiles(part: dict[str, Tensor], begin: int) -> Tiles:
 def packed_tiles(part: dict[str, Tensor], fmt: Blocks, used: int) -> Tiles:
     """The first `used` blocks of a packed class."""
     starts = fmt.sink + part["block_start"][: used + 1]
-    return Tiles(fmt.group, fmt.sink, starts, *(x[:, :, :used] for x in packed_ranges(part, fmt)))
+    blocks = stored(part, ("key_scale", "key_zero"), used)
+    return Tiles(fmt.group, fmt.sink, starts, *packed_ranges(blocks, fmt))
 
 
 def packed_ranges(part: dict[str, Tensor], fmt: Blocks) -> tuple[Tensor, Tensor]:
@@ -133,19 +135,20 @@ def _gathered(
 ) -> Tensor:  # fmt: skip
     """The keys or values of the tiles at `places` [B, h, count], as [B, h, count * size, D]."""
     batch, heads = places.shape[:2]
-    row = torch.arange(batch * heads, device=places.device).view(batch, heads, 1)
 
-    def picked(x: Tensor, places: Tensor) -> Tensor:
+    def picked(x: Tensor, index: Tensor) -> Tensor:
         """Rows of dimension 2; whole rows are copied."""
-        index = (row * x.shape[2] + places.flatten(2)).flatten()
-        rows = x.flatten(0, 2).index_select(0, index)
+        rows = x.flatten(0, 2).index_select(0, index.flatten())
         return rows.view(batch, heads, -1, *x.shape[3:])
 
     if fmt is None:
         slot = torch.arange(tiles.size, device=places.device)
-        return picked(part[side], places[..., None] * tiles.size + slot)
+        row = torch.arange(batch * heads, device=places.device).view(batch, heads, 1)
+        tokens = (places[..., None] * tiles.size + slot).flatten(2)
+        return picked(part[side], row * part[side].shape[2] + tokens)
     names = (side, f"{side}_scale", f"{side}_zero")
-    some = {name: picked(part[name], places) for name in names if name in part}
+    index = lines(part, side, places)
+    some = {name: picked(part[name], index) for name in names if name in part}
     return unpack_side(some, side, fmt.bits(side), dtype).flatten(2, 3)
 
 

@@ -33,7 +33,7 @@ GROUPS = (32, 64, 128)
 _FORMAT = re.compile(r"k(\d+|f8)v(\d+|f8)g(\d+)r(\d+)s(\d+)")
 RANGES = ("key_low", "key_high")
 """Of the keys of each whole tile that is stored exactly: the least and the largest of a channel."""
-FIXED = ("block_start", *RANGES)
+FIXED = ("block_start", "table", *RANGES)
 """Tensors that a state has only where its size is reserved."""
 FLOAT = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -79,6 +79,12 @@ class Blocks:
     def packed(self, length: int) -> int:
         """Tokens that are packed once `length` tokens have been seen without any crop."""
         return max(0, (length - self.sink - self.residual) // self.group) * self.group
+
+    def pages(self, batch: int, pool_tokens: int) -> int:
+        """Pages that hold `pool_tokens` of all rows together, padding not counted, however they
+        are divided: the first and the last block of a row may both be of fewer tokens. One more
+        is of blocks that are nothing but padding."""
+        return pool_tokens // self.group + batch + 1
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,7 @@ def state_shapes(
     capacity: int,
     dtype: torch.dtype,
     ranged: bool = False,
+    pool_tokens: int | None = None,
 ) -> Shapes:
     """Name -> (shape, dtype) of the tensors that store one head class.
 
@@ -233,6 +240,9 @@ def state_shapes(
     and zero [B, h, blocks, group, 1]. An "f8" side is float8_e4m3fn of 8 bits, its values without
     zero. A 16-bit side is [B, h, blocks, group, D], without scale and zero. A sink of 0 tokens is
     left out.
+
+    With `pool_tokens`, blocks lie on pages that rows share (`pages.py`): table [B, blocks] int32
+    comes behind block_start, and B and blocks of the tensors of packed blocks are pages and 1.
     """
     if fmt is None:
         names = RANGES if ranged else ()
@@ -244,21 +254,25 @@ def state_shapes(
     blocks = fmt.packed(capacity) // fmt.group
     recent = max(0, min(capacity - fmt.sink, fmt.residual + fmt.group - 1))
     shapes: Shapes = {"block_start": ((blocks + 1,), torch.int64)}
+    owners = batch, heads, blocks
+    if pool_tokens is not None:
+        shapes["table"] = ((batch, blocks), torch.int32)
+        owners = fmt.pages(batch, pool_tokens), heads, 1
     for side, channels in (("key", head_dim), ("value", value_dim)):
         bits = fmt.bits(side)
         if fmt.sink:
             shapes[f"sink_{side}"] = ((batch, heads, fmt.sink, channels), dtype)
         if bits == 16:
-            shapes[side] = ((batch, heads, blocks, fmt.group, channels), dtype)
+            shapes[side] = ((*owners, fmt.group, channels), dtype)
         else:
             row, stored = (1, channels), (fmt.group, channels * width(bits) // 8)
             if side == "value":
                 row, stored = (fmt.group, 1), (channels, fmt.group * width(bits) // 8)
             kind = torch.float8_e4m3fn if bits == FLOAT8 else torch.uint8
-            shapes[side] = ((batch, heads, blocks, *stored), kind)
-            shapes[f"{side}_scale"] = ((batch, heads, blocks, *row), torch.bfloat16)
+            shapes[side] = ((*owners, *stored), kind)
+            shapes[f"{side}_scale"] = ((*owners, *row), torch.bfloat16)
             if has_zero(side, bits):
-                shapes[f"{side}_zero"] = ((batch, heads, blocks, *row), torch.bfloat16)
+                shapes[f"{side}_zero"] = ((*owners, *row), torch.bfloat16)
         shapes[f"recent_{side}"] = ((batch, heads, recent, channels), dtype)
     return shapes
 
@@ -271,6 +285,7 @@ def layout_shapes(
     value_dim: int,
     capacity: int,
     dtype: torch.dtype,
+    pool_tokens: int | None = None,
 ) -> list[Shapes]:
     """`state_shapes` of each class of `layout`; ValueError where a head cannot be packed."""
     found: list[Shapes] = []
@@ -281,7 +296,7 @@ def layout_shapes(
         if reason:
             raise ValueError(f"layout '{layout}': {reason}")
         sizes = (batch, len(heads), head_dim, value_dim, capacity)
-        found.append(state_shapes(fmt, *sizes, dtype, entry.top_keys > 0))
+        found.append(state_shapes(fmt, *sizes, dtype, entry.top_keys > 0, pool_tokens))
     return found
 
 
@@ -294,9 +309,14 @@ def allocate(
     capacity: int,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    *,
+    pool_tokens: int | None = None,
 ) -> list[Tensor]:
-    """The state of one layer, empty, with room for `capacity` tokens a sequence."""
-    shapes = layout_shapes(layout, batch, num_kv_heads, head_dim, value_dim, capacity, dtype)
+    """The state of one layer, empty, with room for `capacity` tokens a sequence. With
+    `pool_tokens` packed blocks lie on pages: who calls says which, in each table."""
+    shapes = layout_shapes(
+        layout, batch, num_kv_heads, head_dim, value_dim, capacity, dtype, pool_tokens
+    )
     return [
         torch.zeros(shape, dtype=kind, device=device)
         for entry in shapes
@@ -353,23 +373,30 @@ def empty_past(
 def split_state(
     layout: Layout, num_kv_heads: int, state: Sequence[Tensor], *, growing: bool = False
 ) -> list[tuple[tuple[int, ...], Blocks | None, dict[str, Tensor]]]:
-    """(heads, format, tensors by name) of each class; the same tensors, not copies."""
-    classes = _classes(layout, num_kv_heads, growing)
+    """(heads, format, tensors by name) of each class; the same tensors, not copies. A state of
+    pages is told by its tables, one for each packed class."""
+    classes = _classes(layout, num_kv_heads, growing, False)
     expected = sum(len(names) for _, _, names in classes)
     if len(state) != expected:
-        raise ValueError(f"layout '{layout}' needs a state of {expected} tensors, got {len(state)}")
+        classes = _classes(layout, num_kv_heads, growing, True)
+        if len(state) != sum(len(names) for _, _, names in classes):
+            raise ValueError(
+                f"layout '{layout}' needs a state of {expected} tensors, got {len(state)}; one "
+                "of pages has a table more for each packed class"
+            )
     tensors = iter(state)
     return [(heads, fmt, {name: next(tensors) for name in names}) for heads, fmt, names in classes]
 
 
 @lru_cache(maxsize=4096)
 def _classes(
-    layout: Layout, num_kv_heads: int, growing: bool
+    layout: Layout, num_kv_heads: int, growing: bool, paged: bool
 ) -> tuple[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]], ...]:
     """(heads, format, names of the tensors) of each class; every call of the op asks."""
     found: list[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]]] = []
     for (heads, fmt), entry in zip(layout.resolve(num_kv_heads), layout.classes, strict=True):
-        shapes = state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32, entry.top_keys > 0)
+        pool = 0 if paged else None
+        shapes = state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32, entry.top_keys > 0, pool)
         names = tuple(name for name in shapes if not (growing and name in FIXED))
         found.append((heads, fmt, names))
     return tuple(found)

@@ -14,6 +14,7 @@ from .heads import Arguments, Attend, merge, take
 from .kept import attend_kept, check, exact_tiles, leaves_some, note_ranges, packed_tiles
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
+from .pages import room, store, stored
 
 SIDES = ("key", "value")
 Part = dict[str, Tensor]
@@ -147,8 +148,8 @@ def gather(part: Part, side: str, fmt: Blocks, begin: int, dtype: torch.dtype) -
 def _pieces(part: Part, side: str, fmt: Blocks, begin: int, dtype: torch.dtype) -> list[Tensor]:
     starts: list[int] = part["block_start"].tolist()
     used = blocks_used(part)
-    stored = {name: x[:, :, :used] for name, x in part.items() if name.startswith(side)}
-    image = unpack_side(stored, side, fmt.bits(side), dtype).flatten(2, 3)
+    blocks = stored(part, (side, f"{side}_scale", f"{side}_zero"), used)
+    image = unpack_side(blocks, side, fmt.bits(side), dtype).flatten(2, 3)
     if used * fmt.group != starts[-1]:
         image = image[:, :, _slots(starts[: used + 1], fmt.group, image.device)]
     *sink, newest = _exact_pieces(part, side, fmt, begin)
@@ -194,8 +195,7 @@ def append_packed(part: Part, fmt: Blocks, new: Part, mask: Tensor | None, begin
     packed = max(old, fmt.packed(begin + queries))
     bounds = block_bounds(old, packed, fmt.group)
     used = blocks_used(part)
-    room = part["key"].shape[2]
-    if used + len(bounds) > room or end - packed > part["recent_key"].shape[2]:
+    if used + len(bounds) > room(part) or end - packed > part["recent_key"].shape[2]:
         raise ValueError(_full(begin + queries, _capacity(part, fmt)))
     for side in SIDES:
         x = new[side]
@@ -255,11 +255,11 @@ def _pack(
     if valid is not None:
         valid = valid.reshape(-1, 1, len(bounds), fmt.group, 1)
     for name, value in pack_side(fresh, valid, side, fmt.bits(side)).items():
-        part[name][:, :, used : used + len(bounds)] = value
+        store(part, name, used, value)
 
 
 def _capacity(part: Part, fmt: Blocks) -> int:
-    return fmt.sink + part["key"].shape[2] * fmt.group + part["recent_key"].shape[2]
+    return fmt.sink + room(part) * fmt.group + part["recent_key"].shape[2]
 
 
 def _full(needed: int, capacity: int) -> str:

@@ -19,6 +19,7 @@ from fxopt.kernels._triton.common import DOT_UPCAST, dot, processors, tile
 from .heads import Arguments
 from .layout import Blocks
 from .packing import width
+from .pages import room
 
 
 @triton.jit
@@ -121,6 +122,24 @@ def blocks_used(block_start, packed, GROUP: tl.constexpr):
 
 
 @triton.jit
+def first_block(table, i_bh, BLOCKS, H: tl.constexpr):
+    """Where the blocks of a KV head begin: the first of its own, or its place on a page."""
+    if table is None:
+        return i_bh * BLOCKS
+    else:
+        return i_bh % H
+
+
+@triton.jit
+def block_at(table, i_n, H: tl.constexpr):
+    """How far on the `i_n`-th block lies; `table` is that of the row, None without pages."""
+    if table is None:
+        return i_n
+    else:
+        return tl.load(table + i_n).to(tl.int64) * H
+
+
+@triton.jit
 def note_due(counts, used, packed, start, N, kept, GROUP: tl.constexpr):
     """What there is to pack after this call, for the kernel that will: int64 [3], blocks in use,
     tokens packed before, tokens packed after. `kept` tokens, residual and sink, are not."""
@@ -176,7 +195,7 @@ def exact_tokens(
 
 @triton.jit
 def _decode_kernel(
-    q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
+    q, k, v, start_ptr, block_start, sink_k, sink_v, table, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows, listed, listed_count,
     out, out_m, out_l, counts, N, BLOCKS, RING, kept, LISTED, rank_b, bias_b, bias_h, bias_n,
     bias_t, scale, softcap,
@@ -221,6 +240,8 @@ def _decode_kernel(
     shares = tl.num_programs(1)
     if HAS_LIST:
         used = tl.load(listed_count + i_bh)
+    if table is not None:
+        table += i_b * BLOCKS
     first = (i_s * used // shares).to(tl.int32)
     end = ((i_s + 1) * used // shares).to(tl.int32)
 
@@ -230,7 +251,7 @@ def _decode_kernel(
             i_n = tl.load(listed + i_bh * LISTED + i_x)
         low = tl.load(block_start + i_n)
         m_t = o_t < tl.load(block_start + i_n + 1) - low
-        i_block = i_bh * BLOCKS + i_n
+        i_block = first_block(table, i_bh, BLOCKS, H) + block_at(table, i_n, H)
         p_k = key + i_block * GROUP * (D if K_BITS == 16 else D * K_BITS // 8)
         p_v = value + i_block * GROUP * (DV if V_BITS == 16 else DV * V_BITS // 8)
         b_k = _load_keys(
@@ -313,7 +334,7 @@ def decode(
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
-    rows, blocks = group * queries, part["key"].shape[2]
+    rows, blocks = group * queries, room(part)
     wanted = 4 * processors(q.device) // max(1, batch * heads)
     listed, listed_count = kept or (start, start)
     read = min(blocks, listed.shape[1]) if kept else blocks
@@ -326,7 +347,7 @@ def decode(
     windows = window_table(arguments, heads)
     _decode_kernel[(batch * heads, splits)](
         q, k, v, start, part["block_start"], part.get("sink_key", none),
-        part.get("sink_value", none), part["key"], part.get("key_scale", none),
+        part.get("sink_value", none), part.get("table"), part["key"], part.get("key_scale", none),
         part.get("key_zero", none), part["value"], part.get("value_scale", none),
         part.get("value_zero", none), part["recent_key"], part["recent_value"],
         none if rank is None else rank, none if bias is None else bias,

@@ -32,10 +32,13 @@ from fxopt.kernels._triton.kv_parts import (
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.packing import FLOAT8, width
+from fxopt.kernels.kv_attention.pages import room
 from fxopt.kernels.kv_attention.triton import (
+    block_at,
     blocks_used,
     combine,
     exact_tokens,
+    first_block,
     near_tiles,
     note_due,
     window_table,
@@ -65,10 +68,10 @@ def _counted(i_n, sinks, skipped, listed, HAS_WINDOW: tl.constexpr, HAS_LIST: tl
 
 @triton.jit
 def _packed_share(
-    q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
+    q, block_start, table, key, key_scale, key_zero, value, value_scale, value_zero, rank,
     out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, listed, start, BLOCKS, N, rows,
     scale, softcap, window, sink_tokens,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_LIST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -98,15 +101,21 @@ def _packed_share(
     b_m = tl.full((R,), -float("inf"), tl.float32)
     b_l, b_z = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     b_acc = tl.zeros((DV, R), tl.float32)
-    # What no product depends on is not prefetched by the compiler: bounds and zeros of values.
+    # What no product depends on is not prefetched by the compiler: bounds and zeros of values. Nor
+    # is as much of what is looked up where it is loaded, so that pages are known a step before.
     i_x = _counted(first, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
     low, high = tl.load(block_start + i_x), tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
-    p_zero = value_zero + i_bh * BLOCKS * GROUP + o_t
+    i_first = first_block(table, i_bh, BLOCKS, H)
+    p_zero = value_zero + i_first * GROUP + o_t
+    at = block_at(table, tl.minimum(i_x, BLOCKS - 1), H)
     if not V_FLOAT:
-        b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
+        b_next = tl.load(p_zero + at * GROUP)
 
     for i_n in range(first, end):
-        i_block = i_bh * BLOCKS + _counted(i_n, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
+        if table is None:
+            i_block = i_first + _counted(i_n, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
+        else:
+            i_block = i_first + at
         i_x = _counted(i_n + 1, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
         b_kb = tl.load(key + i_block * (GROUP * KW) + o_n[:, None] * KW + o_kw[None, :])
         b_vb = tl.load(value + i_block * (DV * VW) + o_v[:, None] * VW + o_vw[None, :])
@@ -119,7 +128,9 @@ def _packed_share(
             b_vz = scattered(b_next, GROUP).to(tl.float32)
             if V_BITS == 8:
                 b_vz += 128 * b_vs
-            b_next = tl.load(p_zero + tl.minimum(i_x, BLOCKS - 1) * GROUP)
+        at = block_at(table, tl.minimum(i_x, BLOCKS - 1), H)
+        if not V_FLOAT:
+            b_next = tl.load(p_zero + at * GROUP)
         # Two loads, though one is the other's: a loop that carries over two steps is not pipelined.
         next_low = tl.load(block_start + i_x)
         next_high = tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
@@ -206,7 +217,7 @@ def _exact_share(
 
 @triton.jit
 def _decode_packed_kernel(
-    q, k, v, start_ptr, block_start, sink_k, sink_v, key, key_scale, key_zero,
+    q, k, v, start_ptr, block_start, sink_k, sink_v, table, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, windows, listed, listed_count,
     out, out_m, out_l, counts, N, BLOCKS, RING, kept, LISTED, rank_b, scale, softcap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -257,13 +268,15 @@ def _decode_packed_kernel(
         if HAS_LIST:
             listed += i_bh * LISTED
             used = tl.load(listed_count + i_bh)
+        if table is not None:
+            table += i_bh // H * BLOCKS
         shares = tl.num_programs(1) - EXACT
         first = (i_s * used // shares).to(tl.int32)
         end = ((i_s + 1) * used // shares).to(tl.int32)
         _packed_share(
-            q, block_start, key, key_scale, key_zero, value, value_scale, value_zero, rank,
+            q, block_start, table, key, key_scale, key_zero, value, value_scale, value_zero, rank,
             out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, listed, start, BLOCKS, N,
-            rows, scale, softcap, window, sink_tokens, D, DV, GROUP, SINK, K_BITS, V_BITS,
+            rows, scale, softcap, window, sink_tokens, H, D, DV, GROUP, SINK, K_BITS, V_BITS,
             HAS_RANK, HAS_WINDOW, HAS_LIST, HAS_SOFTCAP, ASM, R,
         )  # fmt: skip
 
@@ -280,7 +293,7 @@ def serves(
     return (
         arguments.bias is None
         and rows <= MOST_ROWS
-        and part["key"].shape[2] > 0
+        and room(part) > 0
         and all(dim in DIMS for dim in dims)
         and min(depths) >= LEAST_DEPTH
     )
@@ -306,7 +319,7 @@ def decode_packed(
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
-    blocks, rows, none = part["key"].shape[2], group * queries, q
+    blocks, rows, none = room(part), group * queries, q
     num_warps = num_warps or launch.warps(fmt, rows)
     at_once = launch.at_once(fmt, dim, value_dim, num_warps, num_stages)
     count = processors(q.device)
@@ -324,9 +337,9 @@ def decode_packed(
     windows = window_table(arguments, heads)
     _decode_packed_kernel[(batch * heads, shares)](
         q, k, v, start, part["block_start"], part.get("sink_key", none),
-        part.get("sink_value", none), part["key"], part["key_scale"], part["key_zero"],
-        part["value"], part["value_scale"], part.get("value_zero", none), part["recent_key"],
-        part["recent_value"], none if rank is None else rank,
+        part.get("sink_value", none), part.get("table"), part["key"], part["key_scale"],
+        part["key_zero"], part["value"], part["value_scale"], part.get("value_zero", none),
+        part["recent_key"], part["recent_value"], none if rank is None else rank,
         none if windows is None else windows, listed, listed_count, partial, top, total,
         start.new_empty(3) if counts is None else counts, queries, blocks, ring,
         fmt.residual + fmt.sink, listed.shape[-1] if kept else 0,

@@ -148,13 +148,13 @@ build(
         state, key="*u8", key_scale=p, key_zero=p, value="*u8", value_scale=p, value_zero=p,
         recent_k=p, recent_v=p, sink_k=p, sink_v=p, counts=long, listed_count=ints,
     ),
-    HAS_LIST=True, K_BITS=4, V_BITS=4, GROUP=64, SINK=4, BLOCK_T=64, **plain,
+    HAS_LIST=True, K_BITS=4, V_BITS=4, GROUP=64, SINK=4, BLOCK_T=64, table=None, **plain,
 )
 for group in (0, 64):
     build(
         topk._estimate_kernel,
         dict(starts, q=p, low=p, high=p, out=wide, scale="fp32", width="fp32"),
-        G=4, D=128, GROUP=group, BLOCK_D=128, BLOCK_T=32,
+        H=8, G=4, D=128, GROUP=group, BLOCK_D=128, BLOCK_T=32, table=None,
     )
     build(
         topk._choose_kernel,

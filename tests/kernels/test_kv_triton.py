@@ -299,7 +299,7 @@ build(
 )
 e4m3 = dict(key="*fp8e4nv", value="*fp8e4nv")
 for bits, value_bits, group, kind in ((4, 2, 64, {}), (16, 8, 32, dict(key=p)), (8, 8, 64, e4m3)):
-    side = dict(K_BITS=bits, V_BITS=value_bits, GROUP=group, SINK=4)
+    side = dict(K_BITS=bits, V_BITS=value_bits, GROUP=group, SINK=4, table=None)
     wide = 32 if bits == 4 else 64
     build(
         decode._decode_kernel,
