@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache as HFCache
 
 from fxopt.ir.errors import FxoptError
+from fxopt.kernels.kv_attention.layout import parse
 
 from .cache_layers import CacheLayer, FilledLayer, Length, Spec
+from .pool import Pool
 
 
 class Cache(HFCache):
@@ -27,13 +29,18 @@ class Cache(HFCache):
     int64 tensor on their device. Of an encoder-decoder model it also holds the keys and values
     that cross-attention reads, each stored once (`fill`). Use `fork()` for a copy that continues
     on its own. `cropped` says that more than the newest token was ever cut off.
+
+    With a `pool` packed blocks lie on pages that rows take as they grow and share where they go on
+    from the same tokens (`reorder_cache`, `batch_repeat_interleave`). A crop gives pages back, and
+    so do rows that `batch_select_indices` leaves out.
     """
 
     layers: list[CacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, layers: list[CacheLayer], length: Length) -> None:
+    def __init__(self, layers: list[CacheLayer], length: Length, pool: Pool | None = None) -> None:
         super().__init__(layers=list(layers))
         self.length = length
+        self.pool = pool
         self.cropped = False
 
     @classmethod
@@ -46,18 +53,27 @@ class Cache(HFCache):
         device: torch.device | str | None = None,
         *,
         cross: Collection[int] = (),
+        pool_tokens: int | None = None,
     ) -> Cache:
         """An empty cache of `capacity` tokens for `batch` sequences.
 
         specs: (num_kv_heads, head_dim, value_dim, layout) of each layer; `cross` are the indices
-        of those that are filled once.
+        of those that are filled once. With `pool_tokens` packed blocks lie on pages, enough for so
+        many tokens of all sequences together, padding not counted and shared ones once. FxoptError
+        where nothing is packed.
         """
         kinds = [FilledLayer if i in cross else CacheLayer for i in range(len(specs))]
         # A cache made in inference mode may be continued outside of it.
         with torch.inference_mode(False):
-            length = Length(capacity, device)
+            length, pool = Length(capacity, device), None
+            if pool_tokens is not None:
+                own = [spec for i, spec in enumerate(specs) if i not in cross]
+                formats = [fmt for heads, *_, text in own for _, fmt in parse(text).resolve(heads)]
+                packed = [fmt for fmt in formats if fmt is not None]
+                pool = Pool(packed, batch, pool_tokens, capacity, device)
             layers = zip(kinds, specs, strict=True)
-            return cls([kind(spec, batch, dtype, length) for kind, spec in layers], length)
+            made = [kind(spec, batch, dtype, length, pool) for kind, spec in layers]
+            return cls(made, length, pool)
 
     @property
     def filled(self) -> bool:
@@ -92,22 +108,33 @@ class Cache(HFCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all state tensors as allocated."""
-        return sum(tensor.nbytes for state in self.states for tensor in state)
+        """Bytes of all state tensors as allocated; layers share their tables."""
+        found = {id(tensor): tensor.nbytes for state in self.states for tensor in state}
+        return sum(found.values())
 
-    def require(self, new_tokens: int) -> None:
-        """Raise unless `new_tokens` more fit."""
+    @property
+    def free_tokens(self) -> int | None:
+        """Tokens for which the pool has free pages; None without a pool."""
+        return self.pool.free_tokens if self.pool else None
+
+    def require(self, new_tokens: int, mask: Tensor | None = None) -> None:
+        """Raise unless `new_tokens` more fit. With a pool, before each call: what the call packs
+        gets its pages, where `mask` [batch, held + new_tokens] hides all of it none of its own."""
         needed = self.length.value + new_tokens
         if needed > self.capacity:
             raise FxoptError(
                 f"fxopt.Cache holds {self.length.value} of {self.capacity} tokens and "
                 f"{new_tokens} more are coming; call cache.reserve({needed}) before the model"
             )
+        if self.pool:
+            self.pool.take(self.length.value, needed, mask)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all; what is there stays. Never inside a forward."""
         if capacity <= self.capacity:
             return
+        if self.pool:
+            self.pool.reserve(capacity)
         for layer in self.layers:
             layer.reserve(capacity)
         self.length.capacity = capacity
@@ -118,31 +145,58 @@ class Cache(HFCache):
         self.require(new_tokens)
         self.length.value += new_tokens
         self.length.start += new_tokens
+        if self.pool:
+            self.pool.advance(self.length.value)
 
     def reset(self) -> None:
         super().reset()
         self.length.set(0)
+        if self.pool:
+            self.pool.truncate(0, self.capacity)
         self.cropped = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -tokens_to_remove tokens; a positive number is the length to keep."""
         old = self.length.value
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding counts in tensors
         length = old + tokens_to_remove if tokens_to_remove <= 0 else min(old, tokens_to_remove)
         if length == old:
             return
         self.cropped |= old - length > 1
         self.length.set(max(0, length))
+        if self.pool:
+            self.pool.truncate(self.length.value, self.capacity)
         for layer in self.layers:
             layer.truncate(self.length.value)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Rows taken from `beam_idx`, in place; of a pool they share the pages of packed blocks,
+        which are not copied."""
+        self._select_pages(beam_idx)
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_pages(torch.arange(self.batch_size).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select_pages(indices)
+        super().batch_select_indices(indices)
+
+    def _select_pages(self, indices: Tensor) -> None:
+        if self.pool:
+            self.pool.select(indices)
 
     def fork(self) -> Cache:
         """A deep copy: both continue from here without seeing each other."""
         return copy.deepcopy(self)
 
 
-def usable(cache: Any, owner: str, layouts: Sequence[str], new_tokens: int) -> Cache:
-    """`cache` with room for `new_tokens` more; FxoptError unless it is one of ours with `layouts`,
-    which `owner` reads."""
+def usable(
+    cache: Any, owner: str, layouts: Sequence[str], new_tokens: int, mask: Tensor | None = None
+) -> Cache:
+    """`cache` with room for `new_tokens` more, which `mask` [batch, all] may hide; FxoptError
+    unless it is one of ours with `layouts`, which `owner` reads."""
     if not isinstance(cache, Cache):
         raise FxoptError(
             f"past_key_values: {owner} was optimised and reads fxopt.Cache, got "
@@ -157,5 +211,5 @@ def usable(cache: Any, owner: str, layouts: Sequence[str], new_tokens: int) -> C
     needed = cache.get_seq_length() + new_tokens
     if needed > cache.capacity and not torch.compiler.is_compiling():
         cache.reserve(max(needed, cache.capacity + cache.capacity // 2))
-    cache.require(new_tokens)
+    cache.require(new_tokens, mask)
     return cache

@@ -9,7 +9,16 @@ from transformers.cache_utils import CacheLayerMixin
 from fxopt.ir.errors import FxoptError
 from fxopt.kernels.decode_topk.reference import TILE
 from fxopt.kernels.kv_attention.filled import fill
-from fxopt.kernels.kv_attention.layout import RANGES, allocate, parse, split_state, state_shapes
+from fxopt.kernels.kv_attention.layout import (
+    RANGES,
+    Blocks,
+    allocate,
+    parse,
+    split_state,
+    state_shapes,
+)
+
+from .pool import Pool, schedule
 
 Spec = tuple[int, int, int, str]
 """(num_kv_heads, head_dim, value_dim, layout) of one layer."""
@@ -31,26 +40,41 @@ class Length:
 
 
 class CacheLayer(CacheLayerMixin):
-    """One layer's state; its length is the whole cache's."""
+    """One layer's state; its length is the whole cache's, and so are the tables of its pages."""
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, spec: Spec, batch: int, dtype: torch.dtype, length: Length) -> None:
+    def __init__(
+        self, spec: Spec, batch: int, dtype: torch.dtype, length: Length, pool: Pool | None = None
+    ) -> None:
         super().__init__()
         self.num_kv_heads, self.head_dim, self.value_dim, self.layout = spec
-        self.dtype, self.length = dtype, length
+        self.dtype, self.length, self.pool = dtype, length, pool
         self.device = length.start.device
         self.state = self._empty(batch)
         self.batch_size = batch
         self.is_initialized = True
 
     def _empty(self, batch: int) -> list[Tensor]:
-        return allocate(
+        state = allocate(
             parse(self.layout), batch, self.num_kv_heads, self.head_dim, self.value_dim,
             self.length.capacity, self.dtype, self.device,
+            pool_tokens=self.pool.tokens if self.pool else None,
         )  # fmt: skip
+        return self._with_tables(state)
+
+    def _with_tables(self, state: list[Tensor]) -> list[Tensor]:
+        """`state` with the tables of the pool, which all layers share."""
+        if self.pool is None:
+            return state
+        classes = split_state(parse(self.layout), self.num_kv_heads, state)
+        return [
+            self.pool.tables[schedule(fmt)].table if fmt and name == "table" else tensor
+            for _, fmt, part in classes
+            for name, tensor in part.items()
+        ]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the state was allocated with the layer."""
@@ -72,32 +96,39 @@ class CacheLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length.value + query_length, 0
 
-    def _parts(self) -> list[tuple[str, bool, Tensor, int]]:
-        """(name, packed, tensor, used) of each tensor; `used` counts along dimension 2."""
-        found: list[tuple[str, bool, Tensor, int]] = []
+    def _packed(self) -> list[tuple[Blocks, dict[str, Tensor]]]:
+        classes = split_state(parse(self.layout), self.num_kv_heads, self.state)
+        return [(fmt, part) for _, fmt, part in classes if fmt is not None]
+
+    def _of_rows(self) -> list[tuple[int, Tensor, int]]:
+        """(place in the state, tensor, used) of what each row of the batch has for itself; `used`
+        counts along dimension 2."""
+        found: list[tuple[int, Tensor, int]] = []
+        place = -1
         for _, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
-            blocks = int((part["block_start"].diff() > 0).sum()) if fmt else 0
+            paged = "table" in part
+            blocks = int((part["block_start"].diff() > 0).sum()) if fmt and not paged else 0
             for name, tensor in part.items():
-                used = tensor.shape[2] if tensor.dim() > 2 else tensor.shape[0]
+                place += 1
+                if name in ("block_start", "table") or (paged and tensor.dim() == 5):
+                    continue
                 if fmt is None:
                     used = self.length.value // (TILE if name in RANGES else 1)
-                elif tensor.dim() == 5:
-                    used = blocks
-                found.append((name, fmt is not None, tensor, used))
+                else:
+                    used = blocks if tensor.dim() == 5 else tensor.shape[2]
+                found.append((place, tensor, used))
         return found
 
     def reset(self) -> None:
-        for name, _, tensor, _ in self._parts():
-            if name == "block_start":
-                tensor.zero_()
+        for _, part in self._packed():
+            part["block_start"].zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows taken from `beam_idx`, in place and only as far as they are used."""
         index = beam_idx.to(self.device)
-        for name, _, tensor, used in self._parts():
-            if name != "block_start":
-                filled = tensor[:, :, :used]
-                filled.copy_(filled.index_select(0, index))
+        for _, tensor, used in self._of_rows():
+            filled = tensor[:, :, :used]
+            filled.copy_(filled.index_select(0, index))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = torch.arange(self.batch_size, device=self.device)
@@ -107,33 +138,38 @@ class CacheLayer(CacheLayerMixin):
         index = indices.to(self.device)
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
-        for place, (name, _, tensor, _) in enumerate(self._parts()):
-            if name != "block_start":
-                with torch.inference_mode(False):
-                    self.state[place] = tensor.index_select(0, index.clone())
+        for place, tensor, _ in self._of_rows():
+            with torch.inference_mode(False):
+                self.state[place] = tensor.index_select(0, index.clone())
+        self.state[:] = self._with_tables(self.state)
         self.batch_size = index.numel()
         self.length.version += 1
 
     def truncate(self, length: int) -> None:
         """Forget packed tokens from position `length` on; a cut block keeps its own length."""
-        for _, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
-            if fmt is not None:
-                part["block_start"].clamp_(max=max(0, length - fmt.sink))
+        for fmt, part in self._packed():
+            part["block_start"].clamp_(max=max(0, length - fmt.sink))
         self.reserve(self.length.capacity)
 
     def reserve(self, capacity: int) -> None:
         """Grow to `capacity` tokens, and to the blocks that short ones cost beside it."""
         state: list[Tensor] = []
-        for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
+        tables = self._with_tables(self.state)
+        for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, tables):
             shapes = state_shapes(
                 fmt, self.batch_size, len(heads), self.head_dim, self.value_dim,
                 capacity, self.dtype, RANGES[0] in part,
             )  # fmt: skip
-            extra = 0
-            if fmt is not None:
+            extra, table = 0, part.get("table")
+            if table is not None:
+                extra = table.shape[1] + 1 - shapes["block_start"][0][0]
+            elif fmt is not None:
                 starts = part["block_start"]
                 extra = int((starts.diff() > 0).sum()) - int(starts[-1]) // fmt.group
             for name, tensor in part.items():
+                if name == "table" or (table is not None and tensor.dim() == 5):
+                    state.append(tensor)
+                    continue
                 shape = list(shapes[name][0])
                 if tensor.dim() in (1, 5):
                     shape[0 if tensor.dim() == 1 else 2] += extra

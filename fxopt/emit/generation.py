@@ -65,7 +65,7 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
             "position_ids": position_ids,
             "logits_to_keep": logits_to_keep,
         }
-        cache = self._cache_for(past_key_values, use_cache, input_ids)
+        cache = self._cache_for(past_key_values, use_cache, input_ids, attention_mask)
         start = None if cache is None else cache.start
         past = 0 if cache is None else cache.get_seq_length()
         fill_text_inputs(inputs, self.program.positions, past, start)
@@ -101,10 +101,16 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
         self._steps.forget()  # `assign=True` brings other tensors
         return super().load_state_dict(*args, **kwargs)
 
-    def make_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache of `capacity` tokens for `batch` sequences, on the module's device."""
+    def make_cache(self, batch: int, capacity: int, *, pool_tokens: int | None = None) -> Cache:
+        """An empty cache of `capacity` tokens for `batch` sequences, on the module's device.
+
+        With `pool_tokens` the packed blocks of all sequences lie on pages of one pool, enough for
+        so many tokens together, padding not counted; a call that would need more is refused
+        before it is made. FxoptError where the plan packs nothing.
+        """
         specs = [(s.num_kv_heads, s.head_dim, s.value_dim, s.layout) for s in self._states]
-        return Cache.allocate(specs, batch, capacity, self._states[0].dtype, self.device)
+        dtype = self._states[0].dtype
+        return Cache.allocate(specs, batch, capacity, dtype, self.device, pool_tokens=pool_tokens)
 
     def can_generate(self) -> bool:
         return True
@@ -130,13 +136,15 @@ class OptimizedForCausalLM(GenerationMixin, OptimizedModule):
                 waiting += [user] if weight is node else []  # a view, as GPT-2 takes
         raise FxoptError(f"{self.program.name}: no embedding reads {name}")
 
-    def _cache_for(self, cache: Any, use_cache: bool | None, ids: Tensor) -> Cache | None:
+    def _cache_for(
+        self, cache: Any, use_cache: bool | None, ids: Tensor, mask: Tensor | None
+    ) -> Cache | None:
         if cache is None:
             if not use_cache:
                 return None
             return self.make_cache(ids.shape[0], ids.shape[1] + ROOM)
         layouts = [state.layout for state in self._states]
-        return usable(cache, self.program.name, layouts, ids.shape[1])
+        return usable(cache, self.program.name, layouts, ids.shape[1], mask)
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -67,7 +67,7 @@ class OptimizedForSeq2SeqLM(GenerationMixin, OptimizedModule):
             encoded = self.get_encoder()(**inputs)
         inputs[ENCODED] = encoded[0]
         if cache is not None or use_cache:
-            output = self._step(inputs, self._cache_for(cache, inputs[IDS]))
+            output = self._step(inputs, self._cache_for(cache, inputs[IDS], inputs.get(MASK)))
         else:
             output = self._build_output(self.phase("decoder")(inputs))
         return output.to_tuple() if return_dict is False else output
@@ -92,9 +92,13 @@ class OptimizedForSeq2SeqLM(GenerationMixin, OptimizedModule):
         cache.advance(length)
         return type(output)(**dict(output.items()), past_key_values=cache)
 
-    def make_cache(self, batch: int, capacity: int) -> Cache:
+    def make_cache(self, batch: int, capacity: int, *, pool_tokens: int | None = None) -> Cache:
         """An empty cache of `capacity` generated tokens for `batch` sequences, on the module's
-        device; what cross-attention reads is stored in it by the first call."""
+        device; what cross-attention reads is stored in it by the first call.
+
+        With `pool_tokens` the packed blocks of what is generated lie on pages of one pool, enough
+        for so many tokens of all sequences together. FxoptError where nothing of it is packed.
+        """
         if self.parts.step is None:
             raise FxoptError(
                 f"{self.program.name}: the optimised module has no cache: {self.program.reason}"
@@ -102,13 +106,15 @@ class OptimizedForSeq2SeqLM(GenerationMixin, OptimizedModule):
         specs = [(s.num_kv_heads, s.head_dim, s.value_dim, s.layout) for s in self._states]
         cross = [i for i, state in enumerate(self._states) if state.cross]
         dtype = self._states[0].dtype
-        return Cache.allocate(specs, batch, capacity, dtype, self.device, cross=cross)
+        return Cache.allocate(
+            specs, batch, capacity, dtype, self.device, cross=cross, pool_tokens=pool_tokens
+        )
 
-    def _cache_for(self, cache: Any, ids: Tensor) -> Cache:
+    def _cache_for(self, cache: Any, ids: Tensor, mask: Tensor | None) -> Cache:
         if cache is None:
             return self.make_cache(ids.shape[0], ids.shape[1] + ROOM)
         layouts = [state.layout for state in self._states]
-        return usable(cache, self.program.name, layouts, ids.shape[1])
+        return usable(cache, self.program.name, layouts, ids.shape[1], mask)
 
     @property
     def parts(self) -> Parts:

@@ -160,14 +160,17 @@ def test_second_turn_continues(original: LlamaForCausalLM, rewritten: LlamaForCa
     assert torch.equal(*tokens)
 
 
-def fill(cache: Cache, length: int, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fill(
+    cache: Cache, length: int, keys: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Append `length` random tokens to every layer; what was appended."""
     batch = cache.batch_size
     k = torch.randn(batch, KV, length, DIM) if keys is None else keys
     v = torch.randn(batch, KV, length, DIM)
+    cache.require(length, mask)
     for layer in cache.layers:
         attend(
-            torch.zeros(batch, KV, length, DIM), k, v, state=layer.state, start=cache.start,
+            torch.zeros(batch, KV, length, DIM), k, v, mask, state=layer.state, start=cache.start,
             scale=1.0, causal=True, layout=layer.layout,
         )  # fmt: skip
     cache.advance(length)
@@ -288,6 +291,9 @@ def test_positive_crop_is_a_length() -> None:
     assert cache.get_seq_length() == 60
     cache.crop(20)
     assert cache.get_seq_length() == 20
+    cache.crop(torch.tensor(-3))  # type: ignore[arg-type]
+    assert type(cache.get_seq_length()) is int
+    assert cache.get_seq_length() == 17
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, KEPT])

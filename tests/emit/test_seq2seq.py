@@ -374,3 +374,23 @@ def test_a_budget_packs_both_kinds_of_cache(name, tmp_path):
     assert "the workload ends at 100 tokens and the first block is packed at 132" in text
     report = opt.export_onnx(tmp_path / "model.onnx")
     assert report.difference < 1e-4
+
+
+def test_generated_tokens_lie_on_pages():
+    opt, _ = packed(make("t5"))
+    ids, mask = padded(75)
+    found = []
+    caches = [opt.make_cache(6, 90, pool_tokens=tokens) for tokens in (6 * 90, None)]
+    for cache in caches:
+        torch.manual_seed(0)
+        found.append(
+            opt.generate(
+                ids, attention_mask=mask, past_key_values=cache, num_beams=2, max_new_tokens=80,
+                min_new_tokens=80, output_logits=True, return_dict_in_generate=True,
+            )
+        )  # fmt: skip
+    assert torch.equal(*(result.sequences for result in found))
+    for one, other in zip(*(result.logits for result in found), strict=True):
+        assert torch.equal(one, other)
+    assert 0 < caches[0].free_tokens < 6 * 90
+    assert caches[1].free_tokens is None

@@ -158,13 +158,14 @@ def test_copies_pickles_and_compiles(case, name):
         torch.testing.assert_close(compiled(**found.example)[0], want)
 
 
-def test_compiles_with_a_cache(rewritten):
+@pytest.mark.parametrize("pool_tokens", [None, 100])
+def test_compiles_with_a_cache(rewritten, pool_tokens):
     opt = rewritten()
     ids = torch.randint(3, 61, (2, 40))
     compiled = torch.compile(opt, fullgraph=True, backend="aot_eager")
     outputs = []
     for run in (opt, compiled):
-        cache = opt.make_cache(2, 48)
+        cache = opt.make_cache(2, 48, pool_tokens=pool_tokens)
         with torch.no_grad():
             steps = [run(input_ids=part, past_key_values=cache, use_cache=True).logits
                      for part in ids.split([37, 1, 1, 1], 1)]  # fmt: skip
