@@ -1,6 +1,7 @@
 """activation(gate) * up of gated feed-forward layers: `fxopt::gated`."""
 
 from .op import gated
+from .reference import ACTIVATIONS
 from .reference import gated as REFERENCE
 
-__all__ = ["REFERENCE", "gated"]
+__all__ = ["ACTIVATIONS", "REFERENCE", "gated"]

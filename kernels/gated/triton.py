@@ -5,23 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
-from fxopt.kernels._triton.common import INTERPRETED
+from fxopt.kernels._triton.epilogue import activated
 
 BLOCK = 1024
 
 
 @triton.jit
-def _exp(b_x, LIBRARY: tl.constexpr):
-    """With `LIBRARY` the exponential that PyTorch's kernels call."""
-    return libdevice.exp(b_x) if LIBRARY else tl.exp(b_x)
-
-
-@triton.jit
 def _gated_kernel(
     gate, up, out, F, gate_n, up_n,
-    ACTIVATION: tl.constexpr, LIBRARY: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK features of one row: gate and up [rows, F] with rows `gate_n` and `up_n` apart."""
     i_n = tl.program_id(0).to(tl.int64)
@@ -29,14 +22,7 @@ def _gated_kernel(
     m_f = o_f < F
     b_x = tl.load(gate + i_n * gate_n + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_up = tl.load(up + i_n * up_n + o_f, mask=m_f, other=0.0)
-    if ACTIVATION == "silu":
-        b_y = tl.div_rn(b_x, 1.0 + _exp(-b_x, LIBRARY))
-    elif ACTIVATION == "gelu":
-        b_y = b_x * 0.5 * (1.0 + tl.erf(b_x * 0.7071067811865476))
-    else:
-        b_z = 0.7978845608028654 * (b_x + 0.044715 * b_x * b_x * b_x)
-        # 1 + tanh(z) = 2 / (1 + exp(-2 z))
-        b_y = tl.div_rn(b_x, 1.0 + _exp(-2.0 * b_z, LIBRARY))
+    b_y = activated(b_x, ACTIVATION)
     b_y = b_y.to(b_up.dtype).to(tl.float32) * b_up.to(tl.float32)
     tl.store(out + i_n * F + o_f, b_y.to(b_up.dtype), mask=m_f)
 
@@ -49,7 +35,6 @@ def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = (t if t.stride(1) == 1 else t.contiguous() for t in (gate, up))
     _gated_kernel[(len(gate), triton.cdiv(size, BLOCK))](
         gate, up, out, size, gate.stride(0), up.stride(0),
-        ACTIVATION=activation, LIBRARY=not INTERPRETED, BLOCK=BLOCK,
-        enable_fp_fusion=False,
+        ACTIVATION=activation, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return out

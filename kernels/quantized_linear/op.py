@@ -9,19 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
+from fxopt.kernels._epilogue import activate, activate_backward
 from fxopt.kernels._register import register
+from fxopt.kernels.gated import ACTIVATIONS, gated
 
 from . import reference
 
 SCHEMA = (
-    "(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor? bias, int bits, int group_size)"
-    " -> Tensor"
+    "(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor? bias, int bits, int group_size,"
+    " str activation='', Tensor? residual=None, Tensor? up_packed=None, Tensor? up_scale=None,"
+    " Tensor? up_zero=None, Tensor? up_bias=None) -> Tensor"
 )
 # Beyond this many rows arithmetic outweighs the bytes of the weight, and cuBLAS is faster.
 FUSED_ROWS = 256
 # Up to these rows a kernel without tensor cores is the fastest, in one launch: with two on an H100
 # by 5 to 18 % for 4 bits and 4 to 9 % for 8. With four, whose work three would take, it is slower.
 VECTOR_ROWS = 2
+# Up to these rows one launch multiplies by two weights. With more, tiles of both sums would be too
+# large for the registers of a program.
+PAIRED_ROWS = 16
 
 
 def _cuda(
@@ -32,16 +38,42 @@ def _cuda(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    *following: Any,
 ) -> Tensor:
+    after = reference.epilogue(*following)
+    reference.check(x, packed, scale, bits, group_size, after)
     if not _triton.AVAILABLE or x.dtype == torch.float64:
-        return reference.quantized_linear(x, packed, scale, zero, bias, bits, group_size)
+        return reference.quantized_linear(
+            x, packed, scale, zero, bias, bits, group_size, *following
+        )
     from . import triton
 
-    reference.check(x, packed, scale, bits, group_size)
-    if x.numel() > FUSED_ROWS * x.shape[-1]:
-        weight = triton.dequantize(packed, scale, zero, bits, group_size)
-        return F.linear(x, weight, bias).contiguous()
-    return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size)
+    if x.numel() <= (FUSED_ROWS if after.up is None else PAIRED_ROWS) * x.shape[-1]:
+        return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size, after=after)
+    activation, residual, up = after
+    y = _product(x, packed, scale, zero, bias, bits, group_size)
+    if up is not None and activation in ACTIVATIONS:
+        y = gated(y, _product(x, *up, bits, group_size), activation)
+    else:
+        y = activate(y, activation)
+        y = y if up is None else y * _product(x, *up, bits, group_size)
+    return y if residual is None else (y + residual).contiguous()
+
+
+def _product(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    from . import triton
+
+    if x.numel() <= FUSED_ROWS * x.shape[-1]:
+        return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size)
+    return F.linear(x, triton.dequantize(packed, scale, zero, bits, group_size), bias).contiguous()
 
 
 def _fake(
@@ -52,24 +84,48 @@ def _fake(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    *following: Any,
 ) -> Tensor:
-    reference.check(x, packed, scale, bits, group_size)
+    after = reference.epilogue(*following)
+    reference.check(x, packed, scale, bits, group_size, after)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, scale, zero, _, ctx.bits, ctx.group_size = inputs
-    ctx.save_for_backward(packed, scale, zero)
+    x, packed, scale, zero, bias, ctx.bits, ctx.group_size, ctx.activation, _, *up = inputs
+    # The products that an activation or a gate was given are computed again.
+    again = (x, bias, *up) if ctx.activation or up[0] is not None else ()
+    ctx.save_for_backward(packed, scale, zero, *again)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and bias; the quantised weight is frozen."""
-    needs_x, _, _, _, needs_bias, _, _ = ctx.needs_input_grad
-    packed, scale, zero = ctx.saved_tensors
-    weight = reference.dequantize(packed, scale, zero, ctx.bits, ctx.group_size)
-    grad_x = grad @ weight if needs_x else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
-    return grad_x, None, None, None, grad_bias, None, None
+    """Gradients of x, the biases and the residual; the quantised weights are frozen."""
+    # The dispatcher drops arguments that are defaults.
+    needs, grid = (*ctx.needs_input_grad, *[False] * 6), (ctx.bits, ctx.group_size)
+    packed, scale, zero, *again = ctx.saved_tensors
+    grad_residual = grad if needs[8] else None
+    grad_x = grad_up_bias = None
+    if again:
+        x, bias, *up = again
+        y = quantized_linear(x, packed, scale, zero, bias, *grid)
+        if up[0] is not None:
+            grad_up = grad * activate(y, ctx.activation)
+            grad = grad * quantized_linear(x, *up, *grid)
+            grad_x = (
+                grad_up @ reference.dequantize(up[0], up[1], up[2], *grid) if needs[0] else None
+            )
+            grad_up_bias = _of_bias(grad_up) if needs[12] else None
+        grad = activate_backward(grad, y, ctx.activation)
+    if needs[0]:
+        product = grad @ reference.dequantize(packed, scale, zero, *grid)
+        grad_x = product if grad_x is None else grad_x + product
+    grad_bias = _of_bias(grad) if needs[4] else None
+    frozen = (None, None, None)
+    return grad_x, *frozen, grad_bias, None, None, None, grad_residual, *frozen, grad_up_bias
+
+
+def _of_bias(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 quantized_linear = register(

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.kernels._epilogue import PLAIN, Epilogue, activate
+from fxopt.kernels._epilogue import check as check_epilogue
+
 
 def pack(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """uint8 codes [out, in] to bytes [out, in * bits / 8].
@@ -77,15 +80,46 @@ def quantized_linear(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    activation: str = "",
+    residual: Tensor | None = None,
+    up_packed: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    up_zero: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
-    """x [..., in] @ dequantize(...).T + bias: [..., out], contiguous, in x's dtype.
+    """activation(x [..., in] @ dequantize(...).T + bias): [..., out], contiguous, in x's dtype.
 
     packed uint8 [out, in * bits / 8]; scale and zero [out, in / group_size] and bias [out] in x's
-    dtype. The whole weight is dequantised for the time of the call.
+    dtype. The whole weight is dequantised for the time of the call. `activation` is "silu",
+    "gelu", "gelu_tanh", "relu" or empty, for none. With a second weight, `up_packed` and what
+    belongs to it, the result is multiplied by its product with x, as in gated layers (GLU Variants,
+    arXiv 2002.05202). `residual` [..., out] is added last. Products, activation, their product and
+    the sum are each rounded to x's dtype, as calls of their own would be.
     """
-    check(x, packed, scale, bits, group_size)
+    after = epilogue(activation, residual, up_packed, up_scale, up_zero, up_bias)
+    check(x, packed, scale, bits, group_size, after)
     weight = dequantize(packed, scale, zero, bits, group_size)
-    return F.linear(x, weight, bias).contiguous()
+    y = activate(F.linear(x, weight, bias), activation)
+    if up_packed is not None and up_scale is not None and up_zero is not None:
+        weight = dequantize(up_packed, up_scale, up_zero, bits, group_size)
+        y = y * F.linear(x, weight, up_bias)
+    return (y if residual is None else y + residual).contiguous()
+
+
+def epilogue(
+    activation: str = "",
+    residual: Tensor | None = None,
+    up_packed: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    up_zero: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Epilogue:
+    """What follows the product, from the op's last arguments."""
+    if up_packed is None or up_scale is None or up_zero is None:
+        if any(tensor is not None for tensor in (up_packed, up_scale, up_zero, up_bias)):
+            raise ValueError("quantized_linear: a second weight is up_packed, up_scale and up_zero")
+        return Epilogue(activation, residual)
+    return Epilogue(activation, residual, (up_packed, up_scale, up_zero, up_bias))
 
 
 def check_format(in_features: int, bits: int, group_size: int) -> None:
@@ -107,7 +141,9 @@ def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
     return (rounded.view(integer) + step).view(dtype)
 
 
-def check(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int) -> None:
+def check(
+    x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int, after: Epilogue = PLAIN
+) -> None:
     """Raises ValueError when the arguments of `quantized_linear` do not fit each other."""
     in_features = x.shape[-1]
     check_format(in_features, bits, group_size)
@@ -116,4 +152,13 @@ def check(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int) 
         raise ValueError(
             f"quantized_linear: x has {in_features} features, but packed {list(packed.shape)} and "
             f"scale {list(scale.shape)} hold {stored[0]} and {stored[1]}"
+        )
+    check_epilogue("quantized_linear", (*x.shape[:-1], packed.shape[0]), x.dtype, after)
+    if after.up is None:
+        return
+    up, first = ([list(t.shape) for t in weight] for weight in (after.up[:2], (packed, scale)))
+    if up != first:
+        raise ValueError(
+            f"quantized_linear: the second weight is packed as {up[0]} with scales {up[1]}, "
+            f"the first as {first[0]} with {first[1]}"
         )

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._epilogue import PLAIN, Epilogue
 from fxopt.kernels._triton import splits as partial_sums
 from fxopt.kernels._triton import vector
 from fxopt.kernels._triton.codes import centred, nibble, scaled
 from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, hopper, overlaps, processors, tile
+from fxopt.kernels._triton.epilogue import finished
 from fxopt.kernels._triton.splits import start_dependents
 from fxopt.kernels._triton.vector import Vector
 
@@ -25,33 +27,24 @@ def _along(column, FIRST: tl.constexpr):
     return column[:, None] if FIRST else column[None, :]
 
 
-@triton.jit(do_not_specialize=["M", "STEPS"])
-def _product_kernel(
-    x, packed, scale, zero, bias, out, M, N, K, WIDTH, GROUPS, STEPS,
+@triton.jit
+def _product(
+    x, packed, scale, zero, bias, o_m, r_n, m_m, first, last, K, WIDTH, GROUPS,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    ASM: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr, UNROLL: tl.constexpr,
+    ASM: tl.constexpr, UPCAST: tl.constexpr, UNROLL: tl.constexpr,
     SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[split] = x @ weight.T over the split's STEPS steps of BLOCK_K bytes of each row.
+    """x @ weight.T + bias in float32 [BLOCK_M, BLOCK_N], over the steps from `first` to `last`.
 
-    x [M, K]; packed [N, WIDTH]; scale and zero [N, GROUPS]; out [splits, M, N]. A step lies in one
-    group. The scale joins the sum of a step, or, SCALE_FIRST, the weight, which is then rounded
-    to the dtype as the reference does. SWAPPED computes the transpose: Hopper's products take
-    their first operand from registers, where the codes are unpacked, the second only from memory.
+    A step has BLOCK_K bytes of each row `r_n` and lies in one group. The scale joins the sum of a
+    step, or, SCALE_FIRST, the weight, which is then rounded to the dtype as the reference does.
+    SWAPPED computes the transpose: Hopper's products take their first operand from registers,
+    where the codes are unpacked, the second only from memory.
     """
     PLANES: tl.constexpr = 8 // BITS
     PLANE: tl.constexpr = GROUP // PLANES
     GROUP_STEPS: tl.constexpr = (PLANE + BLOCK_K - 1) // BLOCK_K
     RAGGED: tl.constexpr = PLANE % BLOCK_K != 0
-    start_dependents(OVERLAP)
-    i_s = tl.program_id(2)
-    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m = o_m < M
-    # Rows beyond the last read the last one: masks would cost more.
-    r_n = tl.minimum(o_n, N - 1).to(tl.int64)
-    first = i_s * STEPS
-    last = tl.minimum(first + STEPS, GROUPS * GROUP_STEPS)
     o_k = tl.arange(0, BLOCK_K)
     if SWAPPED:
         p_x = x + o_m.to(tl.int64)[None, :] * K + o_k[:, None]
@@ -93,8 +86,57 @@ def _product_kernel(
         b_y += _along(tl.load(bias + r_n).to(tl.float32), SWAPPED)
     if SWAPPED:
         b_y = tl.trans(b_y)
-    p_out = out + (i_s * M + o_m).to(tl.int64)[:, None] * N + o_n[None, :]
-    tl.store(p_out, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & (o_n < N)[None, :])
+    return b_y
+
+
+@triton.jit(do_not_specialize=["M", "STEPS"])
+def _product_kernel(
+    x, packed, scale, zero, bias, up_packed, up_scale, up_zero, up_bias, residual, out,
+    M, N, K, WIDTH, GROUPS, STEPS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SPLIT: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    ASM: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr, UNROLL: tl.constexpr,
+    SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = x @ weight.T and what follows it; or, SPLIT, out[split] = the sum over the
+    split's STEPS steps alone, and of the second product out[splits + split].
+
+    x [M, K]; packed [N, WIDTH]; scale and zero [N, GROUPS]; residual [M, N].
+    """
+    PLANE: tl.constexpr = GROUP * BITS // 8
+    start_dependents(OVERLAP)
+    i_s = tl.program_id(2)
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < M
+    # Rows beyond the last read the last one: masks would cost more.
+    r_n = tl.minimum(o_n, N - 1).to(tl.int64)
+    first = i_s * STEPS
+    last = tl.minimum(first + STEPS, GROUPS * ((PLANE + BLOCK_K - 1) // BLOCK_K))
+    m_y = m_m[:, None] & (o_n < N)[None, :]
+    o_y = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+    b_y = _product(
+        x, packed, scale, zero, bias, o_m, r_n, m_m, first, last, K, WIDTH, GROUPS,
+        BITS, GROUP, HAS_BIAS, SCALE_FIRST, ASM, UPCAST, UNROLL, SWAPPED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    b_up = b_y
+    if PAIRED:
+        b_up = _product(
+            x, up_packed, up_scale, up_zero, up_bias, o_m, r_n, m_m, first, last, K, WIDTH, GROUPS,
+            BITS, GROUP, HAS_UP_BIAS, SCALE_FIRST, ASM, UPCAST, UNROLL,
+            SWAPPED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if SPLIT:
+        size = M.to(tl.int64) * N
+        tl.store(out + i_s * size + o_y, b_y, mask=m_y)
+        if PAIRED:
+            tl.store(out + (tl.num_programs(2) + i_s) * size + o_y, b_up, mask=m_y)
+    else:
+        b_y = finished(
+            b_y, b_up, residual + o_y, m_y, out.dtype.element_ty, ACTIVATION, PAIRED, HAS_RESIDUAL
+        )
+        tl.store(out + o_y, b_y, mask=m_y)
 
 
 @triton.jit
@@ -146,6 +188,7 @@ def configuration(
     group_size: int,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
+    paired: bool = False,
 ) -> Configuration:
     """The fastest that were found on an H100; `benchmarks/linear.py --sweep` compares them.
 
@@ -154,6 +197,9 @@ def configuration(
     32 rows: 1.22, 1.57 and 1.42; 64: 1.12, 1.34 and 1.22; 256: 0.69, 0.71 and 0.75. The transpose
     gains 14 to 28 % for 33 to 64 rows of weights of fewer than 8,192 rows, and 19 to 27 % for more
     than 128 rows of all but the smallest weight, where it loses 7 %.
+
+    A program of two weights, `paired`, reads twice as much: it takes fewer rows of each, so that
+    sums are split later. That was not measured.
     """
     plane = group_size * bits // 8
     block_k = tile(plane, most=64)
@@ -170,7 +216,7 @@ def configuration(
         programs = 2.7
     else:
         block_m = 16 if few else tile(rows, least=32, most=128)
-        block_n, stages = 128 if few and wide else 64, 3 if block_m == 128 else 4
+        block_n, stages = 128 if few and wide and not paired else 64, 3 if block_m == 128 else 4
         c = Configuration(block_m, block_n, block_k, 1, 4, stages, scale_first=not few)
         programs = 1.0 if 16 < rows <= 64 else 2.0
     steps = in_features // group_size * triton.cdiv(plane, c.block_k)
@@ -220,10 +266,12 @@ def quantized_linear(
     bits: int,
     group_size: int,
     chosen: Configuration | Vector | None = None,
+    after: Epilogue = PLAIN,
 ) -> Tensor:
     """As the reference, without the dequantised weight; float32 accumulation.
 
-    Where several programs share a sum, their parts are added in a fixed order.
+    Where several programs share a sum, their parts are added in a fixed order. What comes `after`
+    the product is part of its store, or of the addition of the parts.
     """
     out_features, in_features = packed.shape[0], packed.shape[1] * 8 // bits
     packed, scale, zero = packed.contiguous(), scale.contiguous(), zero.contiguous()
@@ -231,25 +279,38 @@ def quantized_linear(
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel() == 0:
         return y
+    after = _contiguous(after)
     count, groups = len(rows), in_features // group_size
     if chosen is None and count <= VECTOR_ROWS and vector.fits(count, bits, group_size):
         chosen = by_vector(count, packed.shape[1], group_size * bits // 8)
     if isinstance(chosen, Vector):
-        return vector.quantized_linear(rows, packed, scale, zero, bias, y, bits, group_size, chosen)
+        return vector.quantized_linear(
+            rows, packed, scale, zero, bias, y, bits, group_size, chosen, after
+        )
     c = chosen or configuration(
-        count, out_features, in_features, bits, group_size, x.device, x.dtype
+        count, out_features, in_features, bits, group_size, x.device, x.dtype, after.up is not None
     )
     steps = triton.cdiv(groups * triton.cdiv(group_size * bits // 8, c.block_k), c.splits)
-    alone = c.splits == 1
-    out = y if alone else partial_sums.workspace(c.splits, count, out_features, y)
+    alone, up = c.splits == 1, after.up or (None, None, None, None)
+    parts = c.splits if after.up is None else 2 * c.splits
+    out = y if alone else partial_sums.workspace(parts, count, out_features, y)
     grid = (triton.cdiv(out_features, c.block_n), triton.cdiv(count, c.block_m), c.splits)
     _product_kernel[grid](
-        rows, packed, scale, zero, bias, out, count, out_features, in_features,
-        packed.shape[1], groups, steps,
+        rows, packed, scale, zero, bias, *up, y if after.residual is None else after.residual, out,
+        count, out_features, in_features, packed.shape[1], groups, steps,
         BITS=bits, GROUP=group_size, HAS_BIAS=alone and bias is not None,
-        SCALE_FIRST=c.scale_first, ASM=ASM, UPCAST=DOT_UPCAST,
+        HAS_UP_BIAS=alone and up[3] is not None, ACTIVATION=after.activation if alone else "",
+        PAIRED=after.up is not None, HAS_RESIDUAL=alone and after.residual is not None,
+        SPLIT=not alone, SCALE_FIRST=c.scale_first, ASM=ASM, UPCAST=DOT_UPCAST,
         OVERLAP=not alone and overlaps(x.device), UNROLL=c.unroll,
         SWAPPED=c.swapped, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return y if alone else partial_sums.add(out, bias, y)
+    return y if alone else partial_sums.add(out, bias, y, after)
+
+
+def _contiguous(after: Epilogue) -> Epilogue:
+    residual, up = after.residual, after.up
+    if up is not None:
+        up = (*(t.contiguous() for t in up[:3]), up[3])
+    return after._replace(residual=None if residual is None else residual.contiguous(), up=up)

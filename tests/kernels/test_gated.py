@@ -92,7 +92,7 @@ from fxopt.kernels.gated.triton import _gated_kernel as kernel
 
 names = kernel.arg_names
 for activation in ("silu", "gelu", "gelu_tanh"):
-    constants = dict(ACTIVATION=activation, LIBRARY=True, BLOCK=1024)
+    constants = dict(ACTIVATION=activation, BLOCK=1024)
     pointers = dict(gate="*bf16", up="*bf16", out="*bf16")
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     values = {(names.index(n),): v for n, v in constants.items()}

@@ -14,11 +14,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fxopt.kernels._epilogue import Epilogue, activate
 from fxopt.kernels._triton import few_rows, vector
 from fxopt.kernels.low_rank_linear import low_rank_linear
 from fxopt.kernels.monarch_linear import dense, monarch_linear
 from fxopt.kernels.monarch_linear import triton as monarch_triton
 from fxopt.kernels.quantized_linear import dequantize, quantize, quantized_linear
+from fxopt.kernels.quantized_linear import op as quantized_op
 from fxopt.kernels.quantized_linear import triton as quantized_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +92,74 @@ def test_quantized_vector(dtype: torch.dtype, rows: int, bits: int, group: int, 
     out = quantized_triton.quantized_linear(x, packed, scale, zero, bias, bits, group, chosen)
     exact = dequantize(packed, scale.double(), zero.double(), bits, group)
     assert_close(out, x, exact, bias)
+
+
+ACTIVATIONS = ["", "silu", "gelu", "gelu_tanh", "relu"]
+CUTS = {
+    "vector": (2, vector.Vector(4, 256)),
+    "whole": (5, quantized_triton.Configuration(16, 32, 32, 1, 4, 3)),
+    "transposed": (17, quantized_triton.Configuration(32, 64, 32, 1, 4, 3, 2, True, True)),
+    "split": (5, quantized_triton.Configuration(16, 32, 32, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [(torch.float32, "silu"), *((torch.float16, name) for name in ACTIVATIONS)],
+)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(("paired", "added"), [(True, False), (True, True), (False, True)])
+def test_what_follows_the_product(
+    dtype: torch.dtype, activation: str, cut: str, paired: bool, added: bool
+) -> None:
+    """No further from float64 than calls of their own, after the same sums."""
+    rows, chosen = CUTS[cut]
+    x, bias, up_bias = draw(rows, 640, dtype=dtype), draw(51, dtype=dtype), draw(51, dtype=dtype)
+    residual = draw(51, rows, dtype=dtype).T if added else None
+    first, second = (quantize(draw(51, 640, dtype=dtype) / 16, 4, 64) for _ in range(2))
+    after = Epilogue(activation, residual, (*second, up_bias) if paired else None)
+    out = quantized_triton.quantized_linear(x, *first, bias, 4, 64, chosen, after)
+    gate, up = (
+        quantized_triton.quantized_linear(x, *weight, b, 4, 64, chosen)
+        for weight, b in ((first, bias), (second, up_bias))
+    )
+    calls = activate(gate, activation)
+    exact = activate(gate.double(), activation)
+    if paired:
+        calls, exact = calls * up, exact * up.double()
+    if residual is not None:
+        calls, exact = calls + residual, exact + residual.double()
+    assert out.is_contiguous()
+    own = (calls.double() - exact).norm()
+    # A float32 exponential of the interpreter's is as good as, but not the same as PyTorch's.
+    assert (out.double() - exact).norm() <= 1.01 * own + 1e-6 * exact.norm() * (dtype.itemsize > 2)
+    if dtype.itemsize == 2:
+        assert (out != calls).double().mean() < 0.03
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 300])
+@pytest.mark.parametrize("paired", [False, True])
+def test_rows_beyond_one_launch_compose_the_same(rows: int, paired: bool) -> None:
+    """What CUDA runs for any number of rows, on whatever device this is."""
+    x, residual = draw(rows, 128, dtype=torch.float32), draw(rows, 51, dtype=torch.float32)
+    first, second = (quantize(draw(51, 128, dtype=torch.float32), 4, 64) for _ in range(2))
+    up = second if paired else (None, None, None)
+    given = (x, *first, None, 4, 64, "silu", residual, *up)
+    out = quantized_op._cuda(*given)  # pyright: ignore[reportPrivateUsage]
+    wanted = quantized_op.reference.quantized_linear(*given)
+    # Sums in another order.
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_two_weights_are_cut_into_narrower_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_triton, "processors", lambda _: 132)
+    cuda = torch.device("cuda")
+    alone, both = (
+        quantized_triton.configuration(16, 14336, 4096, 4, 128, cuda, torch.bfloat16, paired)
+        for paired in (False, True)
+    )
+    assert (alone.block_n, alone.splits) == (128, 2)
+    assert (both.block_n, both.splits) == (64, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -178,24 +248,33 @@ def build(kernel, pointers, **constants):
 
 p, f, q = "*bf16", "*fp32", "*fp8e4nv"
 tile = dict(UPCAST=False, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64)
+plain = dict(HAS_UP_BIAS=False, ACTIVATION="", PAIRED=False, HAS_RESIDUAL=False)
+pair = dict(HAS_UP_BIAS=True, ACTIVATION="silu", PAIRED=True, HAS_RESIDUAL=True)
+gelu = dict(HAS_UP_BIAS=False, ACTIVATION="gelu", PAIRED=False, HAS_RESIDUAL=True)
+weight = dict(packed="*u8", scale=p, zero=p, bias=p)
+second = dict(up_packed="*u8", up_scale=p, up_zero=p, up_bias=p)
 for bits in (4, 8):
-    pointers = dict(x=p, packed="*u8", scale=p, zero=p, bias=p, out=f)
-    build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True,
-          SCALE_FIRST=False, ASM=True, OVERLAP=True, UNROLL=1, SWAPPED=False, **tile)
+    pointers = dict(x=p, **weight, **second, residual=p, out=f)
+    for after in (plain, pair):
+        part = after | dict(ACTIVATION="", HAS_RESIDUAL=False)
+        build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=True,
+              SCALE_FIRST=False, ASM=True, OVERLAP=True, UNROLL=1, SWAPPED=False, **tile, **part)
     pointers["out"] = p
-    build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True,
-          SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
-          **tile | dict(BLOCK_N=64))
-    build(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
-          CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048)
+    for after in (plain, pair, gelu):
+        build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=False,
+              SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
+              **tile | dict(BLOCK_N=64), **after)
+        build(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
+              CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048, **after)
 pointers = dict(packed="*u8", scale=p, zero=p, w=p)
 build(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
 for x, y, scales in ((p, f, False), (q, p, True)):
     pointers = dict(x=x, w=x, scale_m=f, scale_n=f, bias=p, y=y)
     build(few_rows._few_rows_kernel, pointers, HAS_SCALE=scales, HAS_BIAS=True, STARTS=True,
           WAITS=True, EVEN=True, **tile)
-pointers = dict(partial=f, bias=p, y=p)
-build(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, BLOCK=256)
+pointers = dict(partial=f, bias=p, up_bias=p, residual=p, y=p)
+for after in (plain, pair, gelu):
+    build(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, BLOCK=256, **after)
 build(monarch._blocks_kernel, dict(x=p, w=p, y=p), bias=None, HAS_BIAS=False, EVEN=True, **tile)
 """
 
@@ -208,7 +287,7 @@ def test_compile_ahead_of_time_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     built = [line.split() for line in done.stdout.splitlines()]
-    assert len(built) == 11
+    assert len(built) == 23
     assert all(int(size) > 0 for _, size, _ in built)
     # Weights reach the products from where they were copied to, not through a second copy.
     assert all(int(copies) == 0 for _, _, copies in built)

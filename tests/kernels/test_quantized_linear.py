@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +160,123 @@ def test_arguments_that_do_not_fit_are_errors(function, change, message) -> None
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         function(**call | change)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+UP = ("up_packed", "up_scale", "up_zero")
+
+
+def weights(
+    dtype: torch.dtype, bits: int, group: int
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Two weights [50, 126]: the first as the op takes it, the second by name."""
+    first, second = (quantize(torch.randn(50, 126).to(dtype), bits, group) for _ in range(2))
+    return first, dict(zip(UP, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("paired", "added"), [(False, True), (True, False), (True, True)])
+def test_what_follows_is_to_the_bit_that_of_calls_of_its_own(
+    dtype: torch.dtype, activation: str, paired: bool, added: bool
+) -> None:
+    first, second = weights(dtype, 4, 42)
+    x, bias, up_bias = (torch.randn(*s).to(dtype) for s in ((2, 3, 126), (50,), (50,)))
+    residual = torch.randn(3, 2, 50).to(dtype).transpose(0, 1) if added else None
+    gate = second | {"up_bias": up_bias} if paired else {}
+    out = quantized_linear(x, *first, bias, 4, 42, activation, residual, **gate)
+
+    def wide(weight: Iterable[Tensor], bias: Tensor) -> Tensor:
+        packed, scale, zero = weight
+        restored = dequantize(packed, scale, zero, 4, 42)
+        return F.linear(x.double(), restored.double(), bias.double())
+
+    calls = ACTIVATIONS[activation](quantized_linear(x, *first, bias, 4, 42))
+    exact = ACTIVATIONS[activation](wide(first, bias))
+    if paired:
+        calls = calls * quantized_linear(x, *second.values(), up_bias, 4, 42)
+        exact = exact * wide(second.values(), up_bias)
+    if residual is not None:
+        calls, exact = calls + residual, exact + residual.double()
+    assert out.is_contiguous()
+    assert torch.equal(out, calls)
+    assert (out.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("paired", [False, True])
+def test_gradients_through_what_follows(activation: str, paired: bool) -> None:
+    first, second = weights(torch.float64, 4, 42)
+    shapes = ((3, 126), (50,), (3, 50), (50,))[: 4 if paired else 3]
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def call(x: Tensor, bias: Tensor, residual: Tensor, *up_bias: Tensor) -> Tensor:
+        gate = second | {"up_bias": up_bias[0]} if paired else {}
+        return quantized_linear(x, *first, bias, 4, 42, activation, residual, **gate)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize(
+    ("activation", "added", "paired"),
+    [("gelu", False, False), ("", True, False), ("silu", False, True), ("relu", True, True)],
+)
+def test_opcheck_of_what_follows(activation: str, added: bool, paired: bool) -> None:
+    first, second = weights(torch.float32, 8, 63)
+    x = torch.randn(5, 3, 126).transpose(0, 1).requires_grad_()
+    residual = torch.randn(3, 5, 50, requires_grad=True) if added else None
+    torch.library.opcheck(
+        torch.ops.fxopt.quantized_linear.default,
+        (x, *first, torch.randn(50, requires_grad=True), 8, 63, activation, residual),
+        second if paired else {},
+    )
+
+
+def test_what_follows_compiles_with_inductor_and_trains() -> None:
+    first, second = weights(torch.float32, 4, 42)
+
+    def block(x: Tensor) -> Tensor:
+        gate = quantized_linear(x, *first, None, 4, 42, "silu", **second)
+        return quantized_linear(x, *first, None, 4, 42, "gelu", gate * 2)
+
+    x = torch.randn(7, 126).requires_grad_()
+    found = [call(x) for call in (torch.compile(block, fullgraph=True), block)]
+    torch.testing.assert_close(*found)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in found]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"activation": "tanh"},
+            "activation must be empty, silu, gelu, gelu_tanh, relu, got 'tanh'",
+        ),
+        (
+            {"residual": torch.randn(50)},
+            r"residual is \[50\] in torch.float32, the output \[2, 50\]",
+        ),
+        ({"residual": torch.randn(2, 50).double()}, "in torch.float64, the output"),
+        (
+            {"up_packed": torch.zeros(50, 63, dtype=torch.uint8)},
+            "a second weight is up_packed, up_sc",
+        ),
+        ({"up_bias": torch.randn(50)}, "a second weight is up_packed, up_scale and up_zero"),
+        (
+            dict(zip(UP, quantize(torch.randn(49, 126), 4, 42), strict=True)),
+            r"second weight is packed as \[49, 63\] with scales \[49, 3\], the first as \[50, 63\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("function", [REFERENCE, quantized_linear])
+def test_what_cannot_follow_is_an_error(function, change, message) -> None:  # type: ignore[no-untyped-def]
+    packed, scale, zero = quantize(torch.randn(50, 126), 4, 42)
+    with pytest.raises(ValueError, match=message):
+        function(torch.randn(2, 126), packed, scale, zero, None, 4, 42, **change)

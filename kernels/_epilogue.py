@@ -1,0 +1,77 @@
+"""What may follow a product, in plain PyTorch.
+
+    y = activation(x Wᵀ + b) * (x Uᵀ + c) + residual
+
+of which activation, second product and residual are each optional. Every operation is rounded to
+the dtype where it would be if it were a call of its own; kernels that do them in their store keep
+to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
+"""The first is none at all."""
+
+
+class Epilogue(NamedTuple):
+    """What follows a product of shape [..., out]. `residual` is [..., out] too, in its dtype; `up`
+    the second weight, as its kernel takes the first one, and its bias."""
+
+    activation: str = ""
+    residual: Tensor | None = None
+    up: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+
+
+PLAIN = Epilogue()
+
+
+def check(name: str, shape: Sequence[int], dtype: torch.dtype, after: Epilogue) -> None:
+    """Raises ValueError for an activation that nothing computes, and for a residual that is not as
+    the output, [*shape] in `dtype`."""
+    activation, residual, _ = after
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS[1:])
+        raise ValueError(f"{name}: activation must be empty, {known}, got {activation!r}")
+    if residual is not None and (tuple(residual.shape), residual.dtype) != (tuple(shape), dtype):
+        raise ValueError(
+            f"{name}: the residual is {list(residual.shape)} in {residual.dtype}, the output "
+            f"{list(shape)} in {dtype}"
+        )
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of `ACTIVATIONS`: SiLU, GELU (arXiv 1606.08415) by erf or by tanh, or ReLU."""
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+        case _:
+            return x
+
+
+def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """The gradient of x from that of `activate(x, activation)`."""
+    aten = torch.ops.aten
+    match activation:
+        case "silu":
+            return aten.silu_backward(grad, x)
+        case "gelu":
+            return aten.gelu_backward(grad, x)
+        case "gelu_tanh":
+            return aten.gelu_backward(grad, x, approximate="tanh")
+        case "relu":
+            return aten.threshold_backward(grad, x, 0)
+        case _:
+            return grad
