@@ -26,7 +26,7 @@ def fuse_gates(graph: fx.Graph) -> None:
 
 def _match(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
     for active, up in (product.args, product.args[::-1]):
-        name = _activation(active)
+        name = activation_of(active)
         if name is None or not isinstance(active, fx.Node) or not isinstance(up, fx.Node):
             continue
         gate: Any = active.args[0]
@@ -37,7 +37,7 @@ def _match(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
     return None
 
 
-def _activation(node: Any) -> str | None:
+def activation_of(node: Any) -> str | None:
     """The name by which `gated` knows an activation."""
     if not isinstance(node, fx.Node):
         return None

@@ -21,6 +21,7 @@ from ..ir.errors import ExportError
 from ..ir.ops import arguments_of_attend, attend
 from .attributes import attribute
 from .contrib import Target, packed_products
+from .epilogues import separate
 from .frames import state_index
 from .program import Program, State
 from .registry import references
@@ -188,11 +189,13 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def inlined(graph: fx.Graph) -> fx.Graph:
-    """A copy in which the programs of `fxopt::chunked` stand as nodes, for all rows at once."""
+    """A copy in which the programs of `fxopt::chunked` stand as nodes, for all rows at once, and
+    what follows a product as calls of its own."""
     from ..kernels.chunked import run
 
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
+    separate(copied)
     tracer = GraphAppendingTracer(copied)
     for node in list(copied.find_nodes(op="call_function", target=torch.ops.fxopt.chunked.default)):
         x, tensors, text, _ = node.args

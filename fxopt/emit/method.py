@@ -116,6 +116,10 @@ class Writer:
             for role, value in zip("qkv", node.args, strict=False):
                 if isinstance(value, fx.Node):
                     self.names.hints[value] = role
+        if "up_packed" in node.kwargs:
+            self.names.hints[node] = "inner"
+        if isinstance(residual := node.kwargs.get("residual"), fx.Node):
+            self.names.hints[residual] = "residual"
         if node.target is add_rms_norm:
             self.names.hints.update({user: ("x", "normed")[user.args[1]] for user in node.users})  # pyright: ignore
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ..ir.errors import FxoptError
 from .binding import Binding, fill_text_inputs, without_idle_masks
 from .editor import GraphEditor
+from .epilogues import fuse_epilogues
 from .gates import fuse_gates
 from .norms import fuse_norms
 from .output import builder
@@ -226,6 +227,7 @@ def emit(
     fuse_residuals(graph)
     fuse_rotary(graph)
     fuse_gates(graph)
+    fuse_epilogues(graph)
     name = type(model).__name__
     config = getattr(model, "config", None)
     made = program(captured, graph, tree, name, {**captured.constants, **(constants or {})})
