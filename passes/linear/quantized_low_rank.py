@@ -103,10 +103,11 @@ class QuantizedLowRank(dense.Structure):
     ) -> None:
         site = match.site
         x, bias = dense.rows_and_bias(editor, site)
-        main = formats.insert(editor, site, _format(candidate), x, tensors, bias)
         down, up = (editor.tensor(site, name, tensors[name]) for name in ("down", "up"))
         target = torch.ops.fxopt.low_rank_linear.default
+        # First, so that the integer product can add it when it stores its own.
         beside = editor.call(site, target, (x, down, up, None), {})
+        main = formats.insert(editor, site, _format(candidate), x, tensors, bias)
         add = torch.ops.aten.add.Tensor
         y = editor.call(site, add, (main, beside), {})
         dense.replace_by_rows(editor, site, y)

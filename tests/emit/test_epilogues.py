@@ -149,34 +149,29 @@ def test_compiled_modules_compute_the_same() -> None:
         torch.testing.assert_close(torch.compile(opt)(**example), opt(**example))
 
 
+def test_a_low_rank_part_is_added_by_the_product_beside_it() -> None:
+    model, example = mlp()
+    opt, chosen = everywhere("linear.quantized_low_rank", model, example)
+    assert following(opt) == {"residual": len(chosen)}
+    apart = inlined(opt.program.graph)
+    assert len(apart.nodes) == len(opt.program.graph.nodes) + len(chosen)
+
+
 def test_onnx_files_have_calls_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     joined, apart, _ = both("llama", torch.float32, monkeypatch)
-    files = []
-    for name, opt in (("joined", joined), ("apart", apart)):
-        path = tmp_path / name / "model.onnx"
-        path.parent.mkdir()
-        report = opt.export_onnx(path, kind="generate", target="ort")
-        assert report.difference < 1e-4
-        files.append(onnx.load(path).graph.node)
-    sites, operators = (
-        [Counter(key(node) for node in nodes) for nodes in files] for key in (site, operator)
-    )
-    assert operators[0] == operators[1]
-    assert operators[0]["MatMulNBits"] == 11
-    assert sites[0]["model.layers.1.mlp.up_proj"]
-    assert sites[0].keys() == sites[1].keys()
-
-
-def site(node: Any) -> str:
-    return {p.key: p.value for p in node.metadata_props}.get("ai.fxopt.site", "")
-
-
-def operator(node: Any) -> str:
-    return node.op_type
+    report = joined.export_onnx(tmp_path / "model.onnx", kind="generate", target="ort")
+    assert report.difference < 1e-4
+    nodes = onnx.load(report.path).graph.node
+    properties = [{p.key: p.value for p in node.metadata_props} for node in nodes]
+    sites = {found["ai.fxopt.site"] for found in properties if "ai.fxopt.site" in found}
+    assert {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"} <= sites
+    assert Counter(node.op_type for node in nodes)["MatMulNBits"] == 11
+    lowered = (inlined(opt.program.graph) for opt in (joined, apart))
+    assert len({tuple(sorted(str(node.target) for node in g.nodes)) for g in lowered}) == 1
 
 
 class Layers(nn.Module):
