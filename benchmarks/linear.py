@@ -2,6 +2,7 @@
 
     python benchmarks/linear.py [--only int4] [--out linear.jsonl]
     python benchmarks/linear.py --sweep decode|decode8|small|few|fp8   # a kernel's configurations
+    python benchmarks/linear.py --epilogues     # what follows a product, in its launch and apart
 
 Each time is that of one call among many in a CUDA graph, where every call has a weight of its
 own: together they are several times the second-level cache, so weights come from memory, as in a
@@ -33,6 +34,7 @@ from fxopt.kernels.fp8_linear import dequantize as dequantize_fp8
 from fxopt.kernels.fp8_linear import fp8_linear, row_scale
 from fxopt.kernels.fp8_linear import quantize as quantize_fp8
 from fxopt.kernels.fp8_linear import triton as fp8_triton
+from fxopt.kernels.gated import gated
 from fxopt.kernels.low_rank_linear import low_rank_linear
 from fxopt.kernels.monarch_linear import REFERENCE as monarch_reference
 from fxopt.kernels.monarch_linear import dense, monarch_linear
@@ -242,6 +244,54 @@ def _ways(results: list[dict[str, Any]]) -> list[str]:
     return ["op", *(r["way"] for r in results if r["way"] != "op")]
 
 
+def gate_and_up(bits: int) -> tuple[Call, Call]:
+    """silu(x Wg) * (x Wu) in one call, and in three."""
+
+    def joined(x: Tensor, *weights: Tensor) -> Tensor:
+        return quantized_linear(x, *weights[:3], None, bits, 128, "silu", None, *weights[3:])
+
+    def apart(x: Tensor, *weights: Tensor) -> Tensor:
+        gate, up = (quantized_linear(x, *w, None, bits, 128) for w in (weights[:3], weights[3:]))
+        return gated(gate, up, "silu")
+
+    return joined, apart
+
+
+def down_and_residual(bits: int) -> tuple[Call, Call]:
+    """x W + residual in one call, and in two."""
+
+    def joined(x: Tensor, residual: Tensor, *weight: Tensor) -> Tensor:
+        return quantized_linear(x, *weight, None, bits, 128, "", residual)
+
+    def apart(x: Tensor, residual: Tensor, *weight: Tensor) -> Tensor:
+        return quantized_linear(x, *weight, None, bits, 128) + residual
+
+    return joined, apart
+
+
+def epilogues() -> None:
+    """Microseconds of what follows a product in its own launch, and as launches of its own."""
+    print(f"{'':<44}{'apart, us':>12}{'joined, us':>12}{'ratio':>8}")
+    for bits, rows in itertools.product((4, 8), (1, 2, 16)):
+        make = KERNELS[f"int{bits}"]().make
+        gate, down = (*make(4096, 14336), *make(4096, 14336)), make(14336, 4096)
+        residual = random(rows, 4096)
+        cases = (
+            ("gate + up + SiLU 4096 x 14336", 4096, (), gate, gate_and_up(bits)),
+            ("down + residual 14336 x 4096", 14336, (residual,), down, down_and_residual(bits)),
+        )
+        for name, k, given, weight, (joined, apart) in cases:
+            x, weights = random(rows, k), [(*given, *copy) for copy in copies(weight)]
+            # The same sums, if not in the same tiles.
+            torch.testing.assert_close(
+                joined(x, *weights[0]), apart(x, *weights[0]), rtol=0.02, atol=2.0
+            )
+            times = [1000 * milliseconds(call, x, weights) for call in (apart, joined)]
+            label = f"int{bits} {name}, M={rows}"
+            ratio = times[0] / times[1]
+            print(f"{label:<44}{times[0]:>12.2f}{times[1]:>12.2f}{ratio:>8.2f}", flush=True)
+
+
 Sweep = tuple[tuple[tuple[int, int], ...], tuple[int, ...], list[Any]]
 
 
@@ -376,11 +426,14 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--sweep", choices=tuple(SWEPT))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--epilogues", action="store_true")
     args = parser.parse_args()
     begin = time.perf_counter()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     if args.sweep:
         return sweep(args.sweep)
+    if args.epilogues:
+        return epilogues()
     names = [name for name in KERNELS if args.only in name]
     for name in names:
         check(name)
