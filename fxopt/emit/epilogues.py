@@ -1,5 +1,5 @@
-"""What follows a product with integer weights as part of its call, which CUDA stores from one
-kernel where few rows are multiplied.
+"""What follows a product with integer or Monarch weights as part of its call: the kernel that
+stores the product does it.
 
     y = gated(quantized_linear(x, gate), quantized_linear(x, up), "silu")
     y = residual + gelu(quantized_linear(x, weight))
@@ -28,6 +28,9 @@ _CALLS: dict[str, tuple[Any, dict[str, str]]] = {
     "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
     "relu": (aten.relu.default, {}),
 }
+_INTEGER, _MONARCH = "fxopt.quantized_linear.default", "fxopt.monarch_linear.default"
+_PRODUCTS = (_INTEGER, _MONARCH)
+"""What takes an activation and a residual; the first also a second weight."""
 _UP = ("up_packed", "up_scale", "up_zero", "up_bias")
 
 
@@ -62,11 +65,10 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
         new.meta = dict(node.meta)
         return new
 
-    x, *_, bits, group_size = node.args
     y, activation = call(node.target, *node.args), given.get("activation", "")
     if "up_packed" in given:
         weight = (given.get(name) for name in _UP)
-        up = call(node.target, x, *weight, bits, group_size)
+        up = call(node.target, node.args[0], *weight, *node.args[5:])
         up.meta |= _of_weight(node, str(given["up_packed"].target))
         y = call(gated, y, up, activation)
     elif activation:
@@ -83,18 +85,19 @@ def _of_weight(node: fx.Node, target: str) -> dict[str, str]:
 
 
 def _products(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if _is_product(node)]
+    return [node for node in graph.nodes if _is_product(node, *_PRODUCTS)]
 
 
-def _is_product(node: Any) -> bool:
-    # By name: the op is registered by the rewrite that calls it.
-    return isinstance(node, fx.Node) and str(node.target) == "fxopt.quantized_linear.default"
+def _is_product(node: Any, *names: str) -> bool:
+    # By name: an op is registered by the rewrite that calls it.
+    return isinstance(node, fx.Node) and str(node.target) in names
 
 
 def _are_alike(gate: Any, up: Any) -> bool:
     """Whether two products are of one x with weights of one kind, and read by the gate alone."""
     both = gate is not up and all(
-        _is_product(node) and not node.kwargs and len(node.users) == 1 for node in (gate, up)
+        _is_product(node, _INTEGER) and not node.kwargs and len(node.users) == 1
+        for node in (gate, up)
     )
     return both and gate.args[0] is up.args[0] and gate.args[5:] == up.args[5:]
 

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._epilogue import PLAIN, Epilogue
+
 from .common import DOT_UPCAST, dot, overlaps, tile
+from .epilogue import finished
 from .splits import prefetch, start_dependents, wait
 
 ROWS = 16
@@ -17,16 +20,18 @@ ROWS = 16
 
 @triton.jit(do_not_specialize=["M"])
 def _few_rows_kernel(
-    x, w, scale_m, scale_n, bias, y, M, N, K, x_batch, x_row, y_batch, y_row, y_part, PART,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    x, w, scale_m, scale_n, bias, residual, y,
+    M, N, K, x_batch, x_row, y_batch, y_row, y_part, PART,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, UPCAST: tl.constexpr,
     STARTS: tl.constexpr, WAITS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[batch][m][n] = x[batch][m] . w[batch][n].
+    """y[batch][m][n] = x[batch][m] . w[batch][n], and what follows the product.
 
-    Column n is stored in part n // PART of y. With scales, float8 x and w: the sum times
-    scale_m[m] * scale_n[n]. STARTS and WAITS: what the kernel is to the next and the previous one.
-    EVEN: steps fill K.
+    Column n is stored in part n // PART of y, and a residual lies as y. With scales, float8 x and
+    w: the sum times scale_m[m] * scale_n[n]. STARTS and WAITS: what the kernel is to the next and
+    the previous one. EVEN: steps fill K.
     """
     if STARTS:
         start_dependents(True)
@@ -61,9 +66,13 @@ def _few_rows_kernel(
         b_y *= tl.load(scale_n + r_n)[None, :]
     if HAS_BIAS:
         b_y += tl.load(bias + i_b * N + r_n).to(tl.float32)[None, :]
-    p_y = y + i_b * y_batch + o_m.to(tl.int64)[:, None] * y_row
-    p_y += ((o_n // PART).to(tl.int64) * y_part + o_n % PART)[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & (o_n < N)[None, :])
+    o_y = i_b * y_batch + o_m.to(tl.int64)[:, None] * y_row
+    o_y += ((o_n // PART).to(tl.int64) * y_part + o_n % PART)[None, :]
+    m_y = m_m[:, None] & (o_n < N)[None, :]
+    b_y = finished(
+        b_y, b_y, residual + o_y, m_y, y.dtype.element_ty, ACTIVATION, False, HAS_RESIDUAL
+    )
+    tl.store(y + o_y, b_y, mask=m_y)
 
 
 class Configuration(NamedTuple):
@@ -118,16 +127,19 @@ def launch(
     chosen: Configuration,
     chain: Chain = ALONE,
     scales: tuple[Tensor, Tensor] | None = None,
+    after: Epilogue = PLAIN,
 ) -> None:
-    """y = x @ w.T + bias for w [batch, columns, depth]."""
+    """y = x @ w.T + bias for w [batch, columns, depth], and what comes `after` with one weight."""
     batch, columns, depth = w.shape
     grid = (triton.cdiv(columns, chosen.block_n), batch)
     overlap = overlaps(x.device)
     scale_m, scale_n = scales or (x, x)
     _few_rows_kernel[grid](
-        x, w, scale_m, scale_n, bias, y, rows, columns, depth, x_layout.batch, x_layout.row,
+        x, w, scale_m, scale_n, bias, y if after.residual is None else after.residual, y,
+        rows, columns, depth, x_layout.batch, x_layout.row,
         y_layout.batch, y_layout.row, y_layout.part, min(y_layout.width, columns),
-        HAS_SCALE=scales is not None, HAS_BIAS=bias is not None, UPCAST=DOT_UPCAST,
+        HAS_SCALE=scales is not None, HAS_BIAS=bias is not None, ACTIVATION=after.activation,
+        HAS_RESIDUAL=after.residual is not None, UPCAST=DOT_UPCAST,
         STARTS=overlap and chain.starts, WAITS=overlap and chain.waits,
         EVEN=depth % chosen.block_k == 0, BLOCK_M=tile(rows),
         BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k,

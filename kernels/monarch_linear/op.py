@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import _triton
+from fxopt.kernels._epilogue import Epilogue, activate_backward
 from fxopt.kernels._register import register
 
 from . import reference
 
-SCHEMA = "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor right, Tensor left, Tensor? bias,"
+    " str activation='', Tensor? residual=None) -> Tensor"
+)
 
 # Beyond this many rows, and with more than twice as many inputs as outputs, two batched products
 # of cuBLAS and a copy are faster: on an H100 at 14336 x 4096 by 15 % or more with 4,096 rows, while
@@ -20,25 +24,41 @@ SCHEMA = "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor"
 LIBRARY_ROWS = 256
 
 
-def _cuda(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+def _cuda(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    activation: str = "",
+    residual: Tensor | None = None,
+) -> Tensor:
     long = x.shape[-1] > 2 * left.shape[0] * left.shape[1]
     many = x.numel() > LIBRARY_ROWS * x.shape[-1]
     if (long and many) or not _triton.AVAILABLE or x.dtype == torch.float64:
-        return reference.monarch_linear(x, right, left, bias)
+        return reference.monarch_linear(x, right, left, bias, activation, residual)
     from . import triton
 
-    reference.check(x, right, left)
-    return triton.monarch_linear(x, right, left, bias)
+    after = Epilogue(activation, residual)
+    reference.check(x, right, left, after)
+    return triton.monarch_linear(x, right, left, bias, after)
 
 
-def _fake(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
-    reference.check(x, right, left)
+def _fake(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    activation: str = "",
+    residual: Tensor | None = None,
+) -> Tensor:
+    reference.check(x, right, left, Epilogue(activation, residual))
     return x.new_empty((*x.shape[:-1], left.shape[0] * left.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, right, left, _ = inputs
-    ctx.save_for_backward(x, right, left)
+    x, right, left, bias, ctx.activation, _ = inputs
+    # The product that an activation was given is computed again.
+    ctx.save_for_backward(x, right, left, *((bias,) if ctx.activation else ()))
 
 
 def _swap(hidden: Tensor, blocks: int) -> Tensor:
@@ -47,8 +67,13 @@ def _swap(hidden: Tensor, blocks: int) -> Tensor:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs_x, needs_right, needs_left, needs_bias = ctx.needs_input_grad
-    x, right, left = ctx.saved_tensors
+    # The dispatcher drops arguments that are defaults.
+    needs = (*ctx.needs_input_grad, False, False)
+    needs_x, needs_right, needs_left, needs_bias = needs[:4]
+    x, right, left, *bias = ctx.saved_tensors
+    grad_residual = grad if needs[5] else None
+    if bias:
+        grad = activate_backward(grad, monarch_linear(x, right, left, *bias), ctx.activation)
     blocks, out_width = left.shape[:2]
     rows = x.reshape(-1, blocks, right.shape[2]).transpose(0, 1)
     grad_rows = grad.reshape(-1, blocks, out_width).transpose(0, 1)
@@ -59,6 +84,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         torch.bmm(grad_hidden.mT, rows) if needs_right else None,
         torch.bmm(grad_rows.mT, hidden) if hidden is not None else None,
         grad.reshape(-1, blocks * out_width).sum(0) if needs_bias else None,
+        None,
+        grad_residual,
     )
 
 

@@ -6,19 +6,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._epilogue import PLAIN, Epilogue
 from fxopt.kernels._triton import few_rows
 from fxopt.kernels._triton.common import DOT_UPCAST, dot, tile
+from fxopt.kernels._triton.epilogue import finished
 from fxopt.kernels._triton.few_rows import Chain, Layout
 
 
 @triton.jit
 def _blocks_kernel(
-    x, w, bias, y, M, N, K, x_batch, x_row, y_batch, y_row, y_part, PART,
-    HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    x, w, bias, residual, y, M, N, K, x_batch, x_row, y_batch, y_row, y_part, PART,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[batch][m][n] = x[batch][m] . w[batch][n]; column n is stored in part n // PART of y.
 
+    What follows the product is done before; a residual lies as y.
     EVEN: steps fill K.
     """
     i_b = tl.program_id(2).to(tl.int64)
@@ -42,13 +46,20 @@ def _blocks_kernel(
         b_y = dot(b_x, b_w, b_y, UPCAST)
     if HAS_BIAS:
         b_y += tl.load(bias + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    p_y = y + i_b * y_batch + o_m[:, None] * y_row
-    p_y += ((o_n // PART) * y_part + o_n % PART)[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    o_y = i_b * y_batch + o_m[:, None] * y_row
+    o_y += ((o_n // PART) * y_part + o_n % PART)[None, :]
+    m_y = m_m[:, None] & m_n[None, :]
+    b_y = finished(
+        b_y, b_y, residual + o_y, m_y, y.dtype.element_ty, ACTIVATION, False, HAS_RESIDUAL
+    )
+    tl.store(y + o_y, b_y, mask=m_y)
 
 
-def monarch_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
-    """As the reference, in two launches without a copy between them; float32 accumulation."""
+def monarch_linear(
+    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, after: Epilogue = PLAIN
+) -> Tensor:
+    """As the reference, in two launches without a copy between them; float32 accumulation. The
+    second does what comes `after`."""
     blocks, inner, in_width = right.shape
     out_width, rank = left.shape[1], inner // blocks
     rows = x.reshape(-1, blocks * in_width).contiguous()
@@ -61,6 +72,8 @@ def monarch_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) 
     read = Layout(in_width, blocks * in_width)
     swapped = Layout(rank, inner, count * inner, rank)
     whole, written = Layout(count * inner, inner), Layout(out_width, blocks * out_width)
+    if after.residual is not None:
+        after = after._replace(residual=after.residual.contiguous())
     if count <= few_rows.ROWS:
         first, second = (
             few_rows.configuration(w.shape[0] * w.shape[1], w.shape[2], w.itemsize)
@@ -68,10 +81,10 @@ def monarch_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) 
         )
         starts, waits = Chain(starts=True), Chain(waits=True)
         few_rows.launch(rows, read, right, None, hidden, swapped, count, first, starts)
-        few_rows.launch(hidden, whole, left, bias, y, written, count, second, waits)
+        few_rows.launch(hidden, whole, left, bias, y, written, count, second, waits, after=after)
         return y
     _launch(rows, read, right, None, hidden, swapped, count)
-    _launch(hidden, whole, left, bias, y, written, count)
+    _launch(hidden, whole, left, bias, y, written, count, after)
     return y
 
 
@@ -83,15 +96,18 @@ def _launch(
     y: Tensor,
     y_layout: Layout,
     rows: int,
+    after: Epilogue = PLAIN,
 ) -> None:
     batch, columns, depth = w.shape
     block_m, block_n, block_k = tile(rows, most=128), tile(columns, most=128), tile(depth)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n), batch)
     _blocks_kernel[grid](
-        x, w, bias, y, rows, columns, depth, x_layout.batch, x_layout.row,
+        x, w, bias, y if after.residual is None else after.residual, y, rows, columns, depth,
+        x_layout.batch, x_layout.row,
         y_layout.batch, y_layout.row, y_layout.part, min(y_layout.width, columns),
-        HAS_BIAS=bias is not None, UPCAST=DOT_UPCAST, EVEN=depth % block_k == 0,
+        HAS_BIAS=bias is not None, ACTIVATION=after.activation,
+        HAS_RESIDUAL=after.residual is not None, UPCAST=DOT_UPCAST, EVEN=depth % block_k == 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
         num_stages=2 if w.itemsize == 4 else 4,
     )  # fmt: skip

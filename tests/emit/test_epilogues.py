@@ -81,7 +81,8 @@ def following(opt: OptimizedModule) -> Counter[str]:
 
 
 def product_kwargs(node: Any) -> dict[str, Any]:
-    return node.kwargs if str(node.target) == "fxopt.quantized_linear.default" else {}
+    ops = ("fxopt.quantized_linear.default", "fxopt.monarch_linear.default")
+    return node.kwargs if str(node.target) in ops else {}
 
 
 EXPECTED: dict[str, tuple[dict[str, int], str]] = {
@@ -155,6 +156,17 @@ def test_a_low_rank_part_is_added_by_the_product_beside_it() -> None:
     assert following(opt) == {"residual": len(chosen)}
     apart = inlined(opt.program.graph)
     assert len(apart.nodes) == len(opt.program.graph.nodes) + len(chosen)
+
+
+def test_monarch_layers_activate_and_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example = gpt2()
+    opt, _ = everywhere("linear.monarch", model, example)
+    assert following(opt) == {"activation": 3, "residual": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(emission, "fuse_epilogues", lambda graph: None)
+        apart, _ = everywhere("linear.monarch", model, example)
+    with torch.no_grad():
+        assert torch.equal(opt(**example).logits, apart(**example).logits)
 
 
 def test_onnx_files_have_calls_of_their_own(

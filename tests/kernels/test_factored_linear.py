@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -123,3 +124,31 @@ def test_factors_that_do_not_chain_are_errors(name: str) -> None:
         op(x[:, :-1], first, second, None)
     with pytest.raises(ValueError, match="do not chain"):
         op(x, first, second[..., :-1], None)
+
+
+@pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh", "relu"])
+def test_what_follows_monarch(activation: str) -> None:
+    """To the bit what calls of their own give, with their gradients."""
+    first, second, bias = (factor / 4 for factor in factors("monarch", torch.float64))
+    x, residual = torch.randn(3, 63).double(), torch.randn(42, 3).double().T
+    inputs = [tensor.requires_grad_() for tensor in (x, first, second, bias, residual)]
+
+    def call(*given: Tensor) -> Tensor:
+        return monarch_linear(*given[:4], activation, given[4])
+
+    product = monarch_linear(x, first, second, bias)
+    known = {"": lambda y: y, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    active = (known.get(activation) or getattr(F, activation))(product)
+    assert torch.equal(call(*inputs), active + residual)
+    assert torch.autograd.gradcheck(call, inputs)
+    given = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    torch.library.opcheck(OPS["monarch"][1], (*given[:4], activation, given[4]))
+
+
+def test_what_cannot_follow_monarch_is_an_error() -> None:
+    first, second, bias = factors("monarch")
+    x = torch.randn(3, 63)
+    with pytest.raises(ValueError, match="monarch_linear: activation must be empty, silu"):
+        monarch_linear(x, first, second, bias, "tanh")
+    with pytest.raises(ValueError, match=r"monarch_linear: the residual is \[1, 42\]"):
+        monarch_linear(x, first, second, bias, "", torch.randn(1, 42))

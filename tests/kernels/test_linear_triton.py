@@ -217,6 +217,23 @@ def test_monarch(dtype: torch.dtype, rows: int, rank: int) -> None:
     assert_close(out, x, dense(right.double(), left.double()), bias)
 
 
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_follows_monarch(rows: int, activation: str) -> None:
+    """In the store of the second product, which goes through the permutation."""
+    dtype = torch.float16
+    x, bias = draw(rows, 126, dtype=dtype), draw(111, dtype=dtype)
+    right, left = draw(3, 21, 42, dtype=dtype) / 8, draw(3, 37, 21, dtype=dtype) / 8
+    residual = draw(111, rows, dtype=dtype).T
+    out = monarch_triton.monarch_linear(x, right, left, bias, Epilogue(activation, residual))
+    product = monarch_triton.monarch_linear(x, right, left, bias)
+    calls = activate(product, activation) + residual
+    exact = activate(product.double(), activation) + residual.double()
+    assert out.is_contiguous()
+    assert (out.double() - exact).norm() <= 1.01 * (calls.double() - exact).norm()
+    assert (out != calls).double().mean() < 0.03
+
+
 def test_no_rows() -> None:
     x = draw(2, 0, 126, dtype=torch.float32)
     packed, scale, zero = quantize(draw(50, 126, dtype=torch.float32), 4, 42)
@@ -270,12 +287,17 @@ pointers = dict(packed="*u8", scale=p, zero=p, w=p)
 build(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
 for x, y, scales in ((p, f, False), (q, p, True)):
     pointers = dict(x=x, w=x, scale_m=f, scale_n=f, bias=p, y=y)
-    build(few_rows._few_rows_kernel, pointers, HAS_SCALE=scales, HAS_BIAS=True, STARTS=True,
-          WAITS=True, EVEN=True, **tile)
+    build(few_rows._few_rows_kernel, pointers, HAS_SCALE=scales, HAS_BIAS=True, ACTIVATION="",
+          HAS_RESIDUAL=False, STARTS=True, WAITS=True, EVEN=True, **tile)
 pointers = dict(partial=f, bias=p, up_bias=p, residual=p, y=p)
 for after in (plain, pair, gelu):
     build(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, BLOCK=256, **after)
-build(monarch._blocks_kernel, dict(x=p, w=p, y=p), bias=None, HAS_BIAS=False, EVEN=True, **tile)
+pointers = dict(x=p, w=p, bias=p, residual=p, y=p)
+after = tile | dict(HAS_BIAS=True, ACTIVATION="gelu", HAS_RESIDUAL=True, EVEN=True)
+build(few_rows._few_rows_kernel, pointers, HAS_SCALE=False, STARTS=False, WAITS=True, **after)
+build(monarch._blocks_kernel, pointers, **after)
+build(monarch._blocks_kernel, pointers, bias=None,
+      **after | dict(HAS_BIAS=False, ACTIVATION="", HAS_RESIDUAL=False))
 """
 
 
@@ -287,7 +309,7 @@ def test_compile_ahead_of_time_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     built = [line.split() for line in done.stdout.splitlines()]
-    assert len(built) == 23
+    assert len(built) == 25
     assert all(int(size) > 0 for _, size, _ in built)
     # Weights reach the products from where they were copied to, not through a second copy.
     assert all(int(copies) == 0 for _, _, copies in built)
