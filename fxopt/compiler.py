@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -18,7 +18,7 @@ from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes
 from .decide.distill import Outcome, Trained, distil, find_blocks
 from .decide.mass import Masses
-from .decide.options import lowered, promising
+from .decide.options import Options, lowered, promising
 from .decide.peaks import Points, points, shifted
 from .decide.priors import Priors
 from .decide.problem import weighed
@@ -100,6 +100,11 @@ class Compiler(Subject):
     def _prior(self, proposal: Proposal) -> float:
         return self.scores(key_of([proposal]), lambda: self._priors(proposal))
 
+    def _is_scored(self, proposal: Proposal) -> bool:
+        key, rewrite = key_of([proposal]), proposal.rewrite
+        mask = isinstance(rewrite, Masking) and rewrite.is_mask(proposal.candidate)
+        return key in self.scores and (not mask or f"mass2:{key}" in self.scores)
+
     @property
     def timed(self) -> bool:
         """Whether seconds decide anything, so that ops are timed."""
@@ -146,26 +151,42 @@ class Compiler(Subject):
     def table(self) -> Table:
         """Every option priced: statistics, priors and measured costs."""
         try:
-            self._record()
             options = lowered(self.proposals, (*self.scenarios, self.final), baseline_calls)
+            passes = self._passes(options)
+            if passes:
+                self.statistics.at(passes[0][0][0].site)
             if self.timed:
                 self._time(promising(options, self.costs.prior))
             with torch.no_grad():
-                return build(
-                    self.proposals,
-                    options,
-                    self.prices,
-                    self._prior,
-                    partial(self.request.progress.track, "scoring"),
-                )
+                self._score(passes)
+                return build(self.proposals, options, self.prices, self._prior)
         finally:  # an interrupted scoring goes on where it stopped
             self._save()
 
-    def _record(self) -> None:
-        """Record where something will be scored: a stage of its own, not within that of scoring."""
-        every = (p for found in self.proposals.by_site.values() for p in found)
-        if self.scores.empty and not all(p.rewrite.exact for p in every):
-            _ = self.statistics
+    def _passes(self, options: Iterable[Options]) -> list[list[list[Proposal]]]:
+        """The options whose errors are not known, by site, and these by what is recorded at a
+        time."""
+        offered = (p for _, made in options for option in made for p in option.proposals)
+        waiting: dict[tuple[str, str], dict[int, Proposal]] = {}
+        for proposal in offered:
+            if not (proposal.rewrite.exact or self._is_scored(proposal)):
+                waiting.setdefault(proposal.where, {})[id(proposal)] = proposal
+        sites = [next(iter(found.values())).site for found in waiting.values()]
+        return [
+            [list(waiting[site.family, site.key].values()) for site in together]
+            for together in self.statistics.passes(sites)
+        ]
+
+    def _score(self, passes: Sequence[Sequence[Sequence[Proposal]]]) -> None:
+        """Record a pass, a stage of its own, then score what it is of."""
+        for i, sites in enumerate(passes, 1):
+            self.statistics.at(sites[0][0].site)
+            of = f" {i} of {len(passes)}" if len(passes) > 1 else ""
+            for proposals in self.request.progress.track(f"scoring{of}", sites):
+                for proposal in proposals:
+                    self._prior(proposal)
+                    self.kept_mass(proposal)
+            self._priors.forget()
 
     def _time(self, calls: Sequence[OpCall]) -> None:
         """Time `calls` on the device in their order, as long as there is time for it."""
@@ -285,7 +306,7 @@ class Compiler(Subject):
         stage = self.request.progress.stage
         with stage("comparing", min(SWAPS, len(search.table.keys))) as advance:
             column = stepping(advance, self.measure_column)
-            measure_swaps(search, column, deadline=enough, limit=SWAPS)
+            measure_swaps(search, column, deadline=enough, limit=SWAPS, expect=self._expect)
         self.scores.save()
         self._swap_seconds -= time.monotonic() - began
         with stage("searching", rounds) as advance:
@@ -294,6 +315,12 @@ class Compiler(Subject):
                 return improve(search, trial, deadline=self.request.deadline, rounds=rounds)
             finally:
                 self.scores.save()
+
+    def _expect(self, columns: Sequence[Column]) -> None:
+        """Have what single sites need recorded in as few passes as it fits in."""
+        known = (f"within{ALONE}:{key_of(column.proposals)}" in self.scores for column in columns)
+        waiting = [c for c, found in zip(columns, known, strict=True) if not found]
+        self.preparer.expect(p for column in waiting for p in column.proposals)
 
     def refine(self, search: Search, measure: Callable[[Choice], Rows]) -> Refined | None:
         """Choose again by errors measured about the best trial, where sites interact."""

@@ -55,7 +55,7 @@ def distilled(
     compiler: Compiler, proposals: Sequence[Proposal], how: Distill, prepare: Prepare
 ) -> Distillation:
     """Distil a choice whose tensors are first those of `prepare`, which stay as they are."""
-    training = [p for p in proposals if trains(p.site)]
+    training = [p for p in compiler.in_turn(proposals, prepare) if trains(p.site)]
     held = {p.where: _copied(prepare(p)) for p in training}
     made = Distillation(prepare, dict(held))
     editor = compiler.realise(proposals, made)

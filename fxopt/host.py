@@ -16,7 +16,7 @@ from .capture import Captured
 from .capture.huggingface import generates
 from .capture.submodule import scratch, submodule, twin
 from .decide.calibration import Batch
-from .decide.statistics import Call
+from .decide.recorder import Call
 from .emit.module import OptimizedModule
 from .hosted import ATTRIBUTES, OptimizedHost, around, takes_cache
 from .ir.budget import Budget

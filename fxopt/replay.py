@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch import Tensor
 
 from . import passes
 from .compiler import Compiler
-from .decide.propose import Prepare, Proposal, candidates
+from .decide.propose import Prepare, Proposal, Remade, candidates
+from .decide.statistics import OnDemand
 from .distilled import SAID, distilled, too_few
 from .emit.module import OptimizedModule
 from .emit.targets import written
@@ -62,16 +61,19 @@ def replay(compiler: Compiler, plan: Plan, *, refit: bool) -> Optimized:
         stored.setdefault(choice, {})[name] = tensor
     fitted: dict[str, Mapping[str, Tensor]] = {}
 
-    def tensors(proposal: Proposal) -> Mapping[str, Tensor]:
+    def fit(proposal: Proposal) -> Mapping[str, Tensor]:
         choice = _choice(proposal)
-        if found := stored.get(choice):
-            return {name: tensor.to(compiler.device) for name, tensor in found.items()}
         if choice not in fitted:
-            recorded: Any = _Recording(compiler, proposal.site)
+            recorded: Any = OnDemand(compiler.statistics, proposal.site)
             made = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
             fitted[choice] = made
         return fitted[choice]
 
+    def moved(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: tensor.to(compiler.device) for name, tensor in found.items()}
+
+    known = [(p, stored.get(_choice(p))) for p in proposals]
+    tensors = Remade(fit, {p.where: moved(found) for p, found in known if found})
     again = None
     if plan.recover is not None and not stored and not too_few(compiler):
         again = distilled(compiler, proposals, plan.recover, tensors)
@@ -110,16 +112,6 @@ def _fitting(fitted: list[str], why: str, compiler: Compiler) -> list[str]:
         notes.append("calibration: none given, so these were fitted to the example inputs")
         logger.warning("%s; %s", *notes)
     return notes
-
-
-class _Recording:
-    """What calibration says of a site, recorded when a rewrite first asks: most ask nothing."""
-
-    def __init__(self, compiler: Compiler, site: Site) -> None:
-        self._at = cache(lambda: replace(compiler.statistics.at(site), made={}))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._at(), name)
 
 
 def check(compiler: Compiler, plan: Plan, *, refit: bool) -> None:

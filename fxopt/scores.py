@@ -45,10 +45,9 @@ class Scores:
                 self.save()
         return self._known[key]
 
-    @property
-    def empty(self) -> bool:
-        """Whether everything is still to be computed."""
-        return not self._known
+    def __contains__(self, key: str) -> bool:
+        """Whether the number at `key` is known."""
+        return key in self._known
 
     def save(self) -> None:
         """Write what was computed since the last time."""

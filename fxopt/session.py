@@ -372,7 +372,9 @@ class Session:
     def _tensors(self, trial: Trial) -> dict[str, Tensor]:
         """What the choices of a trial prepared."""
         proposals = self.compiler.chosen(self.search, trial.choice)
-        return prepared_tensors(proposals, self._prepare(trial.choice))
+        prepare = self._prepare(trial.choice)
+        made = {p.where: prepare(p) for p in self.compiler.in_turn(proposals, prepare)}
+        return prepared_tensors(proposals, lambda p: made[p.where])
 
 
 def _nearer(one: Verified | None, other: Verified) -> Verified:

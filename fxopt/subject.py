@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,13 +14,15 @@ from torch import Tensor, fx, nn
 from . import passes
 from .capture import Captured, capture
 from .cost_models.hardware import Device, probe
-from .cost_models.memory import symbols_of
+from .cost_models.memory import symbols_of, tensor_bytes
 from .decide.calibration import Batch
 from .decide.evaluate import run_as_decoded
 from .decide.priors import Preparer
-from .decide.propose import Proposal
+from .decide.propose import Prepare, Proposal, Remade
 from .decide.quality import QUALITIES, Kind, Quality, Reference, class_axis
-from .decide.statistics import Call, Statistics, collect
+from .decide.recorder import Call, Run, collect
+from .decide.statistics import Statistics
+from .decide.streamed import BEYOND, Record, Streamed, footprints
 from .decide.verify import weight_bytes
 from .emit.editor import GraphEditor
 from .emit.module import OptimizedModule, emit
@@ -184,49 +187,93 @@ class Subject:
 
     @cached_property
     def statistics(self) -> Statistics:
-        run, output, quality = self._run, self.looked_at, self.quality
-        host = self.host
-        if host is not None and not host.differentiable(output):
+        """What is recorded of sites on the `fit` part, when it is asked for."""
+        captured, longest = self.captured, self._longest
+        found = footprints(
+            captured.graph,
+            captured.sites,
+            lambda node: tensor_bytes(node.meta.get("val"), longest),
+            len(self.request.calibration.fit),
+        )
+        return Streamed(found, self._recorded(), BEYOND // 2)
+
+    def _recorded(self) -> Record:
+        """Runs one pass; all passes draw the same random numbers."""
+        states: dict[str, Tensor] = {}
+
+        def record(nodes: Collection[str], of: str) -> Statistics:
+            fit = self.request.calibration.fit
+            if not fit:
+                raise FxoptError(
+                    "calibration: there are tensors to fit, and the example inputs hold no "
+                    "sequence to fit them on; pass calibration"
+                )
+            run, output, quality = self._differentiated
+            with self.request.progress.stage(f"recording {of}".strip(), len(fit)) as advance:
+                return collect(
+                    self.captured.graph,
+                    self.captured.sites,
+                    fit,
+                    stepping(advance, run),
+                    output,
+                    quality,
+                    seed=self.request.seed,
+                    wanted=nodes,
+                    states=states,
+                )
+
+        return record
+
+    @cached_property
+    def _differentiated(self) -> tuple[Run, int, Quality]:
+        """What is run to record, which of its outputs is differentiated, and how."""
+        host, quality = self.host, self.quality
+        if host is not None and not host.differentiable(self.looked_at):
             # No gradient says what matters further on: the submodule's own error ranks its sites,
             # and what is measured of the whole model scales that.
-            run, output, quality = host.inner, 0, replace(quality, kind="relative_error")
-        fit = self.request.calibration.fit
-        if not fit:
-            raise FxoptError(
-                "calibration: there are tensors to fit, and the example inputs hold no sequence to "
-                "fit them on; pass calibration"
-            )
-        with self.request.progress.stage("recording", len(fit)) as advance:
-            return collect(
-                self.captured.graph,
-                self.captured.sites,
-                fit,
-                stepping(advance, run),
-                output,
-                quality,
-                seed=self.request.seed,
-            )
+            return host.inner, 0, replace(quality, kind="relative_error")
+        return self._run, self.looked_at, quality
+
+    @property
+    def _longest(self) -> Mapping[str, int]:
+        """The graph's symbols as numbers, each as large as the `fit` part makes it; those that no
+        input has are as many as tokens."""
+        given = [self.host.inputs] if self.host else self.request.calibration.fit
+        tensors = [(n, v) for batch in given for n, v in batch.items() if isinstance(v, Tensor)]
+        tokens = max((t.shape[1] for _, t in tensors if t.ndim > 1), default=1)
+        sizes: dict[str, int] = defaultdict(lambda: tokens)
+        for name, dim in self.captured.symbols.items():
+            seen = [t.shape[dim.dim] for n, t in tensors if n == dim.input and t.ndim > dim.dim]
+            sizes[name] = max(seen, default=tokens)
+        return sizes
 
     @cached_property
     def preparer(self) -> Preparer:
-        return Preparer(self.statistics)
+        return Preparer(self.statistics, limit=BEYOND // 2)
 
-    def realise(
-        self,
-        proposals: Iterable[Proposal],
-        tensors: Callable[[Proposal], Mapping[str, Tensor]] | None = None,
-    ) -> GraphEditor:
+    def in_turn(self, proposals: Iterable[Proposal], tensors: Prepare) -> list[Proposal]:
+        """`proposals` in the order in which to ask for their tensors, which are kept until those of
+        other proposals are asked for so: sites are recorded in passes."""
+        made = tensors.anew if isinstance(tensors, Remade) else {}
+        proposals = list(proposals)
+        waiting = [p for p in proposals if p.where not in made]
+        if not waiting:
+            return proposals
+        return [*(p for p in proposals if p.where in made), *self.preparer.chosen(waiting)]
+
+    def realise(self, proposals: Iterable[Proposal], tensors: Prepare | None = None) -> GraphEditor:
         """A copy of the graph with `proposals` applied in the order of the rewrites.
 
         `tensors` gives what they register; by default it is prepared from the statistics.
         """
-        tensors = tensors or self.preparer
+        tensors, proposals = tensors or self.preparer, list(proposals)
+        made = {p.where: tensors(p) for p in self.in_turn(proposals, tensors)}
         order = {rewrite.name: i for i, rewrite in enumerate(self.rewrites)}
         editor = GraphEditor(self.captured)
         for proposal in sorted(proposals, key=lambda p: order[p.rewrite.name]):
             with editor.applying(proposal.rewrite.name):
                 proposal.rewrite.apply(
-                    proposal.match, proposal.candidate, tensors(proposal), editor
+                    proposal.match, proposal.candidate, made.pop(proposal.where), editor
                 )
         editor.finish()
         return editor

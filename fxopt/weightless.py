@@ -84,8 +84,9 @@ class Weightless(Compiler):
     def _prior(self, proposal: Proposal) -> float:
         return self._assumed(proposal)
 
-    def _record(self) -> None:
-        """There is nothing to record."""
+    def _is_scored(self, proposal: Proposal) -> bool:
+        """Nothing is recorded."""
+        return True
 
     def _save(self) -> None:
         self.costs.save()

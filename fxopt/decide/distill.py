@@ -21,7 +21,7 @@ from ..ir.evidence import Distilled
 from ..ir.site import GroupInfo, Site
 from .calibration import Batch, padding_of
 from .quality import Quality
-from .statistics import Run
+from .recorder import Run
 from .walk import Walk
 
 CHECKS = 20

@@ -19,7 +19,8 @@ from ..ir.site import EmbeddingInfo, ExpertsInfo, GroupInfo, LinearInfo, Site
 from .calibration import Batch, padding_of
 from .propose import Prepare, Proposal, Remade
 from .quality import Quality
-from .statistics import Recorded, Run, Statistics
+from .recorder import Run
+from .statistics import Recorded, Statistics
 from .walk import Walk
 
 DAMPING = 3.0
@@ -64,6 +65,7 @@ def recover(
     recovery = Recovery(prepare)
     walks = [Walk(graph, batches, run, quality) for graph in (original, rewritten)]
     masks = [padding_of(batch) for batch in batches]
+    statistics.passes(p.site for p in linear)
     with torch.no_grad():
         for node in [n.name for n in rewritten.graph.nodes if n.name in at]:
             proposal, member, site = at[node]
@@ -137,7 +139,8 @@ def _shifted(recorded: Recorded, change: Tensor, gram: Tensor, rows: int, site: 
     def moved(one: Recorded) -> Recorded:
         assert one.weight is not None
         weight = one.weight.double() @ change + one.weight.double()
-        return replace(one, weight=weight.to(one.weight.dtype), gram_sum=gram, gram_rows=rows)
+        weight = weight.to(one.weight.dtype)
+        return replace(one, weight=weight, gram_sum=gram, gram_rows=rows, made={})
 
     if not isinstance(site.info, GroupInfo):
         return moved(recorded)

@@ -349,11 +349,12 @@ def measure_swaps(
     deadline: float,
     limit: int = 96,
     rounds: int = 10,
+    expect: Callable[[Sequence[Column]], None] = lambda _: None,
 ) -> int:
     """Measure, one site at a time, the options that the solver takes, and let it think again.
 
     Those with the largest predicted error first, of each site at most `A_SITE`; returns how many
-    were measured.
+    were measured. `expect` is told which come next.
     """
     done = 0
     for _ in range(rounds):
@@ -370,6 +371,7 @@ def measure_swaps(
         waiting.sort(key=lambda at: -search.table.columns[at[0]][at[1]].prior)
         if not waiting:
             return done
+        expect([search.table.columns[g][o] for g, o in waiting[: limit - done]])
         for g, o in waiting:
             if done >= limit or time.monotonic() > deadline:
                 search.table.learn()

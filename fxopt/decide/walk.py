@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..ir.site import EmbeddingInfo, Site
 from .calibration import Batch
 from .quality import Quality
-from .statistics import Run
+from .recorder import Run
 
 
 class Walk:

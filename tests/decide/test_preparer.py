@@ -81,3 +81,22 @@ def test_what_is_shared_is_let_go_with_the_site() -> None:
         prepare(proposals(name)[0])
     assert not any(recorded.made for recorded in prepare.statistics.nodes.values())
     assert prepare(proposals("first")[0]) is prepare(proposals("first")[0])
+
+
+def test_the_latest_are_kept_and_those_of_the_last_choice() -> None:
+    first, second = (proposals(name)[0] for name in NAMES)
+    size = sum(t.nbytes for t in Preparer(statistics())(first).values())
+    prepare = Preparer(statistics(), limit=size)
+    one = prepare(first)
+    assert prepare(first) is one
+    other = prepare(second)
+    assert prepare(second) is other
+    assert prepare(first) is not one  # there was room for one
+    assert prepare.chosen([first, second]) == [first, second]
+    chosen = prepare(first), prepare(second)
+    prepare(proposals("second")[1])
+    assert prepare(first) is chosen[0]
+    assert prepare(second) is chosen[1]
+    prepare.chosen([second])  # another choice with a site as it was
+    assert prepare(second) is chosen[1]
+    assert prepare(first) is not chosen[0]

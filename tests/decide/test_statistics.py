@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import capture
-from fxopt.decide import statistics
+from fxopt.decide import recorder
 from fxopt.decide.quality import Quality
 
 
@@ -27,9 +27,9 @@ def test_a_sample_of_rows_stands_for_all_of_them(
         def run(call: Any, batch: Any, _: Any) -> Any:
             return call(captured.arguments(**batch))
 
-        monkeypatch.setattr(statistics, "ROWS", rows)
+        monkeypatch.setattr(recorder, "ROWS", rows)
         quality = Quality("relative_error", per_position=False)
-        found = statistics.collect(captured.graph, captured.sites, batches, run, 0, quality)
+        found = recorder.collect(captured.graph, captured.sites, batches, run, 0, quality)
         return found.second_order(site, found.at(site).exact() * 0.01)
 
     whole = estimate(10_000)
