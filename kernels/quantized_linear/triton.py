@@ -18,7 +18,7 @@ from fxopt.kernels._triton.epilogue import finished
 from fxopt.kernels._triton.splits import start_dependents
 from fxopt.kernels._triton.vector import Vector
 
-from .op import VECTOR_ROWS
+from .op import PAIRED_VECTOR_ROWS, VECTOR_ROWS
 
 
 @triton.jit
@@ -281,7 +281,8 @@ def quantized_linear(
         return y
     after = _contiguous(after)
     count, groups = len(rows), in_features // group_size
-    if chosen is None and count <= VECTOR_ROWS and vector.fits(count, bits, group_size):
+    few = VECTOR_ROWS if after.up is None else PAIRED_VECTOR_ROWS.get(bits, VECTOR_ROWS)
+    if chosen is None and count <= few and vector.fits(count, bits, group_size):
         chosen = by_vector(count, packed.shape[1], group_size * bits // 8)
     if isinstance(chosen, Vector):
         return vector.quantized_linear(
