@@ -39,7 +39,7 @@ def _whole_tiles(start_ptr, block_start, BLOCKS, GROUP: tl.constexpr):
 @triton.jit
 def _estimate_kernel(
     q, low, high, start_ptr, block_start, table, out, TILES, scale, least, width,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Estimates [B * KV, G, TILES] of q [B * KV, G, D]. Of packed keys `low` and `high` are zero
@@ -74,7 +74,7 @@ def _estimate_kernel(
 @triton.jit
 def _choose_kernel(
     mass, shown, start_ptr, block_start, tiles_ptr, count_ptr, TILES, most, nearest, shown_b,
-    H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, HAS_SHOWN: tl.constexpr,
+    H, G: tl.constexpr, GROUP: tl.constexpr, HAS_SHOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The list [B * KV, most + 1] of the kept tiles of one KV head and how many they are; behind
@@ -111,7 +111,7 @@ def _choose_kernel(
 @triton.jit
 def _note_kernel(
     key, shown, low, high, start_ptr, N, TOKENS, TILES, shown_b,
-    H: tl.constexpr, D: tl.constexpr, HAS_SHOWN: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, D: tl.constexpr, HAS_SHOWN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The ranges of one tile that the N new tokens behind `start` may have filled."""
     i_bh = tl.program_id(0).to(tl.int64)

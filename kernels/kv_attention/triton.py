@@ -122,7 +122,7 @@ def blocks_used(block_start, packed, GROUP: tl.constexpr):
 
 
 @triton.jit
-def first_block(table, i_bh, BLOCKS, H: tl.constexpr):
+def first_block(table, i_bh, BLOCKS, H):
     """Where the blocks of a KV head begin: the first of its own, or its place on a page."""
     if table is None:
         return i_bh * BLOCKS
@@ -131,7 +131,7 @@ def first_block(table, i_bh, BLOCKS, H: tl.constexpr):
 
 
 @triton.jit
-def block_at(table, i_n, H: tl.constexpr):
+def block_at(table, i_n, H):
     """How far on the `i_n`-th block lies; `table` is that of the row, None without pages."""
     if table is None:
         return i_n
@@ -199,7 +199,7 @@ def _decode_kernel(
     value, value_scale, value_zero, recent_k, recent_v, rank, bias, windows, listed, listed_count,
     out, out_m, out_l, counts, N, BLOCKS, RING, kept, LISTED, rank_b, bias_b, bias_h, bias_n,
     bias_t, scale, softcap,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
@@ -285,7 +285,7 @@ def _decode_kernel(
 @triton.jit
 def _combine_kernel(
     partial, top, total, sinks, out, N, splits,
-    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
+    H, G: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Shares of one row, joined into BLOCK_V channels of out [B, N, H*G, DV]; no key gives 0."""

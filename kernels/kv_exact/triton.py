@@ -53,7 +53,7 @@ def _tile(
 def _decode_exact_kernel(
     q, k, v, start_ptr, key, value, rank, bias, windows, listed, counts, out, out_m, out_l,
     N, TOKENS, LISTED, rank_b, bias_b, bias_h, bias_n, bias_t, scale, softcap,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -71,7 +71,7 @@ def _packed_share(
     q, block_start, table, key, key_scale, key_zero, value, value_scale, value_zero, rank,
     out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, listed, start, BLOCKS, N, rows,
     scale, softcap, window, sink_tokens,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    H, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_LIST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def _decode_packed_kernel(
     q, k, v, start_ptr, block_start, sink_k, sink_v, table, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, windows, listed, listed_count,
     out, out_m, out_l, counts, N, BLOCKS, RING, kept, LISTED, rank_b, scale, softcap,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    H, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,

@@ -134,7 +134,7 @@ state = dict(
     out_l=wide, scale="fp32", softcap="fp32", listed=ints,
 )
 plain = dict(
-    H=8, G=4, D=128, DV=128, CAUSAL=True, HAS_RANK=False, HAS_BIAS=False, HAS_WINDOW=False,
+    G=4, D=128, DV=128, CAUSAL=True, HAS_RANK=False, HAS_BIAS=False, HAS_WINDOW=False,
     HAS_SOFTCAP=False, UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128,
 )
 text = build(
@@ -154,16 +154,16 @@ for group in (0, 64):
     build(
         topk._estimate_kernel,
         dict(starts, q=p, low=p, high=p, out=wide, scale="fp32", width="fp32"),
-        H=8, G=4, D=128, GROUP=group, BLOCK_D=128, BLOCK_T=32, table=None,
+        G=4, D=128, GROUP=group, BLOCK_D=128, BLOCK_T=32, table=None,
     )
     build(
         topk._choose_kernel,
         dict(starts, mass=wide, shown="*u8", tiles_ptr=ints, count_ptr=ints),
-        H=8, G=4, GROUP=group, HAS_SHOWN=True, BLOCK=4096,
+        G=4, GROUP=group, HAS_SHOWN=True, BLOCK=4096,
     )
 build(
     topk._note_kernel, dict(key=p, shown="*i64", low=p, high=p, start_ptr=long),
-    H=8, D=128, HAS_SHOWN=True, BLOCK_D=128,
+    D=128, HAS_SHOWN=True, BLOCK_D=128,
 )
 """
 

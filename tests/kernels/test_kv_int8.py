@@ -179,7 +179,7 @@ kinds = dict(
     scale="fp32", softcap="fp32",
 )
 constants = dict(
-    N=1, H=8, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=BITS[0], V_BITS=BITS[1], CAUSAL=True,
+    N=1, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=BITS[0], V_BITS=BITS[1], CAUSAL=True,
     HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4, TILE=16,
     EXACT=2, HAS_LIST=LISTED, table=None,
 )

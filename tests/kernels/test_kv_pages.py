@@ -280,7 +280,7 @@ def build(kernel, stored, num_warps=4, **constants):
     options = {"num_warps": num_warps, "num_stages": 3}
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-shape = dict(H=8, D=128, DV=128, GROUP=128, SINK=4, HAS_RANK=True)
+shape = dict(D=128, DV=128, GROUP=128, SINK=4, HAS_RANK=True)
 def packed(stored, bits, listed, **constants):
     side = dict(shape, K_BITS=bits, V_BITS=bits, CAUSAL=True, HAS_WINDOW=False, HAS_SOFTCAP=False)
     return build(
@@ -304,7 +304,7 @@ for stored, bits in (("*u8", 2), ("*fp8e4nv", 8)):
         _append_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_T=16, BLOCK_D=128, BLOCK_V=128,
         BLOCK=512, **side,
     )
-build(_estimate_kernel, "*u8", H=8, G=4, D=128, GROUP=64, BLOCK_D=128, BLOCK_T=32)
+build(_estimate_kernel, "*u8", G=4, D=128, GROUP=64, BLOCK_D=128, BLOCK_T=32)
 """
 
 

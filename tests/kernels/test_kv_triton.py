@@ -294,7 +294,7 @@ every = dict(
 )
 build(
     exact._decode_exact_kernel, dict(state, key=p, value=p, q=p, **masks, **shares),
-    H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=64, BLOCK_N=16, STAGES=3,
+    G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=64, BLOCK_N=16, STAGES=3,
     SIZE=0, **every,
 )
 e4m3 = dict(key="*fp8e4nv", value="*fp8e4nv")
@@ -304,17 +304,17 @@ for bits, value_bits, group, kind in ((4, 2, 64, {}), (16, 8, 32, dict(key=p)), 
     build(
         decode._decode_kernel,
         dict(state, **kind, **starts, q=p, **masks, **shares),
-        H=8, G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, HAS_LIST=False,
+        G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, HAS_LIST=False,
         **every, **side,
     )
     build(
         append._pack_kernel, dict(state, **kind, counts=long),
-        H=8, D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, **side,
+        D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, **side,
     )
     build(
         append._append_kernel,
         dict(state, **kind, **starts),
-        H=8, D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, BLOCK_D=64, BLOCK_T=16,
+        D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, BLOCK_D=64, BLOCK_T=16,
         BLOCK=512, **side,
     )
 for alone in (False, True):
@@ -329,7 +329,7 @@ build(
 build(
     decode._combine_kernel,
     dict(partial="*fp32", top="*fp32", total="*fp32", sinks=p, out=p),
-    H=8, G=4, DV=48, HAS_SINKS=True, BLOCK_S=64, BLOCK_V=64,
+    G=4, DV=48, HAS_SINKS=True, BLOCK_S=64, BLOCK_V=64,
 )
 """
 
