@@ -120,14 +120,17 @@ class Cache(HFCache):
     def require(self, new_tokens: int, mask: Tensor | None = None) -> None:
         """Raise unless `new_tokens` more fit. With a pool, before each call: what the call packs
         gets its pages, where `mask` [batch, held + new_tokens] hides all of it none of its own."""
+        self._check_room(new_tokens)
+        if self.pool:
+            self.pool.take(self.length.value, self.length.value + new_tokens, mask)
+
+    def _check_room(self, new_tokens: int) -> None:
         needed = self.length.value + new_tokens
         if needed > self.capacity:
             raise FxoptError(
                 f"fxopt.Cache holds {self.length.value} of {self.capacity} tokens and "
                 f"{new_tokens} more are coming; call cache.reserve({needed}) before the model"
             )
-        if self.pool:
-            self.pool.take(self.length.value, needed, mask)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all; what is there stays. Never inside a forward."""
@@ -142,11 +145,11 @@ class Cache(HFCache):
 
     def advance(self, new_tokens: int) -> None:
         """Count tokens that the graph has appended."""
-        self.require(new_tokens)
+        self._check_room(new_tokens)
+        if self.pool:
+            self.pool.advance(self.length.value + new_tokens)
         self.length.value += new_tokens
         self.length.start += new_tokens
-        if self.pool:
-            self.pool.advance(self.length.value)
 
     def reset(self) -> None:
         super().reset()

@@ -45,11 +45,17 @@ class Table:
         old = self.ends[-1] if self.ends else 0
         return [high for _, high in block_bounds(old, self.fmt.packed(length), self.fmt.group)]
 
-    def take(self, length: int, padding: Sequence[int]) -> None:
-        """Pages for all blocks of the first `length` tokens; FxoptError where too few are free.
-        Rows begin with so much `padding`, and a block of nothing else needs no page of its own."""
-        held = len(self.rows[0]) if self.rows else 0
-        ends = [end + self.fmt.sink for end in [*self.ends, *self._due(length)][held:]]
+    def _coming(self, length: int) -> list[int]:
+        """Positions where the blocks of the first `length` tokens end that have no page yet."""
+        return [end + self.fmt.sink for end in [*self.ends, *self._due(length)][self._held :]]
+
+    @property
+    def _held(self) -> int:
+        return len(self.rows[0]) if self.rows else len(self.ends)
+
+    def check(self, length: int, padding: Sequence[int]) -> None:
+        """FxoptError where too few pages are free for `take`."""
+        ends = self._coming(length)
         needed = sum(end > first for first in padding for end in ends)
         if needed > len(self.free):
             raise FxoptError(
@@ -59,12 +65,23 @@ class Table:
                 "(make_cache(batch, capacity, pool_tokens=...)), or give pages back with "
                 "cache.crop or cache.batch_select_indices"
             )
+
+    def take(self, length: int, padding: Sequence[int]) -> None:
+        """Pages for all blocks of the first `length` tokens. Rows begin with so much `padding`,
+        and a block of nothing else needs no page of its own."""
+        ends, held = self._coming(length), self._held
         if not ends:
             return
         for row, first in zip(self.rows, padding, strict=True):
             for end in ends:
                 row.append(self._use(self.free.pop() if end > first else HIDDEN))
         self._write(held)
+
+    def give_up(self) -> None:
+        """Give back pages in which nothing was packed: those of a call that failed."""
+        for row in self.rows:
+            self._give_back(row[len(self.ends) :])
+            del row[len(self.ends) :]
 
     def advance(self, length: int) -> None:
         """Note what has been packed."""
@@ -74,12 +91,11 @@ class Table:
         """As `CacheLayer.truncate`: pages of blocks that hold nothing any more are free."""
         kept = max(0, length - self.fmt.sink)
         self.ends = sorted({min(end, kept) for end in self.ends} - {0})
-        for row in self.rows:
-            self._give_back(row[len(self.ends) :])
-            del row[len(self.ends) :]
+        self.give_up()
 
     def select(self, index: Sequence[int]) -> None:
         """Rows taken from `index`; those that are named twice share pages from here on."""
+        self.give_up()  # a page that is still to be written has one row
         old, self.rows = self.rows, [list(self.rows[i]) for i in index]
         for row in self.rows:
             for page in row:
@@ -150,17 +166,32 @@ class Pool:
         return min(len(table.free) * group for (group, *_), table in self.tables.items())
 
     def take(self, held: int, length: int, mask: Tensor | None) -> None:
-        """Pages for a call that makes `held` tokens `length`. The mask [batch, length] is asked
-        once, when a row begins: that waits for the device."""
-        if mask is not None and any(first >= held for first in self.padding):
-            shown = torch.cat([mask != 0, mask.new_ones(len(mask), 1, dtype=torch.bool)], 1)
-            found = shown.int().argmax(1).tolist()
-            self.padding = [
-                new if first >= held else first
-                for first, new in zip(self.padding, found, strict=True)
-            ]
+        """Pages for a call that makes `held` tokens `length`; FxoptError where too few are free,
+        and then none is taken. The mask [batch, length] is asked once, when a row begins: that
+        waits for the device."""
+        if any(first >= held for first in self.padding):
+            found = zip(self.padding, self._hidden(length, mask), strict=True)
+            self._pad([new if first >= held else first for first, new in found])
+        for table in self.tables.values():
+            table.check(length, self.padding)
         for table in self.tables.values():
             table.take(length, self.padding)
+
+    def _pad(self, padding: list[int]) -> None:
+        """A call that failed and comes again finds its pages, unless other blocks are hidden."""
+        if padding != self.padding:
+            for table in self.tables.values():
+                table.give_up()
+        self.padding = padding
+
+    def _hidden(self, length: int, mask: Tensor | None) -> list[int]:
+        """How many positions `mask` hides at the beginning of each row: none where it is of another
+        shape, which is the model's to refuse, and in a compiled module, which cannot ask."""
+        rows = len(self.padding)
+        if mask is None or mask.shape != (rows, length) or torch.compiler.is_compiling():
+            return [0] * rows
+        shown = torch.cat([mask != 0, mask.new_ones(rows, 1, dtype=torch.bool)], 1)
+        return shown.int().argmax(1).tolist()
 
     def advance(self, length: int) -> None:
         for table in self.tables.values():

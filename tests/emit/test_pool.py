@@ -17,6 +17,7 @@ from torch import Tensor
 from fxopt.emit.cache import Cache
 from fxopt.emit.growing import grown_states
 from fxopt.ir.errors import FxoptError
+from fxopt.ir.ops import attend
 from fxopt.kernels.kv_attention import parse
 from fxopt.kernels.kv_attention.layout import split_state
 from fxopt.kernels.kv_attention.pages import HIDDEN
@@ -152,6 +153,69 @@ def test_an_exhausted_pool_is_an_error_before_anything_is_written() -> None:
     assert_consistent(cache)
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 90)])
+def test_a_call_that_failed_may_come_again_with_another_mask(mask: Tensor | None) -> None:
+    """What it would have hidden has pages now."""
+    caches = [make(tokens, layouts=["k4v4g32r0s0"]) for tokens in (200, None)]
+    failed = torch.ones(2, 90)
+    failed[1, :70] = 0
+    caches[0].require(90, failed)
+    both(caches, 90, mask)
+    assert equal(*map(contents, caches))
+    assert_consistent(caches[0])
+
+
+def test_a_call_that_failed_half_way_finds_its_pages_again() -> None:
+    """Layers that have packed them do not do it twice."""
+    caches = [make(tokens, layouts=["k4v4g32r0s0"] * 2) for tokens in (200, None)]
+    k, v = torch.randn(2, 2, KV, 90, DIM)
+    for cache in caches:
+        for layers in (cache.layers[:1], cache.layers):
+            cache.require(90, torch.ones(2, 90))
+            for layer in layers:
+                attend(
+                    k, k, v, None, state=layer.state, start=cache.start, scale=1.0, causal=True,
+                    layout=layer.layout,
+                )  # fmt: skip
+        cache.advance(90)
+    assert equal(*map(contents, caches))
+    assert_consistent(caches[0])
+
+
+@pytest.mark.parametrize("change", [Cache.reorder_cache, Cache.batch_select_indices])
+def test_rows_share_no_page_that_is_still_to_be_written(change: Any) -> None:
+    caches = [make(tokens, layouts=["k4v4g32r0s0"]) for tokens in (300, None)]
+    both(caches, 40)
+    caches[0].require(60)  # a call that fails
+    for cache in caches:
+        change(cache, torch.tensor([1, 1]))
+    both(caches, 60)
+    assert equal(*map(contents, caches))
+    assert_consistent(caches[0])
+
+
+def test_a_call_without_a_mask_hides_nothing() -> None:
+    """Blocks that it packs have pages of their own, though all tokens of a row were hidden."""
+    caches = [make(tokens, capacity=190, layouts=["k4v4g32r70s0"]) for tokens in (400, None)]
+    mask = torch.ones(2, 120)
+    mask[1] = 0
+    both(caches, 120, mask)
+    both(caches, 60)
+    assert equal(*map(contents, caches))
+    assert_consistent(caches[0])
+
+
+def test_a_refused_call_takes_pages_of_no_schedule() -> None:
+    cache = make(128, layouts=["0:k4v4g64r0s0|1:k4v4g32r70s0", "k4v4g32r0s0"])
+    fill(cache, 100)
+    assert cache.pool is not None
+    free = {key: list(table.free) for key, table in cache.pool.tables.items()}
+    with pytest.raises(FxoptError, match="more pages of 32 tokens"):
+        cache.require(30)
+    assert {key: table.free for key, table in cache.pool.tables.items()} == free
+    assert_consistent(cache)
+
+
 def test_a_pool_of_exact_heads_is_refused() -> None:
     with pytest.raises(FxoptError, match="pool_tokens: this plan stores all keys and values exac"):
         make(100, layouts=["", "exact+t96"])
@@ -281,6 +345,22 @@ def test_a_call_that_finds_no_page_is_refused() -> None:
     assert cache.get_seq_length() == 0
     opt(prompts(3, 60), past_key_values=cache)
     assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("shape", [(2, 30), (2, 1, 40, 40), (1, 40)])
+def test_a_mask_of_another_shape_is_the_models_to_judge(shape: tuple[int, ...]) -> None:
+    _, opt, _ = pair("llama", "k4v4", torch.float64)
+    ids, mask = prompts(2, 40), torch.ones(shape)
+    mask[..., :5] = 0
+    found: list[Any] = []
+    for pool_tokens in (200, None):
+        cache = opt.make_cache(2, 110, pool_tokens=pool_tokens)  # type: ignore[operator]
+        try:
+            found.append(opt(ids, attention_mask=mask, past_key_values=cache).logits.tolist())
+        except FxoptError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+    assert (shape == (1, 40)) == (type(found[0]) is list)
 
 
 def test_an_export_reads_the_same_state() -> None:

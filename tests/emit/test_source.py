@@ -6,6 +6,7 @@ import ast
 import copy
 import pickle
 import traceback
+from itertools import pairwise
 
 import pytest
 import torch
@@ -158,17 +159,23 @@ def test_copies_pickles_and_compiles(case, name):
         torch.testing.assert_close(compiled(**found.example)[0], want)
 
 
+@pytest.mark.parametrize("hidden", [0, 35])
 @pytest.mark.parametrize("pool_tokens", [None, 100])
-def test_compiles_with_a_cache(rewritten, pool_tokens):
+def test_compiles_with_a_cache(rewritten, pool_tokens, hidden):
     opt = rewritten()
     ids = torch.randint(3, 61, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[1, :hidden] = 0
+    seen = {high: mask[:, :high] if hidden else None for high in range(41)}
+    torch.compiler.reset()  # so many compilations of one function are allowed
     compiled = torch.compile(opt, fullgraph=True, backend="aot_eager")
     outputs = []
     for run in (opt, compiled):
         cache = opt.make_cache(2, 48, pool_tokens=pool_tokens)
         with torch.no_grad():
-            steps = [run(input_ids=part, past_key_values=cache, use_cache=True).logits
-                     for part in ids.split([37, 1, 1, 1], 1)]  # fmt: skip
+            steps = [run(input_ids=ids[:, low:high], attention_mask=seen[high], use_cache=True,
+                         past_key_values=cache).logits
+                     for low, high in pairwise([0, 37, 38, 39, 40])]  # fmt: skip
         outputs.append(torch.cat(steps, 1))
     torch.testing.assert_close(*outputs)
 
