@@ -84,7 +84,12 @@ class Table:
             del row[len(self.ends) :]
 
     def advance(self, length: int) -> None:
-        """Note what has been packed."""
+        """Note what has been packed; FxoptError where it was packed before there were pages."""
+        if self._coming(length):
+            raise FxoptError(
+                "fxopt.Cache: blocks were packed before they had pages; call "
+                "cache.require(new_tokens) before what appends them"
+            )
         self.ends += self._due(length)
 
     def truncate(self, length: int) -> None:
@@ -211,6 +216,8 @@ class Pool:
         """Rows taken from `indices`, of a beam search or of a batch; waits for the device."""
         index = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         order: list[int] = index.tolist()
+        if any(not 0 <= i < len(self.padding) for i in order):
+            raise IndexError(f"rows {order} of a cache of {len(self.padding)}")
         self.padding = [self.padding[i] for i in order]
         for table in self.tables.values():
             table.select(order)

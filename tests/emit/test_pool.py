@@ -216,6 +216,25 @@ def test_a_refused_call_takes_pages_of_no_schedule() -> None:
     assert_consistent(cache)
 
 
+def test_blocks_without_pages_are_an_error() -> None:
+    cache = make(300)
+    with pytest.raises(FxoptError, match=r"before they had pages; call cache\.require"):
+        cache.advance(90)
+    assert cache.get_seq_length() == int(cache.start) == 0
+
+
+@pytest.mark.parametrize("change", [Cache.reorder_cache, Cache.batch_select_indices])
+def test_rows_that_are_not_there_leave_the_cache_as_it_was(change: Any) -> None:
+    cache = make(300)
+    fill(cache, 90)
+    before = contents(cache)
+    for wrong in ([-1, 0], [0, 2]):
+        with pytest.raises(IndexError):
+            change(cache, torch.tensor(wrong))
+    assert equal(contents(cache), before)
+    assert_consistent(cache)
+
+
 def test_a_pool_of_exact_heads_is_refused() -> None:
     with pytest.raises(FxoptError, match="pool_tokens: this plan stores all keys and values exac"):
         make(100, layouts=["", "exact+t96"])
