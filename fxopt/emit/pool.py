@@ -47,10 +47,12 @@ class Table:
 
     def _coming(self, length: int) -> list[int]:
         """Positions where the blocks of the first `length` tokens end that have no page yet."""
-        return [end + self.fmt.sink for end in [*self.ends, *self._due(length)][self._held :]]
+        due = self._due(length)[self._held - len(self.ends) :]
+        return [end + self.fmt.sink for end in due]
 
     @property
     def _held(self) -> int:
+        """Pages of a row; there are as many as `ends`, or more once a call took them."""
         return len(self.rows[0]) if self.rows else len(self.ends)
 
     def check(self, length: int, padding: Sequence[int]) -> None:

@@ -82,8 +82,8 @@ class Blocks:
 
     def pages(self, batch: int, pool_tokens: int) -> int:
         """Pages that hold `pool_tokens` of all rows together, padding not counted, however they
-        are divided: the first and the last block of a row may both be of fewer tokens. One more
-        is of blocks that are nothing but padding."""
+        are divided: the first block of a row may be of fewer tokens, behind padding. One more is
+        of blocks that are nothing but padding."""
         return pool_tokens // self.group + batch + 1
 
 
