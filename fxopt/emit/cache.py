@@ -138,6 +138,9 @@ class Cache(HFCache):
             return
         if self.pool:
             self.pool.reserve(capacity)
+            # All of them before any grows: memory may not be enough for the last.
+            for layer in self.layers:
+                layer.widen()
         for layer in self.layers:
             layer.reserve(capacity)
         self.length.capacity = capacity

@@ -151,29 +151,41 @@ class CacheLayer(CacheLayerMixin):
             part["block_start"].clamp_(max=max(0, length - fmt.sink))
         self.reserve(self.length.capacity)
 
-    def reserve(self, capacity: int) -> None:
-        """Grow to `capacity` tokens, and to the blocks that short ones cost beside it."""
+    def widen(self) -> None:
+        """Take the pool's tables as they are now, with starts for as many blocks."""
         state: list[Tensor] = []
         tables = self._with_tables(self.state)
-        for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, tables):
+        for _, _, part in split_state(parse(self.layout), self.num_kv_heads, tables):
+            if "table" in part:
+                entries = part["table"].shape[1] + 1
+                part["block_start"] = self._grown("block_start", part["block_start"], [entries])
+            state += part.values()
+        self._replace(state)
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to `capacity` tokens, and to the blocks that short ones cost beside it."""
+        self.widen()
+        state: list[Tensor] = []
+        for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
             shapes = state_shapes(
                 fmt, self.batch_size, len(heads), self.head_dim, self.value_dim,
                 capacity, self.dtype, RANGES[0] in part,
             )  # fmt: skip
-            extra, table = 0, part.get("table")
-            if table is not None:
-                extra = table.shape[1] + 1 - shapes["block_start"][0][0]
-            elif fmt is not None:
+            extra, paged = 0, "table" in part
+            if fmt is not None and not paged:
                 starts = part["block_start"]
                 extra = int((starts.diff() > 0).sum()) - int(starts[-1]) // fmt.group
             for name, tensor in part.items():
-                if name == "table" or (table is not None and tensor.dim() == 5):
+                if paged and tensor.dim() != 4:
                     state.append(tensor)
                     continue
                 shape = list(shapes[name][0])
                 if tensor.dim() in (1, 5):
                     shape[0 if tensor.dim() == 1 else 2] += extra
                 state.append(self._grown(name, tensor, shape))
+        self._replace(state)
+
+    def _replace(self, state: list[Tensor]) -> None:
         if any(new is not old for new, old in zip(state, self.state, strict=True)):
             self.length.version += 1
         self.state[:] = state
@@ -223,6 +235,9 @@ class FilledLayer(CacheLayer):
 
     def truncate(self, length: int) -> None:
         """Nothing to do: these tokens are not those that were generated."""
+
+    def widen(self) -> None:
+        """Nothing to do: no table is read."""
 
     def reserve(self, capacity: int) -> None:
         """Nothing to do: nothing is appended."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.emit.cache import Cache
+from fxopt.emit.cache_layers import CacheLayer
 from fxopt.emit.growing import grown_states
 from fxopt.ir.errors import FxoptError
 from fxopt.ir.ops import attend
@@ -232,6 +233,31 @@ def test_rows_that_are_not_there_leave_the_cache_as_it_was(change: Any) -> None:
         with pytest.raises(IndexError):
             change(cache, torch.tensor(wrong))
     assert equal(contents(cache), before)
+    assert_consistent(cache)
+
+
+def test_layers_that_could_not_grow_read_the_tables_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where memory ran out half-way, a cache goes on with the capacity that it had."""
+    cache, plain = (
+        make(tokens, capacity=100, layouts=["k4v4g32r0s0"] * 2) for tokens in (400, None)
+    )
+    both([cache, plain], 40)
+    version, grow = cache.length.version, CacheLayer.reserve
+
+    def reserve(layer: CacheLayer, capacity: int) -> None:
+        if layer is cache.layers[1]:
+            raise torch.OutOfMemoryError("of this test")
+        grow(layer, capacity)
+
+    monkeypatch.setattr(CacheLayer, "reserve", reserve)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.reserve(300)
+    assert cache.capacity == 100
+    assert cache.length.version > version
+    both([cache, plain], 60)
+    assert equal(*map(contents, [cache, plain]))
     assert_consistent(cache)
 
 

@@ -380,7 +380,7 @@ def test_generated_tokens_lie_on_pages():
     opt, _ = packed(make("t5"))
     ids, mask = padded(75)
     found = []
-    caches = [opt.make_cache(6, 90, pool_tokens=tokens) for tokens in (6 * 90, None)]
+    caches = [opt.make_cache(6, 40, pool_tokens=tokens) for tokens in (6 * 90, None)]
     for cache in caches:
         torch.manual_seed(0)
         found.append(
