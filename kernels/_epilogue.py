@@ -21,8 +21,8 @@ ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
 
 
 class Epilogue(NamedTuple):
-    """What follows a product of shape [..., out]. `residual` is [..., out] too, in its dtype; `up`
-    the second weight, as its kernel takes the first one, and its bias."""
+    """What follows a product of shape [..., out]. `residual` is [..., out] too; `up` the second
+    weight, as its kernel takes the first one, and its bias."""
 
     activation: str = ""
     residual: Tensor | None = None
@@ -32,18 +32,30 @@ class Epilogue(NamedTuple):
 PLAIN = Epilogue()
 
 
-def check(name: str, shape: Sequence[int], dtype: torch.dtype, after: Epilogue) -> None:
-    """Raises ValueError for an activation that nothing computes, and for a residual that is not as
-    the output, [*shape] in `dtype`."""
+def check(name: str, shape: Sequence[int], after: Epilogue) -> None:
+    """Raises ValueError for an activation that nothing computes, and for a residual that has not
+    the output's `shape`."""
     activation, residual, _ = after
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS[1:])
         raise ValueError(f"{name}: activation must be empty, {known}, got {activation!r}")
-    if residual is not None and (tuple(residual.shape), residual.dtype) != (tuple(shape), dtype):
+    if residual is not None and tuple(residual.shape) != tuple(shape):
         raise ValueError(
-            f"{name}: the residual is {list(residual.shape)} in {residual.dtype}, the output "
-            f"{list(shape)} in {dtype}"
+            f"{name}: the residual is {list(residual.shape)}, the output {list(shape)}"
         )
+
+
+def apart(dtype: torch.dtype, after: Epilogue) -> tuple[Epilogue, Tensor | None]:
+    """What a kernel does that stores a product of `dtype`, and a residual that is added to what it
+    stored: one of another dtype, as there is under autocast, where a sum promotes."""
+    if after.residual is None or after.residual.dtype == dtype:
+        return after, None
+    return after._replace(residual=None), after.residual
+
+
+def out_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
+    """What a product of `dtype` is in once `residual` is added."""
+    return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._epilogue import Epilogue, activate_backward
+from fxopt.kernels._epilogue import Epilogue, activate_backward, apart, out_dtype
 from fxopt.kernels._register import register
 
 from . import reference
@@ -40,7 +40,9 @@ def _cuda(
 
     after = Epilogue(activation, residual)
     reference.check(x, right, left, after)
-    return triton.monarch_linear(x, right, left, bias, after)
+    after, residual = apart(x.dtype, after)
+    y = triton.monarch_linear(x, right, left, bias, after)
+    return y if residual is None else (y + residual).contiguous()
 
 
 def _fake(
@@ -52,7 +54,8 @@ def _fake(
     residual: Tensor | None = None,
 ) -> Tensor:
     reference.check(x, right, left, Epilogue(activation, residual))
-    return x.new_empty((*x.shape[:-1], left.shape[0] * left.shape[1]))
+    dtype = out_dtype(x.dtype, residual)
+    return x.new_empty((*x.shape[:-1], left.shape[0] * left.shape[1]), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,8 +75,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_right, needs_left, needs_bias = needs[:4]
     x, right, left, *bias = ctx.saved_tensors
     grad_residual = grad if needs[5] else None
+    x = x.to(right.dtype)  # under autocast they differ
     if bias:
-        grad = activate_backward(grad, monarch_linear(x, right, left, *bias), ctx.activation)
+        product = monarch_linear(x, right, left, *bias)
+        grad = activate_backward(grad.to(product.dtype), product, ctx.activation)
+    grad = grad.to(left.dtype)
     blocks, out_width = left.shape[:2]
     rows = x.reshape(-1, blocks, right.shape[2]).transpose(0, 1)
     grad_rows = grad.reshape(-1, blocks, out_width).transpose(0, 1)

@@ -23,7 +23,7 @@ def monarch_linear(
     returns [..., out], contiguous. Block (i, j) of the weight, out / b x in / b, is the product
     of left[i][:, j * k : (j + 1) * k] and right[j][i * k : (i + 1) * k] and so has rank k.
     `activation`, "silu", "gelu", "gelu_tanh" or "relu", and the addition of `residual` [..., out]
-    follow, each rounded as a call of its own.
+    follow, each rounded as a call of its own; the sum promotes as one does.
     """
     check(x, right, left, Epilogue(activation, residual))
     blocks, inner, _ = right.shape
@@ -55,5 +55,4 @@ def check(x: Tensor, right: Tensor, left: Tensor, after: Epilogue = PLAIN) -> No
             f"monarch_linear: x {list(x.shape)}, right {list(right.shape)} and left "
             f"{list(left.shape)} do not chain as [..., in], [b, b * k, in / b], [b, out / b, b * k]"
         )
-    out = (*x.shape[:-1], blocks * left.shape[1])
-    check_epilogue("monarch_linear", out, x.dtype, after)
+    check_epilogue("monarch_linear", (*x.shape[:-1], blocks * left.shape[1]), after)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._epilogue import activate, activate_backward
+from fxopt.kernels._epilogue import activate, activate_backward, apart, out_dtype
 from fxopt.kernels._register import register
 from fxopt.kernels.gated import ACTIVATIONS, gated
 
@@ -52,7 +52,9 @@ def _cuda(
     from . import triton
 
     if x.numel() <= (FUSED_ROWS if after.up is None else PAIRED_ROWS) * x.shape[-1]:
-        return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size, after=after)
+        after, residual = apart(x.dtype, after)
+        y = triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size, after=after)
+        return y if residual is None else (y + residual).contiguous()
     activation, residual, up = after
     y = _product(x, packed, scale, zero, bias, bits, group_size)
     if up is not None and activation in ACTIVATIONS:
@@ -91,7 +93,8 @@ def _fake(
 ) -> Tensor:
     after = reference.epilogue(*following)
     reference.check(x, packed, scale, bits, group_size, after)
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    dtype = out_dtype(x.dtype, after.residual)
+    return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -110,17 +113,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_up_bias = None
     if again:
         x, bias, *up = again
+        x = x.to(scale.dtype)  # under autocast they differ, as do products and outputs
         y = quantized_linear(x, packed, scale, zero, bias, *grid)
+        grad = grad.to(y.dtype)
         if up[0] is not None:
             grad_up = grad * activate(y, ctx.activation)
             grad = grad * quantized_linear(x, *up, *grid)
-            grad_x = (
-                grad_up @ reference.dequantize(up[0], up[1], up[2], *grid) if needs[0] else None
-            )
+            if needs[0]:
+                weight = reference.dequantize(up[0], up[1], up[2], *grid)
+                grad_x = grad_up.to(scale.dtype) @ weight
             grad_up_bias = _of_bias(grad_up) if needs[12] else None
         grad = activate_backward(grad, y, ctx.activation)
     if needs[0]:
-        product = grad @ reference.dequantize(packed, scale, zero, *grid)
+        product = grad.to(scale.dtype) @ reference.dequantize(packed, scale, zero, *grid)
         grad_x = product if grad_x is None else grad_x + product
     grad_bias = _of_bias(grad) if needs[4] else None
     frozen = (None, None, None)

@@ -93,8 +93,8 @@ def quantized_linear(
     dtype. The whole weight is dequantised for the time of the call. `activation` is "silu",
     "gelu", "gelu_tanh", "relu" or empty, for none. With a second weight, `up_packed` and what
     belongs to it, the result is multiplied by its product with x, as in gated layers (GLU Variants,
-    arXiv 2002.05202). `residual` [..., out] is added last. Products, activation, their product and
-    the sum are each rounded to x's dtype, as calls of their own would be.
+    arXiv 2002.05202). `residual` [..., out] is added last, and promotes as a sum does. Products,
+    activation, their product and the sum are each rounded, as calls of their own would be.
     """
     after = epilogue(activation, residual, up_packed, up_scale, up_zero, up_bias)
     check(x, packed, scale, bits, group_size, after)
@@ -153,7 +153,7 @@ def check(
             f"quantized_linear: x has {in_features} features, but packed {list(packed.shape)} and "
             f"scale {list(scale.shape)} hold {stored[0]} and {stored[1]}"
         )
-    check_epilogue("quantized_linear", (*x.shape[:-1], packed.shape[0]), x.dtype, after)
+    check_epilogue("quantized_linear", (*x.shape[:-1], packed.shape[0]), after)
     if after.up is None:
         return
     up, first = ([list(t.shape) for t in weight] for weight in (after.up[:2], (packed, scale)))

@@ -132,6 +132,24 @@ def test_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(parameter.grad, wanted[name])
 
 
+@pytest.mark.parametrize("chosen", [("linear.quantized", "int4"), ("linear.monarch",)])
+def test_autocast_computes_the_same(
+    chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers then take and add tensors of two dtypes."""
+    (rewrite, *label), (model, example) = chosen, gpt2()
+    opt, _ = everywhere(rewrite, model, example, *label)
+    assert following(opt)["residual"] == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(emission, "fuse_epilogues", lambda graph: None)
+        apart, _ = everywhere(rewrite, model, example, *label)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(opt(**example).logits, apart(**example).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = opt.train()(**example).logits.float().square().mean()
+    loss.backward()
+
+
 def test_a_saved_folder_and_a_copy_compute_the_same(tmp_path: Path) -> None:
     model, example = MODELS["gpt2"]()
     opt, _ = everywhere("linear.quantized", model, example, "int4")

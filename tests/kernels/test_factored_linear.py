@@ -145,6 +145,27 @@ def test_what_follows_monarch(activation: str) -> None:
     torch.library.opcheck(OPS["monarch"][1], (*given[:4], activation, given[4]))
 
 
+@pytest.mark.parametrize("activation", ["", "gelu"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_residual_of_another_dtype_promotes(activation: str, autocast: bool) -> None:
+    dtype = torch.float32 if autocast else torch.bfloat16
+    first, second, _ = factors("monarch", dtype)
+    x, residual = torch.randn(3, 63).bfloat16(), torch.randn(3, 42)
+    inputs = [tensor.requires_grad_() for tensor in (x, first, second, residual)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = monarch_linear(x, first, second, None, activation, residual)
+        product = monarch_linear(x, first, second, None)
+        calls = (F.gelu(product) if activation else product) + residual
+    assert (product.dtype, out.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(out, calls)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    if not autocast:
+        wanted = torch.autograd.grad(calls.square().sum(), inputs)
+        assert all(map(torch.equal, found, wanted))
+        torch.library.opcheck(OPS["monarch"][1], (x, first, second, None, activation, residual))
+
+
 def test_what_cannot_follow_monarch_is_an_error() -> None:
     first, second, bias = factors("monarch")
     x = torch.randn(3, 63)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fxopt.kernels._epilogue import Epilogue, activate
 from fxopt.kernels._triton import few_rows, vector
 from fxopt.kernels.low_rank_linear import low_rank_linear
 from fxopt.kernels.monarch_linear import dense, monarch_linear
+from fxopt.kernels.monarch_linear import op as monarch_op
 from fxopt.kernels.monarch_linear import triton as monarch_triton
 from fxopt.kernels.quantized_linear import dequantize, quantize, quantized_linear
 from fxopt.kernels.quantized_linear import op as quantized_op
@@ -149,6 +151,22 @@ def test_rows_beyond_one_launch_compose_the_same(rows: int, paired: bool) -> Non
     wanted = quantized_op.reference.quantized_linear(*given)
     # Sums in another order.
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("op", ["quantized", "monarch"])
+def test_a_residual_of_another_dtype_is_added_apart(op: str, rows: int) -> None:
+    x, residual = draw(rows, 126, dtype=torch.float16), draw(51, rows, dtype=torch.float32).T
+    cuda: Any
+    if op == "quantized":
+        weight: tuple[Any, ...] = quantize(draw(51, 126, dtype=torch.float16), 4, 42)
+        first, cuda = (*weight, None, 4, 42), quantized_op._cuda  # pyright: ignore[reportPrivateUsage]
+    else:
+        right, left = draw(3, 15, 42, dtype=torch.float16), draw(3, 17, 15, dtype=torch.float16)
+        first, cuda = (right, left, None), monarch_op._cuda  # pyright: ignore[reportPrivateUsage]
+    out = cuda(x, *first, "silu", residual)
+    assert out.is_contiguous()
+    assert torch.equal(out, cuda(x, *first, "silu") + residual)
 
 
 def test_two_weights_are_cut_into_narrower_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
