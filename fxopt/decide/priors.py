@@ -17,7 +17,7 @@ Key = tuple[str, str, str]
 
 class Preparer:
     """Prepared tensors of proposals, made on demand. Those of the last choice are kept, as the
-    module made of them keeps them, and of others the latest that fit in `limit` bytes."""
+    module made of them keeps them, and beside them the latest others that fit in `limit` bytes."""
 
     def __init__(self, statistics: Statistics, *, limit: int = BEYOND // 2) -> None:
         self.statistics = statistics
@@ -35,17 +35,25 @@ class Preparer:
             tensors = proposal.rewrite.prepare(proposal.match, proposal.candidate, recorded)
         if key in self._chosen:
             self._chosen[key] = tensors
-        self._keep(key, tensors)
+        else:
+            self._keep(key, tensors)
         return tensors
 
     def chosen(self, proposals: Iterable[Proposal]) -> list[Proposal]:
-        """Keep the tensors of these, once they are made, in place of those of another choice.
+        """Keep the tensors of these, once they are made, in place of those of another choice, which
+        become the latest others: what is tried about a choice changes few sites and comes back.
 
         Returns them in the order to ask for them: those whose sites are recorded in one pass follow
         one another.
         """
         proposals = list(proposals)
-        self._chosen = {key: self._held(key) for key in map(_key, proposals)}
+        before, keys = self._chosen, list(map(_key, proposals))
+        self._chosen = {key: self._held(key) for key in keys}
+        for key in keys:
+            self._drop(key)
+        for key, tensors in before.items():
+            if tensors is not None and key not in self._chosen:
+                self._keep(key, tensors)
         passes = self.statistics.passes(p.site for p in self._waiting(proposals))
         order = {(s.family, s.key): i for i, s in enumerate(s for one in passes for s in one)}
         return sorted(proposals, key=lambda p: order.get(p.where, -1))
@@ -64,14 +72,17 @@ class Preparer:
 
     def _keep(self, key: Key, tensors: dict[str, Tensor]) -> None:
         """Keep these as the latest, and let go of the eldest where they do not fit."""
-        self._bytes -= _bytes(self._kept.pop(key, {}))
+        self._drop(key)
         size = _bytes(tensors)
         if size > self._limit:
             return
         while self._bytes + size > self._limit:
-            self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
+            self._drop(next(iter(self._kept)))
         self._kept[key] = tensors
         self._bytes += size
+
+    def _drop(self, key: Key) -> None:
+        self._bytes -= _bytes(self._kept.pop(key, {}))
 
 
 def _key(proposal: Proposal) -> Key:

@@ -99,4 +99,20 @@ def test_the_latest_are_kept_and_those_of_the_last_choice() -> None:
     assert prepare(second) is chosen[1]
     prepare.chosen([second])  # another choice with a site as it was
     assert prepare(second) is chosen[1]
+    prepare.chosen([])  # what it gives up is the latest now
     assert prepare(first) is not chosen[0]
+
+
+def test_what_is_tried_about_a_choice_is_all_that_is_made() -> None:
+    base = [proposals(name)[0] for name in NAMES]
+    size = sum(t.nbytes for t in Preparer(statistics())(base[0]).values())
+    prepare = Preparer(statistics(), limit=size)
+    prepare.chosen(base)
+    kept = [prepare(p) for p in base]
+    for i, name in enumerate(NAMES):
+        tried = [*base]
+        tried[i] = proposals(name)[1]
+        prepare.chosen(tried)
+        assert [prepare(p) is found for p, found in zip(tried, kept, strict=True)] == [
+            k != i for k in range(2)
+        ]
