@@ -141,19 +141,18 @@ def kind(column: Column) -> str:
 
 def build(
     proposals: Proposals,
-    options: Collection[Options],
+    options: Iterable[Options],
     cost: CostModel,
     prior_of: Callable[[Proposal], float],
-    watch: Callable[[Collection[Options]], Iterable[Options]] = iter,
 ) -> Table:
     """Price every option.
 
     `prior_of` gives the additive error of one proposal alone; what returns no number is refused in
-    `proposals`. `watch` iterates over the options, and may count the sites.
+    `proposals`.
     """
     keys: list[tuple[Site, ...]] = []
     columns: list[list[Column]] = []
-    for sites, made in watch(options):
+    for sites, made in options:
         keys.append(sites)
         columns.append([])
         for option in made:
