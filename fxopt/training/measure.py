@@ -52,7 +52,7 @@ class Outcome:
             if name.startswith(GRADIENT) and not gradients:
                 continue
             mine, theirs = self.tensors.get(name), other.tensors.get(name)
-            if mine is None or theirs is None:
+            if mine is None or theirs is None or mine.shape != theirs.shape:
                 return name, float("inf")
             if not torch.equal(mine, theirs):
                 least = 0.0
@@ -77,7 +77,7 @@ class Outcome:
         """The norm of the difference of all gradients, relative to the norm of these."""
         names = [name for name in self.tensors if name.startswith(GRADIENT)]
         pairs = [self._norms(self.tensors[name], other.tensors[name]) for name in names]
-        off, norm = (sum(one**2 for one in found) for found in zip(*pairs, strict=True))
+        off, norm = (sum(pair[i] ** 2 for pair in pairs) for i in range(2))
         return (off / max(norm, 1e-60)) ** 0.5
 
     def _norms(self, a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -85,13 +85,18 @@ class Outcome:
         takes a billion gradients in a second, and piece by piece, since that device may be full.
         Infinite or undefined elements differ infinitely from any others but their like."""
         off = norm = 0.0
-        for mine, theirs in zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True):
+        pieces = (_real(t).flatten().split(PIECE) for t in (a, b))
+        for mine, theirs in zip(*pieces, strict=True):
             x, y = (piece.to(self.device).double() for piece in (mine, theirs))
             alike = (x == y) | (x.isnan() & y.isnan())
             apart = torch.where(alike, 0.0, x - y).nan_to_num(nan=torch.inf)
             off += apart.square().sum().item()
             norm += torch.where(x.isfinite(), x, 0.0).square().sum().item()
         return off**0.5, norm**0.5
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def step(module: nn.Module, inputs: Inputs) -> Any:

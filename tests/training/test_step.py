@@ -63,6 +63,17 @@ def test_outcomes_are_told_apart(small: Example) -> None:
     assert 0 < off < 1
 
 
+def test_what_is_complex_or_of_another_shape_differs() -> None:
+    def one(tensor: torch.Tensor) -> measure.Outcome:
+        return measure.Outcome({"output y": tensor})
+
+    y = torch.tensor([3.0 + 4.0j, 0.0])
+    assert one(y).difference(one(y.conj())) == ("output y", pytest.approx(8 / 5))
+    x = torch.ones(2, 3)
+    assert one(x).difference(one(x.T)) == ("output y", float("inf"))
+    assert one(x).gradient_error(one(x)) == 0.0  # there is none
+
+
 def test_a_gradient_of_rounding_alone_is_no_difference() -> None:
     large = torch.tensor([1.0, -2.0])
     first = measure.Outcome({"gradient of a": large, "gradient of b": torch.tensor([3e-10])})
