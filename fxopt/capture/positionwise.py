@@ -32,6 +32,27 @@ class Tokenwise(fx.Interpreter):
     of matrices in half precision does not. So a graph on the meta device is run as well.
     """
 
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self._given: set[fx.Node] = set()
+        """What depends on the inputs."""
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" or not self._given.isdisjoint(node.all_input_nodes):
+                self._given.add(node)
+
+    def run_node(self, n: fx.Node) -> Any:
+        # A weight that is made of tokens is where they meet.
+        places: dict[Any, int] = {LINEAR: 1, EMBEDDING: 0}
+        place = places.get(n.target)
+        if place is not None and n.args[place] in self._given:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return super().call_function(n.target, *self._runnable(args, kwargs))
+        return super().run_node(n)
+
+    def _runnable(self, args: Any, kwargs: Any) -> Any:
+        given = pytree.tree_map_only(Tensor, _with_values, (args, kwargs))
+        return pytree.tree_map_only(torch.device, runs_on, given)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is attend:
             return _attended(*args[:3])
@@ -39,8 +60,7 @@ class Tokenwise(fx.Interpreter):
             return _mixed(args[0], args[1].shape[0])
         if target is EMBEDDING:
             return _spread(args[1], args[0])
-        args, kwargs = pytree.tree_map_only(Tensor, _with_values, (args, kwargs))
-        args, kwargs = pytree.tree_map_only(torch.device, runs_on, (args, kwargs))
+        args, kwargs = self._runnable(args, kwargs)
         if target is HISTOGRAM and not args[0].is_floating_point():
             # what counts the tokens of experts was traced for devices that count integers
             return target(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)

@@ -42,10 +42,17 @@ class BatchMean(TokenShift):
         return self.inner(x + x.mean(0, keepdim=True))
 
 
+class MadeWeight(TokenShift):
+    def forward(self, x: Tensor) -> Tensor:
+        shares = x.mean((0, 1)).expand(x.shape[2], x.shape[2])
+        return self.inner(x + nn.functional.linear(x, shares))
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
+        (MadeWeight, "tokens meet outside attention"),
         (TokenShift, "position 4 of sequence 0 changes the result at position 5 of sequence 0"),
         (OwnPositions, "does not take all positions from position_ids"),
         (BatchMean, "at position 4 of sequence 1"),
