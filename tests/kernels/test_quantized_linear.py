@@ -269,13 +269,13 @@ def test_opcheck_of_what_follows(activation: str, added: bool, paired: bool) -> 
 
 
 def test_what_follows_compiles_with_inductor_and_trains() -> None:
-    first, second = weights(torch.float32, 4, 42)
+    first, second = weights(torch.float64, 4, 42)
 
     def block(x: Tensor) -> Tensor:
         gate = quantized_linear(x, *first, None, 4, 42, "silu", **second)
         return quantized_linear(x, *first, None, 4, 42, "gelu", gate * 2)
 
-    x = torch.randn(7, 126).requires_grad_()
+    x = torch.randn(7, 126, dtype=torch.float64).requires_grad_()
     found = [call(x) for call in (torch.compile(block, fullgraph=True), block)]
     torch.testing.assert_close(*found)
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in found]
