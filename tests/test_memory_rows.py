@@ -66,6 +66,7 @@ def test_memory_counts_the_weights_beside_the_peak(llama: nn.Module, ids: torch.
     assert chunks(opt)
 
 
+@pytest.mark.slow
 def test_what_no_chunk_can_serve_is_refused_by_name(llama: nn.Module, ids: torch.Tensor) -> None:
     with pytest.raises(fxopt.BudgetError, match="activations measured") as caught:
         optimise(llama, ids, activations="2%")

@@ -65,6 +65,7 @@ def test_more_room_is_worth_less_rounding(plan: fxopt.Plan) -> None:
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_many_equal_layers_are_decided_by_their_number() -> None:
     """Sixteen layers whose sites are all alike: a program without symmetries is solved at once."""
     made = fxopt.plan(llama(16), fxopt.Budget(weights="30%"), workload=WORK)

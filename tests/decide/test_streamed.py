@@ -329,6 +329,7 @@ def test_a_choice_is_prepared_in_passes_and_kept(
     assert not torch.equal(graph(x)[0], twin(x)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clock")
 def test_single_sites_to_be_measured_are_recorded_several_at_a_time(
     monkeypatch: pytest.MonkeyPatch, recorded: list[set[str]], tmp_path: Path

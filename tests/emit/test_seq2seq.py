@@ -376,6 +376,7 @@ def test_a_budget_packs_both_kinds_of_cache(name, tmp_path):
     assert report.difference < 1e-4
 
 
+@pytest.mark.slow
 def test_generated_tokens_lie_on_pages():
     opt, _ = packed(make("t5"))
     ids, mask = padded(75)

@@ -209,6 +209,7 @@ def test_what_follows_is_to_the_bit_that_of_calls_of_its_own(
     assert (out.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("paired", [False, True])
 def test_gradients_through_what_follows(activation: str, paired: bool) -> None:

@@ -274,6 +274,7 @@ def test_an_8b_model_is_less_than_a_megabyte(tmp_path: Path) -> None:
     assert plan.to_html(tmp_path / "plan.html").stat().st_size < 1_000_000
 
 
+@pytest.mark.slow
 def test_five_thousand_sites_open_in_two_seconds_and_scroll(tab: Callable[..., Tab]) -> None:
     plan = llama(100, 22)
     assert len(plan.decisions) > 5000

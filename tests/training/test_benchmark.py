@@ -113,6 +113,7 @@ def small_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).train()
 
 
+@pytest.mark.slow
 def test_finetuning_goes_on_where_it_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

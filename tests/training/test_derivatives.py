@@ -193,6 +193,7 @@ def work(inputs: dict[str, Any]) -> fxopt.Train:
     return fxopt.Train(batch=first.shape[0], seq=first.shape[1])
 
 
+@pytest.mark.slow
 def test_a_budget_with_an_error_row_holds_and_replays(tmp_path: Path) -> None:
     model, inputs = Wide(), {"x": torch.randn(1024, 192)}
     budget = fxopt.Budget(activations="75%", relative_error=0.2)

@@ -234,6 +234,7 @@ def test_graphs_are_kept_and_accumulate(label: str) -> None:
         torch.testing.assert_close(parameter.grad, 2 * first[name])
 
 
+@pytest.mark.slow
 def test_smaller_budgets_bring_smaller_peaks(small: Example) -> None:
     plans: list[list[StepPlan]] = []
 

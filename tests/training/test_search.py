@@ -156,6 +156,7 @@ def test_layers_that_repeat_are_solved_for_once(
     assert {len(each) for each in plans[1:-1]} == {len(plans[1])}
 
 
+@pytest.mark.slow
 def test_another_budget_is_answered_from_memory(
     small: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:

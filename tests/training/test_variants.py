@@ -65,6 +65,7 @@ def gpt2() -> Example:
     return transformers.GPT2LMHeadModel(config).train(), {"input_ids": ids, "labels": labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_tight_budget_takes_the_logits(make: Callable[[], Example], tmp_path: Path) -> None:
     model, inputs = make()
