@@ -81,8 +81,8 @@ class Outcome:
         return (off / max(norm, 1e-60)) ** 0.5
 
     def _norms(self, a: Tensor, b: Tensor) -> tuple[float, float]:
-        """Norms of a - b and of a's finite elements, summed in float64 where the step ran, which
-        takes a billion gradients in a second, and piece by piece, since that device may be full.
+        """Norms of a - b and of a's finite elements, summed in float64 where the step ran, since a
+        host is slow at a billion gradients, and piece by piece, since that device may be full.
         Infinite or undefined elements differ infinitely from any others but their like."""
         off = norm = 0.0
         pieces = (_real(t).flatten().split(PIECE) for t in (a, b))
