@@ -9,7 +9,7 @@ import functools
 import hashlib
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,11 +37,12 @@ def _may_be_held_out(name: str, text: bytes) -> bool:
     return not is_test and 4_000 <= len(text) <= 48_000 and text.isascii()
 
 
-def stdlib_corpus(root: Path | None = None) -> tuple[bytes, bytes]:
+def stdlib_corpus(root: Path | None = None, more: Sequence[Path] = ()) -> tuple[bytes, bytes]:
     """Returns (training text, held-out text); each file is headed by its name.
 
     The split orders files by a hash of their name, so it does not depend on their contents, and
-    a file is in one part alone: what the last held-out file has beyond the limit is dropped.
+    a file is in one part alone: what the last held-out file has beyond the limit is dropped. The
+    source files below the folders of `more` are training text.
     """
     files = stdlib_files(root or Path(sysconfig.get_paths()["stdlib"]))
     candidates = (name for name, text in files.items() if _may_be_held_out(name, text))
@@ -50,6 +51,8 @@ def stdlib_corpus(root: Path | None = None) -> tuple[bytes, bytes]:
         heldout += _headed(name, files.pop(name))
         if len(heldout) >= HELDOUT_BYTES:
             break
+    for folder in more:
+        files |= {f"{folder.name}/{name}": text for name, text in stdlib_files(folder).items()}
     training = b"".join(_headed(name, text) for name, text in files.items())
     return training, heldout[:HELDOUT_BYTES]
 

@@ -1,10 +1,14 @@
-"""Trains the byte-level Llama of `examples/tiny_lm` on CPython's standard library.
+"""Trains the byte-level Llama of `examples/tiny_lm`, or a larger one, on Python source.
 
     python examples/train_tiny_lm.py --out examples/tiny_lm
+    python examples/train_tiny_lm.py --size larger --steps 6000 --lr 1e-3 --out larger_lm \\
+        --more .venv/lib/python3.12/site-packages/{torch,transformers}
 
-One row in five of every batch is a key-value retrieval document (see `tiny_lm_data.py`), so that
-the model has a reason to use all of its context. Takes minutes on one large GPU; `--smoke --steps
-40` tries the script at a toy size on a CPU.
+The text is CPython's standard library; `--more` adds folders of source. One row in five of every
+batch is a key-value retrieval document (see `tiny_lm_data.py`), so that the model has a reason to
+use all of its context. Takes minutes on one large GPU. Every 500 steps all that the training holds
+is written beside the model, and the same command goes on from there. `--smoke --steps 40` tries the
+script at a toy size on a CPU.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class Schedule:
     weight_decay: float
     tokens: int = 10 * CONTEXT  # a step
     warmup_steps: int = 300
+    every: int = 500  # steps from one checkpoint and report to the next
     # Copying is learned sooner, and cheaper, where the distances are short.
     short_context: int = 1024
     short_fraction: float = 0.4
@@ -57,14 +62,25 @@ class Schedule:
         return self.lr * min(1.0, (step + 1) / self.warmup_steps) * cosine
 
 
-def llama_config(layers: int = 6) -> LlamaConfig:
+@dataclass(frozen=True)
+class Size:
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+
+
+SIZES = {"tiny": Size(6, 256, 576, 4), "larger": Size(10, 512, 1408, 8)}  # 3.9 M, 29.6 M
+
+
+def llama_config(size: Size) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=256,  # bytes
-        hidden_size=256,
-        intermediate_size=576,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads // 2,
         head_dim=64,
         max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
@@ -75,23 +91,27 @@ def llama_config(layers: int = 6) -> LlamaConfig:
 
 
 class Batches:
-    """Random windows of the corpus, which stays on the device, and one row in five retrieval."""
+    """Random windows of the corpus, which stays on the device, and one row in five retrieval.
+
+    What is drawn for a step depends on its number alone, so training can go on at any.
+    """
 
     def __init__(self, text: bytes, device: torch.device, seed: int = 0):
         self.text = text
         self.corpus = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-        self.rng = random.Random(seed)
+        self.seed = seed
 
-    def draw(self, rows: int, length: int) -> torch.Tensor:
+    def draw(self, step: int, rows: int, length: int) -> torch.Tensor:
         device = self.corpus.device
-        retrieval = torch.stack([self._document(length) for _ in range(max(1, rows // 5))])
-        starts = torch.randint(len(self.corpus) - length, (rows - len(retrieval), 1), device=device)
-        windows = self.corpus[starts + torch.arange(length, device=device)].long()
-        return torch.cat([windows, retrieval.to(device, non_blocking=True)])
+        rng = random.Random(f"{self.seed} {step}")
+        documents = [self._document(rng, length) for _ in range(max(1, rows // 5))]
+        last = len(self.corpus) - length
+        starts = torch.tensor([[rng.randrange(last)] for _ in range(rows - len(documents))])
+        windows = self.corpus[starts.to(device) + torch.arange(length, device=device)].long()
+        return torch.cat([windows, torch.stack(documents).to(device, non_blocking=True)])
 
-    def _document(self, length: int) -> torch.Tensor:
-        pairs = self.rng.randint(1, 8)
-        return retrieval_document(self.rng, length, pairs, self.text)[0]
+    def _document(self, rng: random.Random, length: int) -> torch.Tensor:
+        return retrieval_document(rng, length, rng.randint(1, 8), self.text)[0]
 
 
 def lm_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +133,7 @@ def make_optimizer(model: LlamaForCausalLM, schedule: Schedule) -> torch.optim.A
 
 class Log:
     def __init__(self, path: Path):
-        self.file = path.open("w")
+        self.file = path.open("a")
         self.start = time.monotonic()
 
     def __call__(self, message: str) -> None:
@@ -129,16 +149,40 @@ def shipped(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+class Checkpoint:
+    """Where training stands, in a file."""
+
+    def __init__(self, path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer):
+        self.path, self.model, self.optimizer = path, model, optimizer
+
+    def load(self) -> int:
+        """The number of steps that were done; 0 without a file."""
+        if not self.path.exists():
+            return 0
+        saved = torch.load(self.path, map_location=self.model.device)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        return saved["steps"]
+
+    def save(self, steps: int) -> None:
+        # Beside the file first: a run that ends while it writes leaves the one before.
+        new = self.path.with_suffix(".new")
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({**state, "steps": steps}, new)
+        new.replace(self.path)
+
+
 def train(
-    model: LlamaForCausalLM, text: bytes, heldout: bytes, schedule: Schedule, log: Log
+    model: LlamaForCausalLM, text: bytes, heldout: bytes, schedule: Schedule, out: Path, log: Log
 ) -> None:
     batches = Batches(text, model.device)
     optimizer = make_optimizer(model, schedule)
+    checkpoint = Checkpoint(out / "checkpoint.pt", model, optimizer)
     loss_fn = torch.compile(lm_loss, dynamic=False) if model.device.type == "cuda" else lm_loss
 
-    for step in range(schedule.steps):
+    for step in range(checkpoint.load(), schedule.steps):
         context = schedule.context(step)
-        ids = batches.draw(schedule.tokens // context, context + 1)
+        ids = batches.draw(step, schedule.tokens // context, context + 1)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)
         with torch.autocast(model.device.type, torch.bfloat16):
@@ -147,7 +191,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % schedule.every == 0:
+            checkpoint.save(step + 1)
             log(f"step {step + 1}  loss {loss:.3f}  {progress_report(model, heldout, context)}")
 
 
@@ -176,6 +221,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "tiny_lm")))
     parser.add_argument("--stdlib", type=Path, help="default: the running Python's")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="folders of source")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.5)
@@ -189,19 +236,19 @@ def main() -> None:
     log = Log(args.out / "log.txt")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text, heldout = stdlib_corpus(args.stdlib)
+    text, heldout = stdlib_corpus(args.stdlib, args.more)
     (args.out / "heldout.txt").write_bytes(heldout)
 
     schedule = Schedule(args.steps, args.lr, args.weight_decay)
-    layers, lengths, count = 6, [1024, 2048, 4096], 400
+    size, lengths, count = SIZES[args.size], [1024, 2048, 4096], 400
     if args.smoke:
-        schedule = replace(schedule, tokens=2 * CONTEXT)
-        layers, lengths, count = 1, [256, 512], 4
-    model = LlamaForCausalLM(llama_config(layers)).to(device)
+        schedule = replace(schedule, tokens=2 * CONTEXT, every=10)
+        size, lengths, count = replace(size, layers=1), [256, 512], 4
+    model = LlamaForCausalLM(llama_config(size)).to(device)
     model.set_attn_implementation("sdpa_no_mask")
     log(f"{model.num_parameters():,} parameters, {len(text) / 1e6:.1f} MB of text, {device}")
 
-    train(model, text, heldout, schedule, log)
+    train(model, text, heldout, schedule, args.out, log)
     shipped(model).save_pretrained(args.out)
     evaluate(model, heldout, lengths, count, log)
 
