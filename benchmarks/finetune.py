@@ -89,6 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW")
     parser.add_argument("--plans", nargs="*", default=list(PLANS), choices=PLANS)
     parser.add_argument("--out", type=Path, default=Path("finetune.jsonl"))
@@ -132,7 +133,7 @@ class Bench:
         self.setting = {name: getattr(args, name) for name in ("steps", "batch", "seq", "lr")}
         self.setting["text"] = self.text.digest
         self.windows = heldout_windows(args.seq, self.text.heldout)
-        self.example = inputs(self.windows[: args.batch])
+        self.example = inputs(self.windows[: args.batch].to(args.device))
 
     def known(self) -> list[Line]:
         """The runs of the file; ValueError where they are of another setting."""
@@ -147,7 +148,7 @@ class Bench:
 
     def run(self, name: str, seed: int) -> Line:
         """Fine-tune from the trained weights; the line is written when all is known."""
-        model = tiny()
+        model = self.tiny()
         opt = self.optimised(name, model)
         first = agreement(model, opt, self.example)
         losses = list(self.losses(opt, seed))
@@ -173,7 +174,11 @@ class Bench:
     @cached_property
     def heldout(self) -> float:
         """Nats a byte before."""
-        return nats_per_byte(tiny(), self.windows)
+        return nats_per_byte(self.tiny(), self.windows)
+
+    def tiny(self) -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+        return model.to(self.args.device).train()
 
     def optimised(self, name: str, model: nn.Module) -> Any:
         """`model` by the plan that all seeds share."""
@@ -203,16 +208,12 @@ class Bench:
         args = self.args
         optimiser = torch.optim.AdamW(opt.parameters(), lr=args.lr, betas=(0.9, 0.95))
         for ids in self.text.batches(seed, args.steps, args.batch, args.seq):
-            loss = opt(**inputs(ids)).loss
+            loss = opt(**inputs(ids.to(args.device))).loss
             loss.backward()
             nn.utils.clip_grad_norm_(opt.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
             yield loss.item()
-
-
-def tiny() -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).train()
 
 
 def inputs(ids: Tensor) -> dict[str, Tensor]:

@@ -62,13 +62,17 @@ def main() -> None:
 
 
 def compiler(
-    rewrites: list[str], windows: int, dtype: torch.dtype = torch.float32, length: int = LENGTH
+    rewrites: list[str],
+    windows: int,
+    dtype: torch.dtype = torch.float32,
+    length: int = LENGTH,
+    device: str = "cpu",
 ) -> Compiler:
     """The tiny model with `windows` sequences of held-out text, a third each to fit, choose and
     verify."""
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype)
-    text = heldout_windows(length)[:windows]
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype).to(device)
+    text = heldout_windows(length)[:windows].to(device)
     request = resolve(
         model, fxopt.Budget(weights="50%"), {"input_ids": text[:1]},
         workload=fxopt.Forward(1, length), calibration=[{"input_ids": w[None]} for w in text],

@@ -1,7 +1,7 @@
 """Linear layers as the solver chooses them, against one choice for all of them at equal bytes.
 
     python benchmarks/linear_uniform.py [--windows 48] [--low-rank 75 50 35] [--all 35 27 22]
-        [--svg docs/images/linear-quality.svg]
+        [--svg docs/images/linear-quality.svg] [--device cuda]
 
 The tiny model in bfloat16, as it was trained. At each share of the bytes of its linear layers, for
 `low_rank` alone and for all rewrites together: the solver's plan, errors measured as a search
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--low-rank", type=float, nargs="*", default=[75.0, 50.0, 35.0])
     parser.add_argument("--all", type=float, nargs="*", default=[35.0, 27.0, 22.0])
     parser.add_argument("--svg", type=Path)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     every = [name for name in passes.available() if name.startswith("linear.") and name != TIED]
     asked = {"low_rank": (["linear.low_rank"], args.low_rank), "all": (every, args.all)}
@@ -116,7 +117,9 @@ class Bench:
     """The tiny model, its priced candidates, and what to measure plans on."""
 
     def __init__(self, rewrites: list[str], args: argparse.Namespace) -> None:
-        self.made = made = compiler(rewrites, args.windows, torch.bfloat16, args.length)
+        self.made = made = compiler(
+            rewrites, args.windows, torch.bfloat16, args.length, args.device
+        )
 
         def held(kind: Kind) -> Reference:
             quality, graph = replace(made.quality, kind=kind), made.captured.graph

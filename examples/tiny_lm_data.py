@@ -1,12 +1,15 @@
 """Text for the tiny byte-level language model: held-out windows, retrieval documents, scores.
 
-Everything but `stdlib_corpus` needs only `tiny_lm/heldout.txt` beside this file.
+Everything but `stdlib_corpus` needs only `tiny_lm/heldout.txt` beside this file. With the variable
+TINY_LM set, the model and its held-out text are those of another folder that `train_tiny_lm.py`
+wrote: `TINY_LM=larger_lm python benchmarks/kv_quality.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 
 CONTEXT = 4096
 HELDOUT_BYTES = 75 * CONTEXT  # 300 KiB
-MODEL_DIR = Path(__file__).parent / "tiny_lm"
+MODEL_DIR = Path(os.environ.get("TINY_LM", Path(__file__).parent / "tiny_lm"))
 
 # Tables of code points and generated help text say nothing about how code is written.
 NOT_SOURCE = ("site-packages/", "encodings/", "pydoc_data/", "html/entities.py")

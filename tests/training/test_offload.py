@@ -287,7 +287,7 @@ def test_budgets_hold_on_the_device(rewrites: list[str] | None) -> None:
     model = Expensive().to("cuda")
     inputs = {"x": torch.randn(65536, 256, device="cuda")}
     # Without offloading, the sum for a bias's gradient, which takes twice its matrix, needs more.
-    share = "70%" if rewrites else "75%"
+    share = "70%" if rewrites else "80%"
     budget = fxopt.Budget(activations=share, **({"relative_error": 0.02} if rewrites else {}))
     opt = fxopt.optimize(model, budget, inputs, workload=work(inputs), rewrites=rewrites)
     assert opt.report.kept
