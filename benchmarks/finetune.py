@@ -62,7 +62,7 @@ PLANS = {
     "exact": Asked("60%", None, ["activation.recompute"]),
     "int8": Asked("22%", 0.05, [ROUNDED]),
     "int8 and int4": Asked("22%", 0.05, [ROUNDED], int4=".mlp."),
-    "2-bit derivatives": Asked("80%", 0.4, ["activation.approximate_backward"]),
+    "2-bit derivatives": Asked("82%", 0.4, ["activation.approximate_backward"]),
 }
 
 
