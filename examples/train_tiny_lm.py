@@ -106,8 +106,9 @@ class Batches:
         rng = random.Random(f"{self.seed} {step}")
         documents = [self._document(rng, length) for _ in range(max(1, rows // 5))]
         last = len(self.corpus) - length
-        starts = torch.tensor([[rng.randrange(last)] for _ in range(rows - len(documents))])
-        windows = self.corpus[starts.to(device) + torch.arange(length, device=device)].long()
+        starts = [rng.randrange(last) for _ in range(rows - len(documents))]
+        places = torch.tensor(starts, dtype=torch.long, device=device)[:, None]
+        windows = self.corpus[places + torch.arange(length, device=device)].long()
         return torch.cat([windows, torch.stack(documents).to(device, non_blocking=True)])
 
     def _document(self, rng: random.Random, length: int) -> torch.Tensor:
