@@ -207,14 +207,16 @@ def test_prompts_of_kept_tiles_find_what_a_window_of_equal_cost_loses(model: Any
 
     assert answered(model) > 0.95
     found: dict[str, tuple[float, float]] = {}
-    for name, label in (("block_topk", "top20%"), ("window", "w1024+s16")):
+    labels = {"block_topk": "top20%", "hip": "hip20%", "window": "w1024+s16"}
+    for name, label in labels.items():
         opt, chosen = everywhere(
             f"attention.{name}", model, {"input_ids": text[:1]}, label=label, workload=work
         )
         assert len(chosen) == 12
         found[name] = answered(opt), _kl_at_once(model, opt, text)
-    assert found["block_topk"][0] > 0.95 > 0.5 > found["window"][0]
-    assert found["block_topk"][1] < found["window"][1]
+    for name in ("block_topk", "hip"):
+        assert found[name][0] > 0.95 > 0.5 > found["window"][0]
+        assert found[name][1] < found["window"][1]
 
 
 @pytest.mark.exhaustive

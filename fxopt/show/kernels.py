@@ -11,7 +11,7 @@ from fxopt.ir.evidence import Block
 from .network import LINE
 
 FILE = "triton.py"
-OPTIONS = {"block_topk": "top=", "decode_topk": "+t"}
+OPTIONS = {"block_topk": "top=", "hip": "hip=", "decode_topk": "+t"}
 """Folders that only calls with this argument launch."""
 
 

@@ -33,6 +33,7 @@ def attention_onnx(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    hip: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
@@ -45,12 +46,13 @@ def attention_onnx(
         return attention_traceable(
             q, k, v, mask, bias, sinks,
             scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
+            hip,
         )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
     seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
     if any(top):
-        kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
+        kept = kept_keys(q, k, mask, scale, softcap, top, hip)
         seen = kept if seen is None else seen & kept
     if any(near):
         reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)

@@ -21,7 +21,7 @@ from .spec import Attention, bind, in_order, pick, put, query_heads
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
     "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
-    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1]) -> Tensor"
+    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1], int[] hip=[0]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""
@@ -112,13 +112,16 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
 
     # As many at a time as the lists of tiles leave room for.
     most = heads_at_once(call)
-    return shares + [(kept[i : i + most], "kept tiles") for i in range(0, len(kept), most)]
+    for group in _alike(call, kept):
+        shares.extend((group[i : i + most], "kept tiles") for i in range(0, len(group), most))
+    return shares
 
 
 def _alike(call: Attention, chosen: list[int]) -> list[list[int]]:
-    """The chosen KV heads, those that keep tiles apart."""
-    by_kind = [[h for h in chosen if bool(call.top[h]) == keeps] for keeps in (False, True)]
-    return [group for group in by_kind if group]
+    """The chosen KV heads, those that keep tiles apart, and these by how they find them: chunks are
+    halved for one share at a time."""
+    kinds = [(bool(call.top[h]), call.hip[h] * call.top[h]) for h in chosen]
+    return [[h for h, k in zip(chosen, kinds, strict=True) if k == one] for one in sorted({*kinds})]
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -156,8 +159,10 @@ def _lists(call: Attention, way: Way) -> TileLists | None:
         return lists_of_grid(call.grid, call.near, call.dilation[0], call.q.device)
     if way != "kept tiles":
         return None
-    from fxopt.kernels.block_topk.triton import kept_lists
-
+    if call.hip[0]:
+        from fxopt.kernels.hip.triton import kept_lists
+    else:
+        from fxopt.kernels.block_topk.triton import kept_lists
     return kept_lists(call)
 
 

@@ -46,6 +46,7 @@ def attention_reference(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    hip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -57,6 +58,7 @@ def attention_reference(
         bind(
             q, k, v, mask, bias, sinks,
             scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
+            hip,
         )
     )  # fmt: skip
 

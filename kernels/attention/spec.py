@@ -18,7 +18,8 @@ class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
-    keys, `dilation` has one as well, 1 where `near` is 0, and `delta` one a query head.
+    keys, `dilation` and `hip` as well, 1 where `near` is 0 and 0 where `top` is, and `delta` one a
+    query head.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class Attention:
     grid: tuple[int, ...]
     near: tuple[int, ...]
     dilation: tuple[int, ...]
+    hip: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -75,7 +77,14 @@ class Attention:
         groups: dict[tuple[int, ...], list[int]] = {}
         fixed = map(self.is_corrected, range(self.num_kv_heads))
         choices = zip(
-            self.window, self.sink_tokens, self.top, fixed, self.near, self.dilation, strict=True
+            self.window,
+            self.sink_tokens,
+            self.top,
+            self.hip,
+            fixed,
+            self.near,
+            self.dilation,
+            strict=True,
         )
         for head, choice in enumerate(choices):
             groups.setdefault(choice, []).append(head)
@@ -89,7 +98,7 @@ class Attention:
     def without_limits(self) -> Attention:
         """The same call, all keys seen."""
         none = (0,) * self.num_kv_heads
-        whole = {"window": none, "sink_tokens": none, "top": none, "near": none}
+        whole = {"window": none, "sink_tokens": none, "top": none, "near": none, "hip": none}
         one = (1,) * self.num_kv_heads
         return replace(self, **whole, dilation=one, delta=(0,) * self.q.shape[1])
 
@@ -114,6 +123,7 @@ class Attention:
             delta=tuple(self.delta[h] for h in queries),
             near=tuple(self.near[h] for h in chosen),
             dilation=tuple(self.dilation[h] for h in chosen),
+            hip=tuple(self.hip[h] for h in chosen),
         )
 
 
@@ -134,6 +144,7 @@ def bind(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    hip: Sequence[int] = (0,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
     neighbourhood.
@@ -154,6 +165,9 @@ def bind(
         _check_top(kept, q, k, bias, causal, asked)
     hides = topk.hides(q.shape[2], k.shape[2])
     kept = [t if hides and t < 1000 else 0 for t in kept]
+    halved = per_head("hip", hip, kv)
+    if any(h not in (0, 1) for h in halved):
+        raise ValueError(f"attention: hip is 0 or 1; got hip {list(hip)}")
     added = per_head("delta", delta, heads, "query heads")
     if any(added):
         _check_delta(added, q, k, bias, causal)
@@ -177,6 +191,7 @@ def bind(
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
         tuple(kept), tuple(added),
         grid, tuple(reaches), tuple(spacings),
+        tuple(h if t else 0 for h, t in zip(halved, kept, strict=True)),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
+from fxopt.kernels.hip import reference as halved
 
 from . import grid as grids
 from .spec import Attention, in_order, pick, put, query_heads
@@ -27,7 +28,8 @@ class Part:
 
     Under a neighbourhood its tokens stand `in_order`, and `tokens` [N] says which they are. `rank`
     [B or 1, T] counts unmasked keys from 1 (T + 1 for masked ones); `sink_end` is the column behind
-    the last sink token. Both only where there are sink tokens.
+    the last sink token. Both only where there are sink tokens. `boxes` are what chunks of keys are
+    estimated by, where they are halved.
     """
 
     call: Attention
@@ -35,6 +37,7 @@ class Part:
     rank: Tensor | None
     sink_end: int
     tokens: Tensor | None
+    boxes: halved.Boxes | None
 
     def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
         """Write rows [B, n, heads of the part, ...] to those of the whole [B, N, H, ...]."""
@@ -81,7 +84,11 @@ def parts(call: Attention) -> Iterator[Part]:
             part = in_order(part)
         rank = _rank(part) if part.sink_tokens[0] else None
         rows = query_heads(heads, call.group_size)
-        yield Part(part, rows, rank, _sink_end(part, rank), tokens)
+        boxes = None
+        if part.hip[0]:
+            with torch.no_grad():
+                boxes = halved.boxes(part.k, part.mask, halved.halvings(part.top[0]))
+        yield Part(part, rows, rank, _sink_end(part, rank), tokens, boxes)
 
 
 def tiles(part: Part) -> Iterator[tuple[int, int]]:
@@ -104,7 +111,7 @@ def tile(part: Part, start: int, stop: int) -> Tile:
     """Queries [start, stop) and the keys that at least one of them can reach."""
     call = part.call
     if call.top[0] and start < (topk.tiles(call.q.shape[2]) - topk.SPARED) * topk.TILE:
-        return _of_kept_tiles(call, start, stop)
+        return _of_kept_tiles(call, part.boxes, start, stop)
     spans = _spans(part, start + call.offset, stop - 1 + call.offset)
     bias = call.bias
     if bias is not None:
@@ -121,14 +128,18 @@ def tile(part: Part, start: int, stop: int) -> Tile:
     )
 
 
-def _of_kept_tiles(call: Attention, start: int, stop: int) -> Tile:
+def _of_kept_tiles(call: Attention, boxes: halved.Boxes | None, start: int, stop: int) -> Tile:
     """One tile of queries with the keys that each query head keeps, gathered: KV is H then."""
     batch, heads = call.q.shape[:2]
     end = stop + call.offset
     q, k, v = call.q[:, :, start:stop], call.k[:, :, :end], call.v[:, :, :end]
     mask = None if call.mask is None else call.mask[:, :end]
     with torch.no_grad():
-        chosen = topk.chosen_tiles(q, k, mask, call.scale, call.softcap, call.top, 0)
+        options = (mask, call.scale, call.softcap, call.top, 0)
+        if boxes is None:
+            chosen = topk.chosen_tiles(q, k, *options)
+        else:
+            chosen = halved.choose(q, boxes, end, *options)
         chosen = chosen.flatten(1, 3)  # the one query tile has no dimension left
         most = topk.kept_tiles(chosen.shape[2], call.top[0])
         places = (~chosen).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
+from fxopt.kernels.hip import reference as halved
 
 from .delta import EVERY
 from .grid import near_keys
@@ -32,6 +33,7 @@ def attention_traceable(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    hip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -52,7 +54,7 @@ def attention_traceable(
         queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
     )
     if any(top):
-        kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
+        kept = kept_keys(q, k, mask, scale, softcap, top, hip)
         seen = kept if seen is None else seen & kept
     if any(near):
         reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
@@ -84,10 +86,17 @@ def _corrected(sparse: Tensor, dense: Tensor, per_mille: Tensor) -> Tensor:
 
 
 def kept_keys(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int]
-) -> Tensor:
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int],
+    hip: Sequence[int],
+) -> Tensor:  # fmt: skip
     """Which keys lie in the tiles that each query head keeps, [B, KV, H / KV, N, T]."""
-    chosen = topk.chosen_tiles(q, k, mask, scale, softcap, top)
+    kv = k.shape[1]
+    shares, halves = per_head("top", top, kv), per_head("hip", hip, kv)
+    kinds = {h for h, t in zip(halves, shares, strict=True) if t}
+    ways = [halved.chosen_tiles if h else topk.chosen_tiles for h in sorted(kinds)]
+    chosen, *others = (way(q, k, mask, scale, softcap, shares) for way in ways)
+    if others:
+        chosen = torch.where(_by_head(halves, q.device) > 0, others[0], chosen)
     rows = torch.arange(q.shape[2], device=q.device)
     columns = torch.arange(k.shape[2], device=q.device)
     return chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)

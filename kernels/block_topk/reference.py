@@ -37,7 +37,7 @@ def tiles(length: int) -> int:
     return (length + TILE - 1) // TILE
 
 
-def _room(length: int) -> int:
+def room(length: int) -> int:
     """Tiles that cover `length`; when exporting one more, as no size of a trace may be 1."""
     return tiles(length) + int(torch.compiler.is_exporting())
 
@@ -59,11 +59,11 @@ def kept_tiles(seen: int, top: int) -> int:
     return min(seen, max(LEAST, -(-seen * top // 1000))) if top else seen
 
 
-def asked(q: Tensor) -> Tensor:
-    """The last of each STRIDE queries of q [B, H, N, D], for whole tiles of them; behind the last
+def asked(q: Tensor, stride: int = STRIDE) -> Tensor:
+    """The last of each `stride` queries of q [B, H, N, D], for whole tiles of them; behind the last
     query there is that one."""
-    count = TILE // STRIDE * _room(q.shape[2])
-    rows = (torch.arange(count, device=q.device) + 1) * STRIDE - 1
+    count = TILE // stride * room(q.shape[2])
+    rows = (torch.arange(count, device=q.device) + 1) * stride - 1
     return q.index_select(2, rows.clamp(max=q.shape[2] - 1))
 
 
@@ -71,7 +71,7 @@ def estimate(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: f
     """The mass that falls on each key tile, [B, KV, H / KV, query tiles, key tiles]."""
     batch, heads, queries, dim = q.shape
     kv, keys = k.shape[1:3]
-    group, rows = heads // kv, TILE // STRIDE * _room(queries)
+    group, rows = heads // kv, TILE // STRIDE * room(queries)
     dtype = torch.promote_types(q.dtype, torch.float32)
     some = asked(q).to(dtype).reshape(batch, kv, group * rows, dim) * scale
     scores = (some @ k.to(dtype).mT).reshape(batch, kv, group, rows, keys)
@@ -84,8 +84,8 @@ def estimate(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: f
         seen = seen & (mask != 0)[:, None, None, None]
     # A query that sees no key has no mass: the least finite number instead of infinities.
     scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
-    weights = F.pad(scores.softmax(-1) * seen, (0, _room(keys) * TILE - keys))
-    shape = (batch, kv, group, _room(queries), TILE // STRIDE, _room(keys), TILE)
+    weights = F.pad(scores.softmax(-1) * seen, (0, room(keys) * TILE - keys))
+    shape = (batch, kv, group, room(queries), TILE // STRIDE, room(keys), TILE)
     return weights.reshape(shape).sum((-3, -1))
 
 
@@ -99,25 +99,39 @@ def chosen_tiles(
     are kept in their order. Whole tiles count from the first query and the first key. The last
     `spared` query tiles keep all.
     """
-    queries, keys, device = q.shape[2], k.shape[2], q.device
+    queries, keys = q.shape[2], k.shape[2]
     mass = estimate(q, k, mask, scale, softcap)
-    starts = torch.arange(_room(keys), device=device) * TILE
-    first = (torch.arange(_room(queries), device=device) * TILE + (keys - queries))[:, None]
+    seen, near, sinks = standing(queries, keys, mask, q.device)
+    kept = kept_count(seen, queries, keys, top, spared)
+    seen, forced = seen[:, None, None], (near | sinks)[:, None, None]
+    value = mass.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
+    return (ranks(value, room(keys)) < kept) & seen
+
+
+def standing(
+    queries: int, keys: int, mask: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which key tiles a query tile can see [B or 1, query tiles, key tiles], which of them are near
+    (its own, and that of the TILE keys before it) [1, query tiles, key tiles], and which is the
+    sink's, the first with a visible key [B or 1, 1, key tiles]."""
+    starts = torch.arange(room(keys), device=device) * TILE
+    first = (torch.arange(room(queries), device=device) * TILE + (keys - queries))[:, None]
     seen = (starts <= (first + TILE - 1).clamp(max=keys - 1))[None]
     sinks = (starts == 0)[None, None]
     if mask is not None:
-        some = F.pad(mask != 0, (0, _room(keys) * TILE - keys))
-        some = some.reshape(mask.shape[0], _room(keys), TILE).any(-1)
+        some = F.pad(mask != 0, (0, room(keys) * TILE - keys))
+        some = some.reshape(mask.shape[0], room(keys), TILE).any(-1)
         seen = seen & some[:, None]
         sinks = (some.to(torch.int64).cumsum(1) == 1)[:, None]
-    near = starts > first - 2 * TILE  # of the diagonal, and of the TILE keys before it
-    per_mille = torch.tensor([t or 1000 for t in top], device=device)[:, None]
+    return seen, (starts > first - 2 * TILE)[None], sinks
+
+
+def kept_count(seen: Tensor, queries: int, keys: int, top: Sequence[int], spared: int) -> Tensor:
+    """How many of the tiles that are `seen` a query tile keeps, [B or 1, KV, 1, query tiles, 1]."""
+    per_mille = torch.tensor([t or 1000 for t in top], device=seen.device)[:, None]
     kept = ((seen.sum(-1)[:, None] * per_mille + 999) // 1000).clamp(min=LEAST)
-    last = torch.arange(_room(queries), device=device) >= tiles(queries) - spared
-    kept = torch.where(last, tiles(keys), kept)[:, :, None, :, None]
-    seen, forced = seen[:, None, None], (near | sinks)[:, None, None]
-    value = mass.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
-    return (ranks(value, _room(keys)) < kept) & seen
+    last = torch.arange(room(queries), device=seen.device) >= tiles(queries) - spared
+    return torch.where(last, tiles(keys), kept)[:, :, None, :, None]
 
 
 def ranks(value: Tensor, tiles: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 `_tile_sums_kernel` multiplies every STRIDE-th query with all keys and keeps, of each of these and
 each key tile, the logarithm of the sum of exponentials. `_select_kernel` makes masses of them,
-finds the least one that is kept by bisecting its bits, and writes the lists that attention walks.
+finds the largest by bisecting bits, and writes the lists that attention walks.
 Queries go in runs, so that the sums stay small where their square would not.
 """
 
@@ -83,6 +83,29 @@ def _tile_sums_kernel(
 
 
 @triton.jit
+def largest(numbers, kept):
+    """Which of `numbers`, int32 and not negative where they may be kept, are the `kept` largest, of
+    equal ones the first; found by bisecting bits."""
+    least = kept * 0
+    for place in tl.static_range(31):
+        trial = least | (1 << (30 - place))
+        least = tl.where(tl.sum((numbers >= trial).to(tl.int32), 0) >= kept, trial, least)
+    above, equal = numbers > least, numbers == least
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+
+
+@triton.jit
+def put(chosen, tile, count_ptr, list_ptr, row, most, before):
+    """Write the chosen tiles to line `row` of lists of `most` entries, behind `before` of them."""
+    some = chosen.to(tl.int32)
+    tl.store(list_ptr + row * most + before + tl.cumsum(some, 0) - 1, tile, mask=chosen)
+    before += tl.sum(some, 0)
+    tl.store(count_ptr + row, before)
+    return before
+
+
+@triton.jit
 def _select_kernel(
     sums_ptr, state_ptr, top_ptr,
     partial_count_ptr, partial_ptr, full_count_ptr, full_ptr,
@@ -118,24 +141,13 @@ def _select_kernel(
     top = tl.load(top_ptr + head // group)
     kept = tl.minimum(tl.maximum((count * top + 999) // 1000, LEAST), count)
     kept = tl.where(query_tile >= query_tiles - SPARED, count, kept)
-    # The largest number that `kept` tiles reach: bits of floats above zero are in their order.
-    least = first * 0
-    for place in tl.static_range(31):
-        trial = least | (1 << (30 - place))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= kept, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = kept - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    # Bits of floats above zero are in their order.
+    chosen = largest(bits, kept)
 
     whole = (state == 2) & (tile * TILE + TILE - 1 <= first)
-    full = (chosen & whole).to(tl.int32)
-    partial = (chosen & (whole == 0)).to(tl.int32)
     row = line.to(tl.int64) * query_tiles + query_tile
-    tl.store(full_count_ptr + row, tl.sum(full, 0))
-    tl.store(partial_count_ptr + row, tl.sum(partial, 0))
-    tl.store(full_ptr + row * full_max + tl.cumsum(full, 0) - 1, tile, mask=full > 0)
-    tl.store(partial_ptr + row * partial_max + tl.cumsum(partial, 0) - 1, tile, mask=partial > 0)
+    put(chosen & whole, tile, full_count_ptr, full_ptr, row, full_max, 0)
+    put(chosen & (whole == 0), tile, partial_count_ptr, partial_ptr, row, partial_max, 0)
 
 
 def heads_at_once(call: Attention) -> int:
@@ -153,14 +165,8 @@ def kept_lists(call: Attention, **sizes: int) -> TileLists:
     q, k, device = call.q, call.k, call.q.device
     batch, heads, queries, dim = q.shape
     keys, tiles, query_tiles = k.shape[2], topk.tiles(k.shape[2]), topk.tiles(queries)
-    asked, state = topk.asked(q).contiguous(), _tile_states(call)
-    # Without a mask only tiles on the diagonal are partial, and two of them cover a query tile.
-    longest = min(tiles, 2) if call.mask is None else tiles
-    counts = torch.empty((2, batch, heads, query_tiles), dtype=torch.int32, device=device)
-    partial, full = (
-        torch.empty((batch, heads, query_tiles, most), dtype=torch.int32, device=device)
-        for most in (longest, tiles)
-    )
+    asked, state = topk.asked(q).contiguous(), tile_states(call)
+    lists = empty_lists(call)
     run = max(1, min(query_tiles, topk.MOST_SUMS // (batch * heads * ASKED * tiles)))
     sums = torch.empty(batch * heads * run * ASKED * tiles, device=device)
     block_d = max(16, triton.next_power_of_2(dim))
@@ -182,12 +188,28 @@ def kept_lists(call: Attention, **sizes: int) -> TileLists:
         block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
             sums, state, _shares(call.top, device),
-            counts[0], partial, counts[1], full,
+            *lists.tensors(),
             tiles if state.shape[0] > 1 else 0, heads, call.group_size,
-            first, many, query_tiles, queries, keys, tiles, longest, tiles,
+            first, many, query_tiles, queries, keys, tiles, *lists.strides()[2:],
             ASKED=ASKED, BLOCK=block, num_warps=select_warps(block),
         )  # fmt: skip
-    return TileLists(counts[0], partial, counts[1], full, topk.TILE, topk.TILE)
+    return lists
+
+
+def empty_lists(call: Attention) -> TileLists:
+    """Room for the tiles of each query head."""
+    tiles, query_tiles = topk.tiles(call.k.shape[2]), topk.tiles(call.q.shape[2])
+    # Without a mask only tiles on the diagonal are partial, and two of them cover a query tile.
+    longest = min(tiles, 2) if call.mask is None else tiles
+    lines = (*call.q.shape[:2], query_tiles)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=call.q.device)
+
+    return TileLists(
+        empty(*lines), empty(*lines, longest), empty(*lines), empty(*lines, tiles),
+        topk.TILE, topk.TILE,
+    )  # fmt: skip
 
 
 def sizes_for(element_size: int) -> dict[str, int]:
@@ -204,7 +226,7 @@ def select_warps(block: int) -> int:
     return 1 if block <= 256 else 4 if block <= 1024 else 8
 
 
-def _tile_states(call: Attention) -> Tensor:
+def tile_states(call: Attention) -> Tensor:
     """[B or 1, key tiles] int32: 2 where every key may be seen, 1 where some may, 0 where none."""
     keys = call.k.shape[2]
     if call.mask is None:

@@ -1,8 +1,8 @@
 """The tiles that a decoded token reads, on a GPU: no wait for the device.
 
 `_estimate_kernel` reads the ranges of each tile and writes an estimate for each query head;
-`_choose_kernel` finds the least one that is kept by bisecting its bits and writes the list of tiles
-that the decoding kernels walk. `_note_kernel` writes the ranges of what has become whole.
+`_choose_kernel` finds the largest of these by bisecting bits and writes the list of tiles that the
+decoding kernels walk. `_note_kernel` writes the ranges of what has become whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels.block_topk.triton import select_warps
+from fxopt.kernels.block_topk.triton import largest, select_warps
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import RANGES, Blocks
 from fxopt.kernels.kv_attention.packing import code_range
@@ -95,13 +95,7 @@ def _choose_kernel(
     rank = tl.where((tile == first) | (tile >= whole - nearest), 0x7F800001, rank)
     rank = tl.where(seen, rank, -1)
     kept = tl.minimum(tl.sum(seen.to(tl.int32), 0), most)
-    least = kept * 0
-    for place in tl.static_range(31):
-        trial = least | (1 << (30 - place))
-        least = tl.where(tl.sum((rank >= trial).to(tl.int32), 0) >= kept, trial, least)
-    above, equal = rank > least, rank == least
-    room = kept - tl.sum(above.to(tl.int32), 0)
-    chosen = (above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))) & seen
+    chosen = largest(rank, kept) & seen
     row = tiles_ptr + i_bh * (most + 1)
     tl.store(row + tl.cumsum(chosen.to(tl.int32), 0) - 1, tile, mask=chosen)
     tl.store(row + kept, whole)

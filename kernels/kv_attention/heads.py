@@ -27,6 +27,7 @@ class Arguments:
     top: Sequence[int] = (0,)
     delta: Sequence[int] = (0,)
     top_keys: Sequence[int] = (0,)
+    hip: Sequence[int] = (0,)
 
     def past_prompt(self, num_kv_heads: int) -> Arguments:
         """What decoded tokens get: all keys in heads that keep tiles or are corrected."""
@@ -37,7 +38,7 @@ class Arguments:
         fixed = [any(delta[h * group : (h + 1) * group]) for h in range(num_kv_heads)]
         window = list(self.window) * (num_kv_heads // len(self.window))
         window = [0 if alters else w for w, alters in zip(window, fixed, strict=True)]
-        return replace(self, window=window, top=(0,), delta=(0,))
+        return replace(self, window=window, top=(0,), delta=(0,), hip=(0,))
 
     def select(self, heads: Sequence[int], num_kv_heads: int) -> Arguments:
         """The arguments of the query heads that read the KV heads `heads`."""
@@ -61,13 +62,14 @@ class Arguments:
             if len(self.delta) > 1
             else self.delta,
             _of_heads(self.top_keys, heads),
+            _of_heads(self.hip, heads),
         )
 
     def attend(self, attention: Attend, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attention(
             self.q, k, v, mask, self.bias, self.sinks,
             self.scale, self.causal, list(self.window), self.softcap, list(self.sink_tokens),
-            list(self.top), list(self.delta),
+            list(self.top), list(self.delta), hip=list(self.hip),
         )  # fmt: skip
 
 

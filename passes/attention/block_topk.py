@@ -15,100 +15,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
-from fxopt.ir.site import Family, Site
+from fxopt.ir.rewrite import Candidate, Editor, Match, SiteStatistics
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention.delta import EVERY
-from fxopt.kernels.block_topk.reference import (
-    LEAST,
-    SPARED,
-    TILE,
-    chosen_tiles,
-    hides,
-    tiles,
-)
-from fxopt.passes.attention import calls, corrected, emulation, mass
+from fxopt.kernels.block_topk.reference import chosen_tiles
+from fxopt.passes.attention import calls, corrected, emulation
+from fxopt.passes.attention.kept_tiles import KeptTiles, kept_mass, set_option, share_of
 
 
 @dataclass(frozen=True)
-class BlockTopk:
-    """`shares` are per mille of the key tiles before a query; one is offered where the workload's
-    longest prompt computes at most `most` of its pairs under it, and fewer than under the next
-    larger share. Where these are at most `corrected`, it is offered corrected as well, by rows that
-    see all keys; see `corrected.py`."""
+class BlockTopk(KeptTiles):
+    """Where the pairs that are computed are at most `corrected`, a share is offered corrected as
+    well, by rows that see all keys; see `corrected.py`."""
 
-    shares: tuple[int, ...] = (50, 100, 200)
-    most: float = 0.6
     corrected: float = 0.3
 
     name: ClassVar[str] = "attention.block_topk"
-    family: ClassVar[Family] = "attention"
-    workloads: ClassVar[frozenset[str]] = frozenset({"forward", "generate"})
-    version: ClassVar[int] = 1
-    exact: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15486"
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUTS})
-    near: ClassVar[bool] = False
-    decoding: ClassVar[bool] = False
-
-    def match(self, site: Site) -> Match | Refusal:
-        if reason := calls.refusal(site):
-            return reason
-        info = calls.attention_info(Match(site))
-        if not info.causal:
-            return Refusal("attention is not causal: tiles are chosen among those before a query")
-        if info.has_bias:
-            return Refusal("a bias is added to the scores: the estimate does not know it")
-        if info.window:
-            return Refusal(f"the model itself attends only within {info.window} tokens")
-        return Match(site)
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
         return [
             Candidate(self.name, f"top{share / 10:g}%", {"top": share})
-            for share in self._fitting(scenarios)
+            for share in self.fitting(scenarios)
         ] + [
             Candidate(
                 self.name, f"top{share / 10:g}%{corrected.SUFFIX}", {"top": share, "delta": EVERY}
             )
-            for share in self._fitting(scenarios, self.corrected)
+            for share in self.fitting(scenarios, self.corrected)
         ]
-
-    def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
-        """Why there is no candidate for these scenarios, in numbers; None if there are some."""
-        if self._fitting(scenarios):
-            return None
-        prompt = calls.longest_prompt(scenarios)
-        if prompt is None:
-            queries = max((scenario.queries for scenario in scenarios), default=0)
-            return (
-                f"no call of the workload brings more than {queries} tokens, and the last "
-                f"{SPARED * TILE} of a call see all keys"
-            )
-        least, left = min(self.shares), _density(prompt, min(self.shares))
-        return (
-            f"the longest prompt has {prompt.queries} tokens: with {least / 10:g}% of its tiles, "
-            f"but at least {LEAST} of {TILE} keys, {left:.0%} of the attention would still be "
-            f"computed, and it pays below {self.most:.0%}"
-        )
-
-    def _fitting(self, scenarios: Sequence[Scenario], most: float | None = None) -> list[int]:
-        """The shares under which at most `most` of the longest prompt's pairs are computed."""
-        most = self.most if most is None else most
-        prompt = calls.longest_prompt(scenarios)
-        if prompt is None:
-            return []
-        # Where LEAST tiles are more than any share, all shares are one candidate.
-        by_density = {_density(prompt, share): share for share in sorted(self.shares)}
-        return sorted(share for density, share in by_density.items() if density <= most)
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """Prompts by the pairs that are computed and the estimate; decoding is dense."""
-        info, top = calls.attention_info(match), _top(candidate)
+        info, top = calls.attention_info(match), share_of(candidate)
         if _is_corrected(candidate):
             return [calls.corrected_call(info, scenario, top=top)]
         return [calls.kept_tiles_call(info, scenario, top)]
@@ -118,7 +59,7 @@ class BlockTopk:
     ) -> dict[str, Tensor]:
         if not _is_corrected(candidate):
             return {}
-        return corrected.shares(statistics, top=[_top(candidate)])
+        return corrected.shares(statistics, top=[share_of(candidate)])
 
     def emulate(
         self,
@@ -129,7 +70,7 @@ class BlockTopk:
     ) -> Tensor:
         """Every head of the op under this share, tokens past the prompt seeing all keys."""
         delta = tensors["share"].tolist() if _is_corrected(candidate) else [0]
-        return emulation.attended_as_decoded(inputs, top=[_top(candidate)], delta=delta)
+        return emulation.attended_as_decoded(inputs, top=[share_of(candidate)], delta=delta)
 
     def is_mask(self, candidate: Candidate) -> bool:
         return not _is_corrected(candidate)
@@ -137,52 +78,16 @@ class BlockTopk:
     def kept_mass(
         self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
     ) -> Tensor:
-        return mass.kept(inputs, rows, _visible(inputs, rows, _top(candidate)))
+        return kept_mass(candidate, inputs, rows, chosen_tiles)
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
-        site, info = match.site, calls.attention_info(match)
-        top = calls.with_value(site, editor, "top", _top(candidate), info.num_kv_heads)
-        editor.update(site, top=top)
+        set_option(match, "top", share_of(candidate), editor)
         if _is_corrected(candidate):
-            corrected.apply(site, info, tensors["share"], editor)
-
-
-def _top(candidate: Candidate) -> int:
-    return int(candidate.parameters["top"])
+            info = calls.attention_info(match)
+            corrected.apply(match.site, info, tensors["share"], editor)
 
 
 def _is_corrected(candidate: Candidate) -> bool:
     return "delta" in candidate.parameters
-
-
-def _visible(inputs: Mapping[str, Any], rows: Tensor, top: int) -> Tensor:
-    """The keys of the tiles that each of the queries `rows` [R] keeps: bool [B, H, R, T].
-
-    Only tiles of queries that have one of them are estimated.
-    """
-    q, k, mask = inputs["q"], inputs["k"], inputs.get("mask")
-    (batch, heads, queries), keys = q.shape[:3], k.shape[2]
-    prompt = inputs.get("prompt") or queries
-    past = keys - queries
-    visible = torch.ones(batch, heads, len(rows), keys, dtype=torch.bool, device=q.device)
-    if not hides(prompt, prompt + past):
-        return visible
-    for number in (rows // TILE).unique().tolist():
-        if number >= tiles(prompt) - SPARED:
-            continue
-        start, end = number * TILE, (number + 1) * TILE + past
-        chosen = chosen_tiles(
-            q[:, :, start : start + TILE], k[:, :, :end], None if mask is None else mask[:, :end],
-            inputs["scale"], inputs.get("softcap", 0.0), [top] * k.shape[1], 0,
-        )  # fmt: skip
-        kept = chosen.flatten(1, 3).repeat_interleave(TILE, 2)[:, :, :end]
-        visible[:, :, rows // TILE == number, :end] = kept[:, :, None]
-    return visible
-
-
-def _density(prompt: Scenario, share: int) -> float:
-    """Part of the pairs of causal attention that is computed."""
-    every = calls.visible_pairs(prompt.queries, prompt.length, True, 0, 0)
-    return calls.kept_pairs(prompt.queries, prompt.length, share) / every

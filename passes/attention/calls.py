@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fxopt.kernels.attention.grid import density
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk import reference as topk
+from fxopt.kernels.hip import reference as halved
 
 CORRECTION_LAUNCHES = 10
 """The asked rows, their lists of tiles, and what they add."""
@@ -81,11 +82,10 @@ def attention_call(
     )
 
 
-def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall:
+def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int, hip: bool = False) -> OpCall:
     """One KV head whose query heads keep `top` per mille of their key tiles; see `attend`.
 
-    Calls that leave none out are dense ones. The estimate multiplies some queries with all keys
-    before them; its sums, and the lists of tiles, are written and read.
+    Calls that leave none out are dense ones. The lists of tiles are written and read.
     """
     dense = attention_call(info, scenario)
     queries, length = scenario.queries, scenario.length
@@ -94,20 +94,78 @@ def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall
     heads = scenario.batch * info.num_heads // info.num_kv_heads
     every = visible_pairs(queries, length, True, 0, 0)
     squares, kept = topk.tiles(queries) * topk.tiles(length), kept_pairs(queries, length, top)
-    sums, lists = 4 * heads * squares * topk.TILE // topk.STRIDE, 4 * heads * squares
-    # Causality leaves half of the sums out; entries behind a count are never touched.
-    moved = sums // 2 + 4 * heads * kept // topk.TILE**2
+    estimate = _halving(info, scenario, top) if hip else _asking(info, scenario)
+    lists, near = 4 * heads * squares, f"{'hip' if hip else 'top'}{top}"
+    listed = 4 * heads * kept // topk.TILE**2  # entries behind a count are never touched
     return replace(
         dense,
-        key=_key(info, scenario, f"top{top}"),
-        flops=dense.flops * kept / every + 2.0 * heads * every / topk.STRIDE * info.head_dim,
-        bytes_read=dense.bytes_read + moved,
-        bytes_written=dense.bytes_written + moved,
-        temporary_bytes=min(sums, 4 * topk.MOST_SUMS) + min(lists, 4 * topk.MOST_ENTRIES),
-        launches=4,
-        family=_family(info, f"top{top}"),
-        run=_runner(info, scenario, 0, 0, top),
+        key=_key(info, scenario, near),
+        flops=dense.flops * kept / every + estimate.flops,
+        bytes_read=dense.bytes_read + estimate.read + listed,
+        bytes_written=dense.bytes_written + estimate.written + listed,
+        temporary_bytes=estimate.temporary + min(lists, 4 * topk.MOST_ENTRIES),
+        launches=estimate.launches + 2,
+        family=_family(info, near),
+        run=_runner(info, scenario, 0, 0, top, hip=int(hip)),
     )
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What choosing tiles for one KV head costs; sizes in bytes."""
+
+    flops: float
+    read: int
+    written: int
+    temporary: int
+    launches: int
+
+
+def _asking(info: AttentionInfo, scenario: Scenario) -> _Estimate:
+    """Some queries are multiplied with all keys before them; the sums are written and read."""
+    heads = scenario.batch * info.num_heads // info.num_kv_heads
+    queries, length = scenario.queries, scenario.length
+    every = visible_pairs(queries, length, True, 0, 0)
+    squares = topk.tiles(queries) * topk.tiles(length)
+    sums = 4 * heads * squares * topk.TILE // topk.STRIDE
+    flops = 2.0 * heads * every / topk.STRIDE * info.head_dim
+    # Causality leaves half of the sums out.
+    return _Estimate(flops, sums // 2, sums // 2, min(sums, 4 * topk.MOST_SUMS), 2)
+
+
+def _halving(info: AttentionInfo, scenario: Scenario, top: int) -> _Estimate:
+    """The keys are read for their ranges; of the chunks that a tile of queries looks at these are
+    read, multiplied with some queries, and scores are written and read."""
+    heads = scenario.batch * info.num_heads // info.num_kv_heads
+    size, rows = info.dtype.itemsize, topk.TILE // halved.STRIDE
+    looked, depth = looked_at(scenario.queries, scenario.length, top), halved.halvings(top)
+    channels = 2 * halved.BOXES * info.head_dim  # middles and widths of a chunk
+    keys = scenario.batch * scenario.length * info.head_dim * size
+    # Chunks of all levels are less than twice as many as the tiles.
+    ranges = 2 * scenario.batch * topk.tiles(scenario.length) * channels * size
+    scores = 4 * heads * rows * looked
+    return _Estimate(
+        flops=2.0 * heads * looked * rows * channels,
+        read=keys + heads * looked * channels * size + scores,
+        written=ranges + scores,
+        temporary=min(scores, 4 * topk.MOST_SUMS) + ranges,
+        launches=8 * (depth + 1),
+    )
+
+
+def looked_at(queries: int, length: int, top: int) -> int:
+    """Chunks of keys that one head estimates, tile by tile of its queries, level by level."""
+    depth, total = halved.halvings(top), 0
+    for number in range(topk.tiles(queries) - topk.SPARED):
+        seen = topk.tiles((number + 1) * topk.TILE + length - queries)
+        kept = topk.kept_tiles(seen, top)
+        # The first level looks at all.
+        found = -(-seen // 2**depth)
+        total += found
+        for level in range(depth - 1, -1, -1):
+            found = min(2 * min(found, kept), -(-seen // 2**level))
+            total += found
+    return total
 
 
 def neighborhood_call(
@@ -232,6 +290,7 @@ def _runner(
     delta: int = 0,
     near: int = 0,
     dilation: int = 1,
+    hip: int = 0,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
@@ -249,7 +308,7 @@ def _runner(
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near], [dilation],
+            info.grid, [near], [dilation], [hip],
         )  # fmt: skip
 
     return run

@@ -27,65 +27,18 @@ from fxopt.kernels.block_topk.reference import (
     chosen_tiles,
     kept_tiles,
 )
+from tests.kernels import kept_tiles as kept_tiles_of
+from tests.kernels.kept_tiles import CASES, DEVICE, left_padded, listed, make
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
-
-
-def make(
-    queries: int, keys: int, kv: int = 2, group: int = 2, batch: int = 2, dim: int = 16,
-    dtype: torch.dtype = torch.float32, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    q, k, v = (
-        torch.randn(batch, n, h, dim, device=DEVICE).to(dtype).transpose(1, 2)
-        for n, h in ((queries, kv * group), (keys, kv), (keys, kv))
-    )
-    call: dict[str, Any] = {
-        # Sharp enough for tiles to differ.
-        "q": 2 * q, "k": k, "v": v, "mask": None, "bias": None, "sinks": None,
-        "scale": dim**-0.5, "causal": True, "window": [0], "softcap": 0.0, "sink_tokens": [0],
-        "top": [200],
-    }  # fmt: skip
-    assert options.keys() <= call.keys()
-    return call | options
-
-
-def left_padded(batch: int, keys: int, padding: int) -> Tensor:
-    mask = torch.ones(batch, keys, dtype=torch.int64, device=DEVICE)
-    mask[0, :padding] = 0
-    return mask
-
-
-def kept_keys(call: dict[str, Any]) -> Tensor:
-    """bool [B, H, N, T], from the words of the docs, one tile after another in float64."""
-    q, k, mask = call["q"].double(), call["k"].double(), call["mask"]
-    batch, heads, queries, _ = q.shape
-    kv, keys = k.shape[1:3]
-    seen = torch.zeros(batch, heads, queries, keys, dtype=torch.bool, device=q.device)
-    for b in range(batch):
-        shown = torch.ones(keys, dtype=torch.bool, device=q.device)
-        shown = shown if mask is None else mask[b] != 0
-        for h in range(heads):
-            top = call["top"][h // (heads // kv) % len(call["top"])]
-            for start in range(0, queries, TILE):
-                stop = min(start + TILE, queries)
-                tiles = _kept(q[b, h], k[b, h // (heads // kv)], shown, start, stop, top, call)
-                for tile in tiles:
-                    seen[b, h, start:stop, tile * TILE : tile * TILE + TILE] = True
-        seen[b] &= shown
-    return seen & torch.ones(queries, keys, device=q.device).tril(keys - queries).bool()
 
 
 def _kept(
     q: Tensor, k: Tensor, shown: Tensor, start: int, stop: int, top: int, call: dict[str, Any]
 ) -> list[int]:
     past = len(k) - len(q)
-    candidates = [
-        t
-        for t in range(0, (stop - 1 + past) // TILE + 1)
-        if shown[t * TILE : t * TILE + TILE].any()
-    ]
-    if not top or start // TILE >= -(-len(q) // TILE) - SPARED:
+    candidates = kept_tiles_of.candidates(shown, start, stop, past)
+    if not top or kept_tiles_of.is_spared(start, len(q)):
         return candidates
     mass = dict.fromkeys(candidates, 0.0)
     for row in range(start + STRIDE - 1, start + TILE, STRIDE):
@@ -101,49 +54,16 @@ def _kept(
     return sorted(candidates, key=lambda t: (t not in must, -mass[t], t))[:count]
 
 
+def kept_keys(call: dict[str, Any]) -> Tensor:
+    return kept_tiles_of.kept_keys(call, _kept)
+
+
 def definition(call: dict[str, Any]) -> Tensor:
-    group = call["q"].shape[1] // call["k"].shape[1]
-    q = call["q"].double()
-    k, v = (call[name].double().repeat_interleave(group, 1) for name in "kv")
-    queries, keys = q.shape[2], k.shape[2]
-    scores = q @ k.mT * call["scale"]
-    if call["softcap"]:
-        scores = call["softcap"] * torch.tanh(scores / call["softcap"])
-    seen = kept_keys(call)
-    distance = torch.arange(queries, device=q.device)[:, None] + keys - queries
-    distance = distance - torch.arange(keys, device=q.device)
-    for head, window in enumerate(call["window"] * (k.shape[1] // len(call["window"]))):
-        if window:
-            seen[:, head] &= distance < window
-    scores = scores.masked_fill(~seen, -torch.inf)
-    if call["sinks"] is not None:
-        logit = call["sinks"].double()[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, logit], -1)
-    weights = scores.softmax(-1).nan_to_num(0.0)[..., :keys]
-    return (weights @ v).transpose(1, 2)
-
-
-CASES: list[dict[str, Any]] = [
-    {"queries": 1300, "keys": 1300},
-    {"queries": 1409, "keys": 1409, "kv": 1, "group": 3, "batch": 1, "softcap": 3.0},
-    {"queries": 1500, "keys": 1500, "batch": 2, "padding": 301},
-    # After a past whose length is no multiple of a tile.
-    {"queries": 400, "keys": 1501, "batch": 2, "padding": 127, "top": [100, 0]},
-    {"queries": 1536, "keys": 1536, "top": [0, 50], "window": [200, 0], "group": 1},
-    {"queries": 1537, "keys": 1537, "top": [300, 10], "sinks": True},
-]
+    return kept_tiles_of.definition(call, _kept)
 
 
 def case(number: int, **options: Any) -> dict[str, Any]:
-    given = dict(CASES[number]) | options
-    padding, sinks = given.pop("padding", 0), given.pop("sinks", False)
-    call = make(**given)
-    batch, heads, keys = *call["q"].shape[:2], call["k"].shape[2]
-    if padding:
-        call["mask"] = left_padded(batch, keys, padding)
-    if sinks:
-        call["sinks"] = torch.randn(heads, device=DEVICE)
-    return call
+    return kept_tiles_of.case(CASES[number], **options)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -296,21 +216,7 @@ def test_the_lists_hold_the_chosen_tiles(number: int) -> None:
     call = bind(**case(number))
     lists = kept_lists(call)
     expected = chosen_tiles(call.q, call.k, call.mask, call.scale, call.softcap, call.top)
-    expected = expected.flatten(1, 2)
-    found = torch.zeros_like(expected)
-    for count, tiles in (lists.tensors()[:2], lists.tensors()[2:]):
-        for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in count.shape)).tolist():
-            line = tiles[b, h, i, : count[b, h, i]].long()
-            assert (line.diff() > 0).all()
-            assert not found[b, h, i, line].any()
-            found[b, h, i, line] = True
-    assert found.equal(expected)
-    # A full tile is seen whole: it is over before the first query, and nothing of it is hidden.
-    first = torch.arange(expected.shape[2]) * TILE + call.offset
-    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in count.shape)).tolist():
-        for tile in lists.full[b, h, i, : lists.full_count[b, h, i]].tolist():
-            assert tile * TILE + TILE - 1 <= first[i]
-            assert call.mask is None or call.mask[b, tile * TILE : tile * TILE + TILE].all()
+    assert listed(lists, call).equal(expected.flatten(1, 2))
 
 
 @needs_triton

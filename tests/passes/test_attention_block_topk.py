@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 import fxopt
 from fxopt.ir import ops
@@ -23,6 +20,7 @@ from fxopt.passes.attention.block_topk import BlockTopk
 from fxopt.passes.attention.calls import attention_call, kept_pairs, kept_tiles_call
 from fxopt.passes.attention.window import Window
 from tests.passes.attention_graph import GraphEditor
+from tests.passes.planted import LENGTH, NEEDLES, Planted, planted_inputs
 
 INFO = AttentionInfo(
     num_heads=6, num_kv_heads=3, head_dim=16, value_dim=16, dtype=torch.float32, causal=True,
@@ -167,39 +165,6 @@ def test_tokens_past_the_prompt_see_all_keys() -> None:
     prompt = {name: x[:, :, :1300] if name in "qkv" else x for name, x in inputs.items()}
     torch.testing.assert_close(out[:, :1300], ops.attend(**prompt, top=[50]))
     assert (out - dense)[:, 1100:1300].abs().max() > 0.01
-
-
-LENGTH, NEEDLES = 4096, (700, 1801, 2111)
-
-
-class Planted(nn.Module):
-    """Two heads of 16 channels: all queries of the first want the same few keys, wherever they
-    are; the second looks everywhere, at values that differ from place to place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(64, 96, bias=False)
-        weight = torch.zeros(96, 64)
-        weight[0, 0], weight[32, 1] = 9.0, 9.0
-        weight[16:32, 2:18], weight[48:64, 2:18] = 0.1 * torch.randn(2, 16, 16)
-        weight[64:80, 18:34], weight[80:96, 34:50] = torch.eye(16), torch.eye(16)
-        self.qkv.weight.data = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:2], 2, 16)
-        q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return y.transpose(1, 2).flatten(2)
-
-
-def planted_inputs(needles: Sequence[int]) -> Tensor:
-    x = torch.randn(1, LENGTH, 64)
-    x[..., 0], x[..., 1] = 1.0, 0.0
-    x[:, list(needles), 1] = 1.0
-    # The mean of all tiles is small, that of a few of them is not.
-    tiles = torch.randn(LENGTH // TILE, 16).repeat_interleave(TILE, 0)
-    x[..., 34:50] = 3.0 * tiles + 0.1 * x[..., 34:50]
-    return x
 
 
 def test_the_retrieving_head_gets_it_and_the_diffuse_one_is_kept() -> None:

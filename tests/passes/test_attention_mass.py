@@ -15,6 +15,7 @@ from fxopt.ir.rewrite import Candidate, Masking, Match
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.passes.attention.block_topk import BlockTopk
 from fxopt.passes.attention.decode_topk import DecodeTopk
+from fxopt.passes.attention.hip import Hip
 from fxopt.passes.attention.neighborhood import Neighborhood
 from fxopt.passes.attention.window import Window
 
@@ -22,6 +23,7 @@ LENGTH = 1500
 CASES = {
     "window": (Window(), {"window": 70, "sink": 5}),
     "block_topk": (BlockTopk(), {"top": 50}),
+    "hip": (Hip(), {"top": 50}),
     "decode_topk": (DecodeTopk(), {"top_keys": 256}),
 }
 CALLS: dict[str, dict[str, Any]] = {
@@ -40,7 +42,8 @@ SERVED = [
     (name, kind)
     for name in CASES
     for kind, call in CALLS.items()
-    if name == "window" or ("window" not in call and (name == "block_topk" or "prompt" in call))
+    if name == "window"
+    or ("window" not in call and (name in ("block_topk", "hip") or "prompt" in call))
 ]
 
 
@@ -76,7 +79,7 @@ def test_kept_mass_is_that_of_the_keys_which_emulation_weighs(name: str, kind: s
     sink = 1 - weights.sum(-1)  # of the sink's logit, which nothing hides
     kept = (weights * (masked > 0)).sum(-1) + sink
     torch.testing.assert_close(found, kept, rtol=1e-9, atol=1e-12)
-    hides = (name, kind) != ("block_topk", "few decoded")
+    hides = kind != "few decoded" or name not in ("block_topk", "hip")
     assert (found.min() < 0.95) == hides
     _check_identity(weights, masked, kept)
 

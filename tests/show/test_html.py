@@ -224,6 +224,7 @@ assert "triton" not in sys.modules and "fxopt.kernels.monarch_linear" not in sys
         ),
         ("attend(%q, %k, %v, window=(16,))", ["attention"]),
         ("attend(%q, %k, %v, top=(100,))", ["attention", "block_topk"]),
+        ("attend(%q, %k, %v, top=(100,), hip=(1,))", ["attention", "block_topk", "hip"]),
         ("fxopt.quantized_linear(%x, w u8[8, 8])", ["quantized_linear"]),
         ("fxopt.chunked(%x)", []),
         ("aten.add(%x, 1)", []),

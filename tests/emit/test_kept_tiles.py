@@ -13,25 +13,26 @@ from torch import Tensor
 
 import fxopt
 from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
+from fxopt.kernels.hip.reference import chosen_tiles as halved_tiles
 from tests.emit.onnx_cases import GENERATE, everywhere, llama
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
 PROMPT, NEW = 1600, 3
+CHOOSE = {"attention.block_topk": chosen_tiles, "attention.hip": halved_tiles}
 
 
 class Case:
     """`opt` keeps tiles in all four heads of two layers; `masked` is what it should compute."""
 
-    def __init__(self) -> None:
+    def __init__(self, rewrite: str) -> None:
+        self.choose = CHOOSE[rewrite]
         self.model, example = llama(2)
         for module in self.model.modules():
             if hasattr(module, "q_proj"):
                 module.q_proj.weight.data *= 2  # sharper attention
-        self.opt, chosen = everywhere(
-            "attention.block_topk", self.model, example, workload=GENERATE
-        )
+        self.opt, chosen = everywhere(rewrite, self.model, example, workload=GENERATE)
         assert len(chosen) == 4
         self.masked: Any = copy.deepcopy(self.model)
         self.masked.config._attn_implementation = "tiles_reference"
@@ -50,7 +51,7 @@ class Case:
         prompt = [x[:, :, :PROMPT] for x in (q, k)]
         hidden = None if self.padding is None else self.padding[:, :PROMPT]
         top = self.tops[module.layer_idx]
-        tiles = chosen_tiles(*prompt, hidden, module.scaling, 0.0, top).flatten(1, 2)
+        tiles = self.choose(*prompt, hidden, module.scaling, 0.0, top).flatten(1, 2)
         kept = torch.ones(q.shape[0], q.shape[1], len(rows), keys, dtype=torch.bool)
         by_tile = tiles[:, :, rows[:PROMPT] // TILE][..., columns[:PROMPT] // TILE]
         kept[:, :, :PROMPT, :PROMPT] = by_tile
@@ -65,11 +66,11 @@ class Case:
         return self.masked(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
-@pytest.fixture(scope="module")
-def kept() -> Iterator[Case]:
+@pytest.fixture(scope="module", params=[*CHOOSE])
+def kept(request: pytest.FixtureRequest) -> Iterator[Case]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    case = Case()
+    case = Case(request.param)
     ALL_ATTENTION_FUNCTIONS["tiles_reference"] = case.attend
     yield case
     del ALL_ATTENTION_FUNCTIONS["tiles_reference"]
