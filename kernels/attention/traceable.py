@@ -96,7 +96,9 @@ def kept_keys(
     ways = [halved.chosen_tiles if h else topk.chosen_tiles for h in sorted(kinds)]
     chosen, *others = (way(q, k, mask, scale, softcap, shares) for way in ways)
     if others:
-        chosen = torch.where(_by_head(halves, q.device) > 0, others[0], chosen)
+        # Not by `where`, which onnxruntime has not for booleans.
+        own = _by_head(halves, q.device) > 0
+        chosen = (own & others[0]) | (~own & chosen)
     rows = torch.arange(q.shape[2], device=q.device)
     columns = torch.arange(k.shape[2], device=q.device)
     return chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)
