@@ -23,7 +23,7 @@ from .output import builder
 from .program import CapturedModel, Program, edited_tree, program
 from .registry import register_ops
 from .residuals import fuse_residuals
-from .rotary import fuse_rotary
+from .rotary import fuse_both, fuse_rotary
 from .source import generate
 from .surface import HuggingFaceSurface
 from .tree import CONTAINERS
@@ -226,6 +226,7 @@ def emit(
     fuse_norms(graph)
     fuse_residuals(graph)
     fuse_rotary(graph)
+    fuse_both(graph)
     fuse_gates(graph)
     fuse_epilogues(graph)
     name = type(model).__name__

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from ..ir.ops import add_rms_norm, attend, gated, mix_channels, rms_norm, rotate
+from ..ir.ops import add_rms_norm, attend, gated, mix_channels, rms_norm, rotate, rotate_both
 from .facts import tensor_facts
 from .frames import floats
 from .targets import op_name, root
@@ -25,7 +25,10 @@ _PASSING = {"mul", "to", "unsqueeze", "view", "expand", "reshape", "contiguous",
 # Names that generated code reads.
 _TAKEN = {
     "self", "F", "nn", "torch", "math", "operator", "zip", "float", "slice", "getattr",
-    *(f.__name__ for f in (add_rms_norm, attend, gated, mix_channels, rms_norm, rotate)),
+    *(
+        f.__name__
+        for f in (add_rms_norm, attend, gated, mix_channels, rms_norm, rotate, rotate_both)
+    ),
 }  # fmt: skip
 
 

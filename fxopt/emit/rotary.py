@@ -1,18 +1,20 @@
-"""Rotary position embeddings as one call, which CUDA runs as one kernel and to the same bits.
+"""Rotary position embeddings as one call, which CUDA runs as one kernel and to the same bits; one
+for the queries and keys of an attention, with what mixes their channels.
 
 Where a gradient is needed or `torch.compile` looks on, the call is the formula that it stands for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from ..ir.ops import rotate
+from ..ir.ops import arguments_of_attend, attend, mix_channels, rotate, rotate_both
 from .facts import tensor_facts
-from .norms import put
+from .norms import erase, put
 
 aten = torch.ops.aten
 
@@ -22,6 +24,63 @@ def fuse_rotary(graph: fx.Graph) -> None:
     for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         if (found := _match(total)) is not None:
             put(graph, total, rotate, found)
+
+
+class _Side(NamedTuple):
+    """Queries or keys: what is turned by `angles` (cos and sin, or nothing), and then mixed by
+    `matrix`, if there is one, in `heads` of how many there are."""
+
+    result: fx.Node
+    x: fx.Node
+    angles: tuple[Any, ...]
+    matrix: Any
+    heads: tuple[Any, ...]
+
+
+def fuse_both(graph: fx.Graph) -> None:
+    """Write what is done to the queries and keys of an attention as one call that gives both."""
+    for node in graph.find_nodes(op="call_function", target=attend):
+        given = arguments_of_attend(*node.args, **node.kwargs)
+        q, k = _side(given["q"]), _side(given["k"])
+        if q is None or k is None or q.angles != k.angles or q.heads != k.heads:
+            continue
+        if (q.matrix is None) != (k.matrix is None):
+            continue
+        # The keys of cross-attention are made once, its queries in every step.
+        if q.angles or given["causal"]:
+            _join(graph, q, k)
+
+
+def _side(node: Any) -> _Side | None:
+    x, matrix, heads, angles = node, None, (), ()
+    if _is(x, mix_channels) and len(x.args) == 2:
+        (x, matrix), heads = x.args, tuple(x.kwargs.items())
+        if len(node.users) > 1 or (_is(x, rotate) and len(x.users) > 1):
+            return None
+    if _is(x, rotate):
+        x, *angles = x.args
+    found = _Side(node, x, tuple(angles), matrix, heads)
+    return None if x is node else found
+
+
+def _join(graph: fx.Graph, q: _Side, k: _Side) -> None:
+    """One call in the place of the later one, before all that reads either."""
+    place = max(q.result, k.result)
+    if any(user <= place for side in (q, k) for user in side.result.users):
+        return
+    angles = q.angles or (None, None)
+    arguments: tuple[Any, ...] = (q.x, k.x, *angles, q.matrix, k.matrix)
+    while arguments[-1] is None:
+        arguments = arguments[:-1]
+    with graph.inserting_before(place):
+        both = graph.call_function(rotate_both, arguments, dict(q.heads))
+        both.meta = {**place.meta, "facts": 2}
+        for index, side in enumerate((q, k)):
+            part = graph.call_function(operator.getitem, (both, index))
+            part.meta = {**place.meta, "facts": tensor_facts(side.result)}
+            side.result.replace_all_uses_with(part)
+    for side in (q, k):
+        erase(graph, side.result)
 
 
 def _match(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

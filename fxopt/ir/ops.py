@@ -140,6 +140,36 @@ def mix_channels(
     return mixed.flatten(1, 2)
 
 
+def rotate_both(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_mix: Tensor | None = None,
+    key_mix: Tensor | None = None,
+    heads: Sequence[int] = (),
+    kv_heads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each as `rotate` leaves it where there are cos and sin, and then as
+    `mix_channels` does where there are matrices.
+
+    q [B, H, N, D] and k [B, KV, N, D] of one dtype, which all others have as well; query_mix and
+    key_mix, both or neither. On a GPU it is one kernel, whose results are contiguous and, without
+    matrices, to the bit those of the two calls.
+    """
+    given = [t for t in (q, k, cos, sin) if t is not None]
+    matrices = [t.detach() for t in (query_mix, key_mix) if t is not None]
+    if _is_one_kernel(*given, *matrices):
+        return torch.ops.fxopt.rotate_both.default(
+            q, k, cos, sin, query_mix, key_mix, heads, kv_heads
+        )
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if query_mix is not None and key_mix is not None:
+        q, k = (mix_channels(x, m, heads, kv_heads) for x, m in ((q, query_mix), (k, key_mix)))
+    return q, k
+
+
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up (GLU Variants, arXiv 2002.05202); of one dtype and shape.
 

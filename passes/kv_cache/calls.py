@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.cost import OpCall
-from fxopt.ir.ops import mix_channels
+from fxopt.ir.ops import mix_channels, rotate_both
 from fxopt.ir.rewrite import Match
 from fxopt.ir.site import AttentionInfo
 from fxopt.ir.workload import Scenario
@@ -110,20 +110,23 @@ def _layout(info: AttentionInfo, fmt: Blocks | None) -> Layout:
 
 
 def rotation_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
-    """The new queries and keys of one KV head times a matrix of its channels each."""
+    """The new queries and keys of one KV head times a matrix of its channels each.
+
+    As a launch of its own, though it is part of the one that computes rotary embeddings where there
+    are any: at most that is priced too much.
+    """
     rows = scenario.batch * scenario.queries
     keys = 0 if info.cross and scenario.past else rows
     queries = rows * (info.num_heads // info.num_kv_heads)
     size, square = info.dtype.itemsize, info.head_dim**2
     moved = (queries + keys) * info.head_dim * size
     return OpCall(
-        op="aten::bmm",
+        op="fxopt::rotate_both",
         key=f"kv_rotation/{_signature(info, None, scenario, 0)}",
         flops=2.0 * (queries + keys) * square,
         bytes_read=moved + 2 * square * size,
         bytes_written=moved,
         weight_bytes=2 * square * size,
-        launches=2 if keys else 1,
         share=info.num_kv_heads,
         family=f"kv_rotation/{_family(info, None, 0)}",
         run=_rotator(info, scenario, bool(keys)),
@@ -133,15 +136,18 @@ def rotation_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
 def _rotator(
     info: AttentionInfo, scenario: Scenario, with_keys: bool
 ) -> Callable[[Any], Callable[[], Any]]:
-    heads = (info.num_heads, info.num_kv_heads)[: 1 + with_keys]
-
     def run(device: Any) -> Callable[[], Any]:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device).to(info.dtype)
 
-        sides = [random(scenario.batch, n, scenario.queries, info.head_dim) for n in heads]
+        q, k = (
+            random(scenario.batch, heads, scenario.queries, info.head_dim)
+            for heads in (info.num_heads, info.num_kv_heads)
+        )
         matrices = random(info.num_kv_heads, info.head_dim, info.head_dim)
-        return lambda: [mix_channels(side, matrices) for side in sides]
+        if with_keys:
+            return lambda: rotate_both(q, k, query_mix=matrices, key_mix=matrices)
+        return lambda: [mix_channels(q, matrices)]
 
     return run
 

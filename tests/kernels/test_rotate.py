@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.ir.ops import mix_channels
 from fxopt.ir.ops import rotate as called
-from fxopt.kernels.rotate import REFERENCE, rotate
+from fxopt.ir.ops import rotate_both as both_called
+from fxopt.kernels.rotate import REFERENCE, rotate, rotate_both
 
 pytest.importorskip("triton")
 
-from fxopt.kernels.rotate.triton import rotate_forward
+from fxopt.kernels.rotate.triton import rotate_both_forward, rotate_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter has no bfloat16 of its own.
@@ -53,6 +55,66 @@ def test_operator(dtype: torch.dtype) -> None:
     assert torch.equal(rotate(x, cos, sin), REFERENCE(x, cos, sin))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv", "group", "length", "dim"), [(1, 1, 1, 6), (3, 5, 2, 80)])
+def test_queries_and_keys_at_once_keep_every_bit(
+    dtype: torch.dtype, kv: int, group: int, length: int, dim: int
+) -> None:
+    q, cos, sin = draw(dtype, (2, kv * group, length, dim), 2)
+    k = draw(dtype, (2, kv, length, dim), 1)[0]
+    found = rotate_both_forward(q, k, cos, sin, None, None, (), 0)
+    for out, x in zip(found, (q, k), strict=True):
+        assert out.is_contiguous()
+        assert torch.equal(out, REFERENCE(x, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64])
+@pytest.mark.parametrize(
+    ("kv", "group", "length", "dim", "heads", "turned"),
+    [
+        (2, 3, 1, 64, (), True), (1, 1, 5, 16, (), True), (4, 2, 3, 32, (0, 3), True),
+        (3, 1, 2, 128, (1,), False), (2, 1, 21, 6, (), False),
+    ],
+)  # fmt: skip
+def test_mixed_channels_are_those_of_two_products(
+    dtype: torch.dtype, kv: int, group: int, length: int, dim: int, heads: tuple[int, ...],
+    turned: bool,
+) -> None:  # fmt: skip
+    """Against float64 behind rotary embeddings that are rounded: what is left is one rounding, and
+    those of a sum in float32."""
+    q, *angles = draw(dtype, (2, kv * group, length, dim), 2)
+    k = draw(dtype, (2, kv, length, dim), 1)[0]
+    query_mix, key_mix = torch.randn(2, len(heads) or kv, dim, dim, device=DEVICE).to(dtype)
+    given = (*(angles if turned else (None, None)), query_mix, key_mix, heads, kv)
+    found = rotate_both_forward(q, k, *given)
+    for out, x, mix in zip(found, (q, k), (query_mix, key_mix), strict=True):
+        before = REFERENCE(x, *angles) if turned else x
+        want = mix_channels(before.double(), mix.double(), heads, kv)
+        terms = mix_channels(before.double().abs(), mix.double().abs(), heads, kv)
+        most = torch.finfo(dtype).eps * want.abs() + 8 * torch.finfo(torch.float32).eps * terms
+        assert ((out.double() - want).abs() <= most).all()
+        assert out.is_contiguous()
+        group_size = x.shape[1] // kv
+        of = [h for h in range(x.shape[1]) if h // group_size not in (heads or range(kv))]
+        assert torch.equal(out[:, of], before[:, of])
+
+
+@pytest.mark.parametrize("heads", [(), (1,)])
+@pytest.mark.parametrize("turned", [True, False])
+def test_operator_of_both(heads: tuple[int, ...], turned: bool) -> None:
+    q, *angles = draw(torch.float32, (2, 4, 5, 16), 2)
+    k = draw(torch.float32, (2, 2, 5, 16), 1)[0]
+    mixes = torch.randn(2, len(heads) or 2, 16, 16, device=DEVICE)
+    given = (q, k, *(angles if turned else (None, None)), *mixes, heads, 2)
+    torch.library.opcheck(rotate_both, given)
+    torch.library.opcheck(rotate_both, (q, k, *angles, None, None, (), 0))
+    for one, other in zip(rotate_both(*given), both_called(*given), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, x in zip(rotate_both(q, k, None, None, None, None, (), 0), (q, k), strict=True):
+        assert torch.equal(one, x)
+        assert one.data_ptr() != x.data_ptr()
+
+
 def test_a_rotation_turns_pairs_of_channels() -> None:
     """Against complex numbers: channel i and i + D / 2 are turned by the same angle."""
     x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
@@ -75,13 +137,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fxopt.kernels.rotate.triton import _rotate_kernel as kernel
 
-constants = dict(H=5, HALF=40, WIDE=tl.float32, BLOCK_H=8, BLOCK_D=64)
-names = kernel.arg_names
-pointers = dict(x="*bf16", cos="*bf16", sin="*bf16", out="*bf16")
-signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-values = {(names.index(n),): v for n, v in constants.items()}
-source = ASTSource(kernel, signature, values)
-assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+def build(**constants):
+    names = kernel.arg_names
+    every = dict(WIDE=tl.float32, UPCAST=False, BLOCK_R=16, places=None, **constants)
+    pointers = dict.fromkeys(("q", "k", "cos", "sin", "query_mix", "key_mix", "out_q", "out_k"), p)
+    signature = {n: "constexpr" if n in every else pointers.get(n, "i32") for n in names}
+    values = {(names.index(n),): v for n, v in every.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}
+    return compile(
+        ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32)
+    ).asm
+
+p = "*bf16"
+none = dict(query_mix=None, key_mix=None)
+assert build(GQ=5, GK=1, HALF=40, BLOCK_D=64, BLOCK_E=64, **none)["cubin"]
+assert build(
+    GQ=1, GK=1, HALF=40, BLOCK_D=64, BLOCK_E=64, k=None, out_k=None, **none
+)["cubin"]
+for half in (32, 128):
+    text = build(GQ=4, GK=1, HALF=half, BLOCK_D=half, BLOCK_E=64)["ptx"]
+    assert "mma.sync" in text or "wgmma" in text
 """
 
 
@@ -99,4 +174,7 @@ def test_compile_ahead_of_time_for_hopper() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_device_keeps_every_bit(dtype: torch.dtype, length: int) -> None:
     x, cos, sin = draw(dtype, (3, 32, length, 128), 3)
+    k = draw(dtype, (3, 8, length, 128), 3)[0]
     assert torch.equal(called(x, cos, sin), REFERENCE(x, cos, sin))
+    for out, side in zip(both_called(x, k, cos, sin), (x, k), strict=True):
+        assert torch.equal(out, REFERENCE(side, cos, sin))

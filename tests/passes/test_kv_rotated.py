@@ -19,7 +19,7 @@ from fxopt.decide.statistics import Recorded
 from fxopt.decide.verify import weight_bytes
 from fxopt.emit.editor import GraphEditor
 from fxopt.emit.module import OptimizedModule, emit
-from fxopt.ir.ops import attend, mix_channels
+from fxopt.ir.ops import attend, mix_channels, rotate_both
 from fxopt.ir.rewrite import Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Generate, scenarios
@@ -287,10 +287,24 @@ def test_only_heads_that_are_mixed_have_matrices(heads: tuple[int, ...]) -> None
     for side, name in enumerate(("query_rotation", "key_rotation")):
         held: Any = getattr(attention, name)
         assert torch.equal(held, rotations(scale, torch.float32)[side][list(heads)])
-    assert opt.source.count("mix_channels(") == 2  # one line a side, layers in a loop
+    # with the rotary embeddings, in one line of both sides; layers in a loop
+    assert opt.source.count("query_rotation, self.key_rotation") == 1
+    assert "mix_channels(" not in opt.source
     priced = rotation_call(replace(INFO, head_dim=16), WORK[0]).weight_bytes
     held = weight_bytes(opt) - weight_bytes(rotated(tiny(), scale, ()))
     assert held == 2 * len(heads) * priced  # of two layers
+
+
+@pytest.mark.parametrize("heads", [(1,), (0, 1)])
+def test_no_call_more_than_without(heads: tuple[int, ...]) -> None:
+    scale = torch.ones(2, 16)
+    calls = [
+        [node.target for node in rotated(tiny(), scale, some).graph.nodes
+         if node.op == "call_function"]
+        for some in ((), heads)
+    ]  # fmt: skip
+    assert calls[0] == calls[1]
+    assert calls[0].count(rotate_both) == 2  # layers
 
 
 def test_a_plan_with_it_is_saved_and_replayed(tmp_path: Path) -> None:
