@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -56,6 +58,18 @@ class CacheLayer(CacheLayerMixin):
         self.state = self._empty(batch)
         self.batch_size = batch
         self.is_initialized = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """e4m3 numbers as bytes, since `pickle` refuses a tensor of them."""
+        floats = [i for i, x in enumerate(self.state) if x.dtype == torch.float8_e4m3fn]
+        state = [x.view(torch.uint8) if i in floats else x for i, x in enumerate(self.state)]
+        return {**self.__dict__, "state": state, "floats": floats}
+
+    def __setstate__(self, found: dict[str, Any]) -> None:
+        floats = found.pop("floats")
+        vars(self).update(found)
+        for i in floats:
+            self.state[i] = self.state[i].view(torch.float8_e4m3fn)
 
     def _empty(self, batch: int) -> list[Tensor]:
         state = allocate(

@@ -350,6 +350,25 @@ def test_interface_of_transformers() -> None:
     assert cache.get_seq_length() == 7
 
 
+@pytest.mark.parametrize("pool_tokens", [None, 200])
+def test_float8_caches_are_pickled(pool_tokens: int | None) -> None:
+    layout = "0:kf8vf8g32r8s4|1:k4vf8g32r8s4"
+    specs = [(KV, DIM, DIM, layout)] * LAYERS
+    cache = Cache.allocate(specs, 2, 100, torch.bfloat16, pool_tokens=pool_tokens)
+    for state in cache.states:
+        for x in state:
+            if x.dtype == torch.float8_e4m3fn:
+                x.copy_(torch.randn(x.shape))
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        for mine, its in zip(cache.states, twin.states, strict=True):
+            assert [x.dtype for x in mine] == [x.dtype for x in its]
+            for x, y in zip(mine, its, strict=True):
+                assert torch.equal(x.float(), y.float())
+                assert x.data_ptr() != y.data_ptr()
+        assert {"floats"}.isdisjoint(twin.layers[0].__dict__)
+    assert any(x.dtype == torch.float8_e4m3fn for x in cache.states[0])  # the original's stay
+
+
 def test_cache_of_inference_mode_continues_outside() -> None:
     with torch.inference_mode():
         cache = make("k4v4g32r8s4", 2, 100)
