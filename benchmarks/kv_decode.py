@@ -72,7 +72,7 @@ class Packed:
     def step(self, **options: Any) -> Tensor:
         return decode_packed(
             self.arguments, self.new, self.part, self.start, None, self.fmt, **options
-        )
+        ).joined()
 
     def paged(self) -> Packed:
         """The same blocks on pages in no order."""
@@ -81,7 +81,7 @@ class Packed:
         return moved
 
     def general(self) -> Tensor:
-        return decode(self.arguments, self.new, self.part, self.start, None, self.fmt)
+        return decode(self.arguments, self.new, self.part, self.start, None, self.fmt).joined()
 
     def exactly(self, dtype: torch.dtype) -> Tensor:
         """Attention in `dtype` over the dequantised cache."""
@@ -197,7 +197,7 @@ def own_exact(batch: int, length: int) -> float:
     arguments = Arguments(q, None, None, DIM**-0.5, True, [0], 0.0, [0])
     start = torch.tensor(length, device="cuda")
     new = {"key": k, "value": v}
-    return microseconds(lambda: decode_exact(arguments, new, part, start, None))
+    return microseconds(lambda: decode_exact(arguments, new, part, start, None).joined())
 
 
 def shapes(tuned: bool) -> None:

@@ -1,6 +1,7 @@
 """Triton kernels that store new tokens in a cache: blocks that are due, sink, ring.
 
-The bytes are those of `fxopt.kernels.kv_attention.packing`. Lengths are read on the device.
+The bytes are those of `fxopt.kernels.kv_attention.packing`. Lengths are read on the device. After a
+decoding kernel, what it computed is joined in the same launch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._triton.common import tile
+from fxopt.kernels._triton.common import overlaps, processors, tile
 from fxopt.kernels._triton.kv_pack import copy_block, pack_float8, pack_keys, pack_values
+from fxopt.kernels._triton.splits import wait
 from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.packing import width
 from fxopt.kernels.kv_attention.pages import room
-from fxopt.kernels.kv_attention.triton import block_at, first_block
+from fxopt.kernels.kv_attention.triton import Shares, block_at, first_block, join_row
+
+# Programs of `_finish_kernel` that one multiprocessor of an H100 runs at a time, as compiled: by
+# registers where it packs, and where it does not.
+PLACES = 2, 16
 
 
 @triton.jit
@@ -171,34 +177,92 @@ def _keep_kernel(
 
 
 @triton.jit
-def _append_kernel(
+def _finish_kernel(
+    partial, top, total, sinks, out, splits, rows, heads,
     k, v, start_ptr, counts, block_start, sink_k, sink_v, table, key, key_scale, key_zero,
     value, value_scale, value_zero, recent_k, recent_v, rank, N, BLOCKS, RING, rank_b,
-    H, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    H, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """All of it for a few tokens of one KV head: at most one block is due.
+    """What follows the shares of a decoding step: in the first programs, one for each of `heads`
+    KV heads, its few new tokens are stored and at most one block is packed (with EXACT none is);
+    the others join the shares of a row each, or of some of its channels.
 
     `counts` was written before, so that no program reads the starts that one of them writes.
     """
-    i_bh = tl.program_id(0).to(tl.int64)
-    start = tl.load(start_ptr)
-    used, old, due = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
-    if old < due:
-        _pack_block(
-            k, v, start, used, old, due, 0, table, key, key_scale, key_zero,
-            value, value_scale, value_zero, recent_k, recent_v, rank, i_bh, N, BLOCKS, RING, rank_b,
-            H, D, DV, GROUP, SINK, K_BITS, V_BITS, HAS_RANK, BLOCK_K, BLOCK_V,
+    wait(WAITS)
+    i_p = tl.program_id(0)
+    if i_p >= heads:
+        parts = tl.cdiv(DV, BLOCK_V)
+        i_row, i_v = (i_p - heads) // parts, (i_p - heads) % parts
+        join_row(
+            partial, top, total, sinks, out, i_row, i_v, rows, N, splits, H, G, DV, BLOCK_S, BLOCK_V
+        )
+    else:
+        i_bh = i_p.to(tl.int64)
+        start = tl.load(start_ptr)
+        due = start * 0
+        if not EXACT:
+            used, old, due = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
+            if old < due:
+                _pack_block(
+                    k, v, start, used, old, due, 0, table, key, key_scale, key_zero,
+                    value, value_scale, value_zero, recent_k, recent_v, rank, i_bh, N, BLOCKS, RING,
+                    rank_b, H, D, DV, GROUP, SINK, K_BITS, V_BITS, HAS_RANK, BLOCK_K, BLOCK_W,
+                )  # fmt: skip
+                if i_bh == 0:
+                    _set_starts(block_start, used, old, due, BLOCKS, GROUP, BLOCK)
+                tl.debug_barrier()  # a new token takes the place of one that was packed
+        _keep(
+            k, v, start, due, sink_k, sink_v, recent_k, recent_v, i_bh, tl.arange(0, BLOCK_T),
+            N, RING, D, DV, SINK, BLOCK_D, BLOCK_W,
         )  # fmt: skip
-        if i_bh == 0:
-            _set_starts(block_start, used, old, due, BLOCKS, GROUP, BLOCK)
-        tl.debug_barrier()  # a new token takes the place of one that was packed
-    _keep(
-        k, v, start, due, sink_k, sink_v, recent_k, recent_v, i_bh, tl.arange(0, BLOCK_T),
-        N, RING, D, DV, SINK, BLOCK_D, BLOCK_V,
+
+
+def finish(
+    shares: Shares,
+    new: dict[str, Tensor],
+    part: dict[str, Tensor],
+    start: Tensor,
+    rank: Tensor | None,
+    fmt: Blocks | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """Join what a decoding kernel computed of one head class, and store its new tokens: with up to
+    a block's tokens in one launch, where all of its programs run at a time, else in two. `counts`
+    is what that kernel wrote (`note_due`)."""
+    k, v = new["key"], new["value"]
+    batch, heads, queries, dim = k.shape
+    if fmt is not None and (counts is None or queries > fmt.group):
+        append(new, part, start, rank, fmt)
+        return shares.joined()
+    none, overlap = k, overlaps(k.device)
+    blocks = room(part) if fmt else 0
+    kind = _packing(new, fmt, rank) if fmt else _keeping(new)
+    # A class that is stored exactly is a ring that never wraps.
+    stored = _stored(part, none) if fmt else [None, *[none] * 6, part["key"], part["value"]]
+    ring = part["recent_key"] if fmt else part["key"]
+    places = PLACES[fmt is None] * processors(k.device)
+    programs = {
+        channels: batch * heads + shares.rows * triton.cdiv(v.shape[3], channels)
+        for channels in (32, 256)
+    }
+    channels = 32 if programs[32] <= places else 256
+    together = programs[channels] <= places
+    _finish_kernel[(programs[channels] if together else batch * heads,)](
+        shares.partial, shares.top, shares.total, shares.sinks, shares.out, len(shares.partial),
+        shares.rows, batch * heads, k, v, start, counts, part.get("block_start", none),
+        part.get("sink_key", none), part.get("sink_value", none), *stored,
+        none if rank is None else rank, queries, blocks, ring.shape[2],
+        0 if rank is None else rank.stride(0),
+        G=shares.top.shape[2] // queries, EXACT=fmt is None, BLOCK_T=tile(queries),
+        BLOCK_D=tile(dim, most=256), BLOCK_W=tile(v.shape[3], most=256),
+        BLOCK=tile(blocks + 1, most=1024), WAITS=overlap, launch_pdl=overlap, **kind,
+        **shares.tiles(channels),
     )  # fmt: skip
+    return shares.out if together else shares.joined()
 
 
 def append(
@@ -207,28 +271,13 @@ def append(
     start: Tensor,
     rank: Tensor | None,
     fmt: Blocks | None,
-    counts: Tensor | None = None,
 ) -> None:
-    """Store the new tokens of one head class: blocks that are due, then sink and ring.
-
-    `counts` is what `_plan_kernel` would find, where a decoding kernel has written it: then it
-    takes one kernel, with at most a block's tokens.
-    """
+    """Store the new tokens of one head class: blocks that are due, then sink and ring."""
     k, v = new["key"], new["value"]
     batch, heads, queries, dim = k.shape
     value_dim, none = v.shape[3], k
     wide = {"BLOCK_D": tile(dim, most=256), "BLOCK_V": tile(value_dim, most=256)}
     kept = part.get("sink_key", none), part.get("sink_value", none)
-    if fmt is not None and counts is not None and queries <= fmt.group:
-        blocks = room(part)
-        _append_kernel[(batch * heads,)](
-            k, v, start, counts, part["block_start"], *kept, *_stored(part, none),
-            none if rank is None else rank, queries, blocks, part["recent_key"].shape[2],
-            0 if rank is None else rank.stride(0),
-            BLOCK_T=tile(queries), BLOCK=tile(blocks + 1, most=1024),
-            **_packing(new, fmt, rank), **wide,
-        )  # fmt: skip
-        return
     counts = none if fmt is None else _pack(new, part, start, rank, fmt)
     # A class that is stored exactly is a ring that never wraps.
     ring_k, ring_v = (part["key"], part["value"]) if fmt is None else (
@@ -271,6 +320,13 @@ def _stored(part: dict[str, Tensor], none: Tensor) -> list[Tensor | None]:
     packed = (f"{side}{kind}" for side in ("key", "value") for kind in ("", "_scale", "_zero"))
     held = [part.get(name, none) for name in (*packed, "recent_key", "recent_value")]
     return [part.get("table"), *held]
+
+
+def _keeping(new: dict[str, Tensor]) -> dict[str, Any]:
+    """As `_packing`, where nothing is packed."""
+    heads, dim = new["key"].shape[1], new["key"].shape[3]
+    none = dict.fromkeys(("GROUP", "SINK", "K_BITS", "V_BITS", "BLOCK_K"), 0)
+    return {"H": heads, "D": dim, "DV": new["value"].shape[3], "HAS_RANK": False, **none}
 
 
 def _packing(new: dict[str, Tensor], fmt: Blocks, rank: Tensor | None) -> dict[str, Any]:

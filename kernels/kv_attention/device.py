@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.decode_topk.triton import kept_list, note_ranges
-from fxopt.kernels.kv_append.triton import append
+from fxopt.kernels.kv_append.triton import append, finish
 from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
@@ -45,16 +45,17 @@ def attend_and_append(
     if decoding:
         kept = kept_list(arguments, part, start, mask, fmt)
         if fmt is None:
-            out = decode_exact(arguments, new, part, start, rank, kept=kept)
+            shares = decode_exact(arguments, new, part, start, rank, kept=kept)
         elif serves(arguments, new, part, fmt):
-            out = decode_packed(arguments, new, part, start, rank, fmt, counts=counts, kept=kept)
+            shares = decode_packed(arguments, new, part, start, rank, fmt, counts=counts, kept=kept)
         else:
-            out = decode(arguments, new, part, start, rank, fmt, counts=counts, kept=kept)
+            shares = decode(arguments, new, part, start, rank, fmt, counts=counts, kept=kept)
+        out = finish(shares, new, part, start, rank, fmt, counts)
     else:
         assert fmt is not None
         begin = tokens_before(queries, start, mask, length)
         out = attend_image(attention, arguments, new, part, mask, fmt, begin)
-    append(new, part, start, rank, fmt, counts)
+        append(new, part, start, rank, fmt)
     note_ranges(part, start, queries, rank)
     return out
 

@@ -7,6 +7,7 @@ KV head are the rows of one tile. Lengths are read on the device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._triton.common import DOT_UPCAST, dot, processors, tile
+from fxopt.kernels._triton.common import DOT_UPCAST, dot, overlaps, processors, tile
+from fxopt.kernels._triton.splits import start_dependents
 
 from .heads import Arguments
 from .layout import Blocks
@@ -204,13 +206,14 @@ def _decode_kernel(
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
-    HAS_LIST: tl.constexpr,
+    HAS_LIST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums of one KV head's queries over one share of the keys.
 
     q [B, H*G, N, D]; k, v [B, H, N, D]; out [splits, B*H, G*N, DV], out_m and out_l
     [splits, B*H, G*N], all contiguous. Row r is query head r // N at new token r % N.
     """
+    start_dependents(OVERLAP)
     i_bh = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
     i_h = i_bh % H
@@ -283,29 +286,28 @@ def _decode_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    partial, top, total, sinks, out, N, splits,
-    H, G: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+def join_row(
+    partial, top, total, sinks, out, i_row, i_v, rows, N, splits,
+    H, G: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Shares of one row, joined into BLOCK_V channels of out [B, N, H*G, DV]; no key gives 0."""
-    i_row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
+    """Shares of one of `rows`, joined into the `i_v`-th BLOCK_V channels of out [B, N, H*G, DV];
+    no key gives 0."""
+    i_row = i_row.to(tl.int64)
     i_bh, i_m = i_row // (G * N), i_row % (G * N)
     head = i_bh % H * G + i_m // N
-    o_s, o_v = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    o_s, o_v = tl.arange(0, BLOCK_S), i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_s = o_s < splits
     p_s = o_s * rows + i_row
     b_m = tl.load(top + p_s, mask=m_s, other=-float("inf"))
     b_l = tl.load(total + p_s, mask=m_s, other=0.0)
     highest = tl.max(b_m, 0)
-    if HAS_SINKS:
+    if sinks is not None:
         logit = tl.load(sinks + head).to(tl.float32)
         highest = tl.maximum(highest, logit)
     base = tl.where(highest == -float("inf"), 0.0, highest)
     b_w = tl.exp(b_m - base)
     whole = tl.sum(b_w * b_l, 0)
-    if HAS_SINKS:
+    if sinks is not None:
         whole += tl.exp(logit - base)
     m_x = m_s[:, None] & (o_v < DV)[None, :]
     b_x = tl.load(partial + p_s[:, None] * DV + o_v[None, :], mask=m_x, other=0.0)
@@ -324,8 +326,8 @@ def decode(
     splits: int | None = None,
     counts: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """One packed head class: [B, N, heads, Dv] of its queries over the stored and the new tokens.
+) -> Shares:
+    """One packed head class: shares of what its queries read, the stored and the new tokens.
 
     `rank` [B, T] is 0 where a key is hidden; where there are windows, it counts the others.
     `counts` int64 [3] takes what `append` then has to do (`note_due`). `kept` is the list of
@@ -339,9 +341,7 @@ def decode(
     listed, listed_count = kept or (start, start)
     read = min(blocks, listed.shape[1]) if kept else blocks
     splits = splits or max(1, min(64, read, wanted))
-    partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
-    top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
-    out = q.new_empty((batch, queries, heads * group, value_dim))
+    shares = Shares.empty(arguments, heads, value_dim, splits)
     bias, none = arguments.bias, q
     strides = (0, 0, 0, 0) if bias is None else broadcast_strides(bias)
     windows = window_table(arguments, heads)
@@ -352,7 +352,7 @@ def decode(
         part.get("value_zero", none), part["recent_key"], part["recent_value"],
         none if rank is None else rank, none if bias is None else bias,
         none if windows is None else windows, listed, listed_count,
-        partial, top, total, start.new_empty(3) if counts is None else counts,
+        shares.partial, shares.top, shares.total, start.new_empty(3) if counts is None else counts,
         queries, blocks, part["recent_key"].shape[2], fmt.residual + fmt.sink,
         listed.shape[-1] if kept else 0, 0 if rank is None else rank.stride(0), *strides,
         arguments.scale, arguments.softcap,
@@ -361,23 +361,67 @@ def decode(
         HAS_RANK=rank is not None, HAS_BIAS=bias is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=tile(dim, most=256), BLOCK_V=tile(value_dim, most=256),
-        BLOCK_T=fmt.group, HAS_LIST=kept is not None,
+        BLOCK_T=fmt.group, HAS_LIST=kept is not None, OVERLAP=overlaps(q.device),
     )  # fmt: skip
-    combine(partial, top, total, arguments.sinks, out)
-    return out
+    return shares
 
 
-def combine(partial: Tensor, top: Tensor, total: Tensor, sinks: Tensor | None, out: Tensor) -> None:
-    """Join shares [splits, B * KV, rows, ...] into `out` [B, N, heads, Dv]."""
-    splits, outer, rows, value_dim = partial.shape
-    _, queries, heads, _ = out.shape
-    group = rows // queries
-    block = tile(value_dim, most=32)
-    _combine_kernel[(outer * rows, triton.cdiv(value_dim, block))](
-        partial, top, total, partial if sinks is None else sinks, out, queries, splits,
-        H=heads // group, G=group, DV=value_dim, HAS_SINKS=sinks is not None,
-        BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=block,
+@triton.jit
+def _join_kernel(
+    partial, top, total, sinks, out, N, splits,
+    H, G: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    join_row(
+        partial, top, total, sinks, out, tl.program_id(0), tl.program_id(1), tl.num_programs(0), N,
+        splits, H, G, DV, BLOCK_S, BLOCK_V,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each share of the keys gives: `partial` [splits, B * KV, rows, Dv] sums of values by
+    weight, `top` and `total` [splits, B * KV, rows] the largest scores and sums of weights; and
+    where they are joined, `out` [B, N, heads, Dv]. `sinks` [heads] are further logits."""
+
+    partial: Tensor
+    top: Tensor
+    total: Tensor
+    sinks: Tensor | None
+    out: Tensor
+
+    @classmethod
+    def empty(cls, arguments: Arguments, kv_heads: int, value_dim: int, splits: int) -> Shares:
+        """Room for `splits` shares."""
+        batch, heads, queries, _ = arguments.q.shape
+        rows = heads // kv_heads * queries
+        sizes = (splits, batch * kv_heads, rows, value_dim)
+        partial = arguments.q.new_empty(sizes, dtype=torch.float32)
+        top, total = (partial.new_empty(sizes[:3]) for _ in range(2))
+        out = arguments.q.new_empty((batch, queries, heads, value_dim))
+        return cls(partial, top, total, arguments.sinks, out)
+
+    @property
+    def rows(self) -> int:
+        """Those of all KV heads."""
+        return self.top[0].numel()
+
+    def tiles(self, channels: int = 32) -> dict[str, int]:
+        """What a kernel that joins them is compiled for, so many channels of a row a program."""
+        value_dim = self.partial.shape[3]
+        return {
+            "BLOCK_S": triton.next_power_of_2(len(self.partial)),
+            "BLOCK_V": tile(value_dim, most=channels),
+        }
+
+    def joined(self) -> Tensor:
+        """`out`, in a launch of its own."""
+        _, queries, heads, value_dim = self.out.shape
+        group, tiles = self.top.shape[2] // queries, self.tiles()
+        _join_kernel[(self.rows, triton.cdiv(value_dim, tiles["BLOCK_V"]))](
+            self.partial, self.top, self.total, self.sinks, self.out, queries, len(self.partial),
+            H=heads // group, G=group, DV=value_dim, **tiles,
+        )  # fmt: skip
+        return self.out
 
 
 def window_table(arguments: Arguments, heads: int) -> Tensor | None:

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._triton.common import DOT_UPCAST, processors, tile
+from fxopt.kernels._triton.common import DOT_UPCAST, overlaps, processors, tile
+from fxopt.kernels._triton.splits import start_dependents
 from fxopt.kernels.decode_topk import reference as topk
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.triton import (
+    Shares,
     broadcast_strides,
-    combine,
     near_tiles,
     softmax_step,
     window_table,
@@ -58,12 +59,14 @@ def _decode_exact_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums of one KV head's queries over one share of the keys.
 
     Tensors as in `_decode_kernel`; key and value [B, H, TOKENS, ...] hold `start` tokens. With a
     SIZE only the first `counts` tiles of so many tokens in `listed` [B * H, LISTED] are read.
     """
+    start_dependents(OVERLAP)
     i_bh = tl.program_id(0).to(tl.int64)
     i_s, shares = tl.program_id(1), tl.num_programs(1)
     i_h, i_b = i_bh % H, i_bh // H
@@ -132,9 +135,9 @@ def decode_exact(
     num_warps: int = WARPS,
     num_stages: int = STAGES,
     kept: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """One head class that is stored exactly: [B, N, heads, Dv] of its queries over the stored
-    tokens, of which `start` says how many there are, and the new ones. `rank` as in `decode`;
+) -> Shares:
+    """One head class that is stored exactly: shares of what its queries read, the stored tokens, of
+    which `start` says how many there are, and the new ones. `rank` as in `decode`;
     `kept` is the list of tiles that are read, and how many of it, as of `decode_topk`."""
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
     batch, heads, queries, dim = k.shape
@@ -145,26 +148,23 @@ def decode_exact(
     listed, counts = kept or (start, start)
     read = min(tokens, listed.shape[1] * topk.TILE) if kept else tokens
     splits = splits or _splits(batch * heads, triton.cdiv(read, block), q.device)
-    partial = q.new_empty((splits, batch * heads, rows, value_dim), dtype=torch.float32)
-    top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
-    out = q.new_empty((batch, queries, heads * group, value_dim))
+    shares = Shares.empty(arguments, heads, value_dim, splits)
     bias = arguments.bias
     strides = (0, 0, 0, 0) if bias is None else broadcast_strides(bias)
     windows = window_table(arguments, heads)
     _decode_exact_kernel[(batch * heads, splits)](
         q, k, v, start, part["key"], part["value"], none if rank is None else rank,
         none if bias is None else bias, none if windows is None else windows, listed, counts,
-        partial, top, total, queries, tokens, listed.shape[-1] if kept else 0,
+        shares.partial, shares.top, shares.total, queries, tokens, listed.shape[-1] if kept else 0,
         0 if rank is None else rank.stride(0), *strides, arguments.scale, arguments.softcap,
         H=heads, G=group, D=dim, DV=value_dim, CAUSAL=arguments.causal, HAS_RANK=rank is not None,
         HAS_BIAS=bias is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST,
         BLOCK_M=tile(rows), BLOCK_D=wide[0], BLOCK_V=wide[1], BLOCK_T=block,
         BLOCK_N=tile(queries), STAGES=num_stages, SIZE=topk.TILE if kept else 0,
-        num_warps=num_warps,
+        OVERLAP=overlaps(q.device), num_warps=num_warps,
     )  # fmt: skip
-    combine(partial, top, total, arguments.sinks, out)
-    return out
+    return shares
 
 
 def _splits(heads: int, tiles: int, device: torch.device) -> int:

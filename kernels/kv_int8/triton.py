@@ -13,12 +13,11 @@ rows and only 8 columns, and packed storage is the larger side.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, processors, tile
+from fxopt.kernels._triton.common import DOT_UPCAST, INTERPRETED, overlaps, processors, tile
 from fxopt.kernels._triton.kv_parts import (
     codes,
     gathered,
@@ -29,14 +28,15 @@ from fxopt.kernels._triton.kv_parts import (
     step_of,
     weight_plane,
 )
+from fxopt.kernels._triton.splits import start_dependents
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks
 from fxopt.kernels.kv_attention.packing import FLOAT8, width
 from fxopt.kernels.kv_attention.pages import room
 from fxopt.kernels.kv_attention.triton import (
+    Shares,
     block_at,
     blocks_used,
-    combine,
     exact_tokens,
     first_block,
     near_tiles,
@@ -224,12 +224,13 @@ def _decode_packed_kernel(
     GROUP: tl.constexpr, SINK: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, EXACT: tl.constexpr, HAS_LIST: tl.constexpr,
+    TILE: tl.constexpr, EXACT: tl.constexpr, HAS_LIST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As `_decode_kernel`, for packed keys and values without a bias.
 
     The first shares divide what is stored exactly; the others divide the blocks in use.
     """
+    start_dependents(OVERLAP)
     i_bh = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
     i_h = i_bh % H
@@ -313,7 +314,7 @@ def decode_packed(
     counts: Tensor | None = None,
     exact_shares: int | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+) -> Shares:
     """As `decode`, where `serves` says so. `splits` counts the shares of the packed blocks,
     `exact_shares` those of the tokens that are stored exactly."""
     q, k, v = arguments.q.contiguous(), new["key"], new["value"]
@@ -330,17 +331,15 @@ def decode_packed(
     exact_shares = exact_shares or launch.exact_shares(
         triton.cdiv(ring, exact_tile), read, splits, at_once * count // (batch * heads)
     )
-    shares = exact_shares + splits
-    partial = q.new_empty((shares, batch * heads, rows, value_dim), dtype=torch.float32)
-    top, total = (partial.new_empty(partial.shape[:3]) for _ in range(2))
-    out = q.new_empty((batch, queries, heads * group, value_dim))
+    shares = Shares.empty(arguments, heads, value_dim, exact_shares + splits)
     windows = window_table(arguments, heads)
-    _decode_packed_kernel[(batch * heads, shares)](
+    _decode_packed_kernel[(batch * heads, exact_shares + splits)](
         q, k, v, start, part["block_start"], part.get("sink_key", none),
         part.get("sink_value", none), part.get("table"), part["key"], part["key_scale"],
         part["key_zero"], part["value"], part["value_scale"], part.get("value_zero", none),
         part["recent_key"], part["recent_value"], none if rank is None else rank,
-        none if windows is None else windows, listed, listed_count, partial, top, total,
+        none if windows is None else windows, listed, listed_count, shares.partial,
+        shares.top, shares.total,
         start.new_empty(3) if counts is None else counts, queries, blocks, ring,
         fmt.residual + fmt.sink, listed.shape[-1] if kept else 0,
         0 if rank is None else rank.stride(0), arguments.scale, arguments.softcap,
@@ -349,7 +348,6 @@ def decode_packed(
         HAS_RANK=rank is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST, ASM=not INTERPRETED,
         R=tile(rows, least=4), TILE=exact_tile, EXACT=exact_shares, HAS_LIST=kept is not None,
-        num_warps=num_warps, num_stages=num_stages,
+        OVERLAP=overlaps(q.device), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    combine(partial, top, total, arguments.sinks, out)
-    return out
+    return shares

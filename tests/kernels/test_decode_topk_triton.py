@@ -136,6 +136,7 @@ state = dict(
 plain = dict(
     G=4, D=128, DV=128, CAUSAL=True, HAS_RANK=False, HAS_BIAS=False, HAS_WINDOW=False,
     HAS_SOFTCAP=False, UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128,
+    OVERLAP=True,
 )
 text = build(
     exact._decode_exact_kernel, dict(state, counts=ints), SIZE=32, BLOCK_T=128, BLOCK_N=16,

@@ -67,7 +67,7 @@ def error(
     assert serves(arguments, new, part, fmt)
     rank = ranks(mask) if hidden else None
     start = torch.tensor(length, device=DEVICE)
-    out = decode_packed(arguments, new, part, start, rank, fmt, splits, exact_shares=exact)
+    out = decode_packed(arguments, new, part, start, rank, fmt, splits, exact_shares=exact).joined()
     wide = Arguments(q.double(), None, *rest)
     stored = {
         n: t.double() if t.is_floating_point() and t.itemsize > 1 else t for n, t in part.items()
@@ -181,7 +181,7 @@ kinds = dict(
 constants = dict(
     N=1, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=BITS[0], V_BITS=BITS[1], CAUSAL=True,
     HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4, TILE=16,
-    EXACT=2, HAS_LIST=LISTED, table=None,
+    EXACT=2, HAS_LIST=LISTED, OVERLAP=True, table=None,
 )
 names = kernel.arg_names
 signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}

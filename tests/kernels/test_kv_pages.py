@@ -258,7 +258,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fxopt.kernels.decode_topk.triton import _estimate_kernel
-from fxopt.kernels.kv_append.triton import _append_kernel, _pack_kernel
+from fxopt.kernels.kv_append.triton import _finish_kernel, _pack_kernel
 from fxopt.kernels.kv_attention.triton import _decode_kernel
 from fxopt.kernels.kv_int8.triton import _decode_packed_kernel
 
@@ -267,7 +267,8 @@ kinds = dict(
     q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, table=ints, key_scale=p,
     key_zero=p, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank=ints, bias=p,
     windows=long, listed=ints, listed_count=ints, out=wide, out_m=wide, out_l=wide, counts=long,
-    low=p, high=p, scale="fp32", softcap="fp32", least="fp32", width="fp32",
+    low=p, high=p, partial=wide, top=wide, total=wide, sinks=p, scale="fp32",
+    softcap="fp32", least="fp32", width="fp32",
 )
 
 def build(kernel, stored, num_warps=4, **constants):
@@ -285,7 +286,7 @@ def packed(stored, bits, listed, **constants):
     side = dict(shape, K_BITS=bits, V_BITS=bits, CAUSAL=True, HAS_WINDOW=False, HAS_SOFTCAP=False)
     return build(
         _decode_packed_kernel, stored, 2 if bits == 8 else 1, N=1, G=4, UPCAST=False, ASM=True,
-        R=4, TILE=16, EXACT=2, HAS_LIST=listed, **side, **constants,
+        R=4, TILE=16, EXACT=2, HAS_LIST=listed, OVERLAP=True, **side, **constants,
     )
 
 assert "cp.async.cg.shared.global" in packed("*u8", 4, True).asm["ptx"]
@@ -297,12 +298,13 @@ for stored, bits in (("*u8", 2), ("*fp8e4nv", 8)):
     side = dict(shape, K_BITS=bits, V_BITS=bits)
     build(
         _decode_kernel, stored, G=4, CAUSAL=True, HAS_BIAS=True, HAS_WINDOW=True, HAS_SOFTCAP=True,
-        UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128, BLOCK_T=128, HAS_LIST=False, **side,
+        UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128, BLOCK_T=128, HAS_LIST=False,
+        OVERLAP=True, **side,
     )
     build(_pack_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_V=128, **side)
     build(
-        _append_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_T=16, BLOCK_D=128, BLOCK_V=128,
-        BLOCK=512, **side,
+        _finish_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_T=16, BLOCK_D=128, BLOCK_W=128,
+        BLOCK=512, BLOCK_S=64, BLOCK_V=128, G=4, EXACT=False, WAITS=True, **side,
     )
 build(_estimate_kernel, "*u8", G=4, D=128, GROUP=64, BLOCK_D=128, BLOCK_T=32)
 """

@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fxopt.kernels.attention.reference import attention_reference
+from fxopt.kernels.kv_append.triton import _finish_kernel
 from fxopt.kernels.kv_attention import allocate, cached_attention, parse
 from fxopt.kernels.kv_attention.device import attend_and_append, ranks
 from fxopt.kernels.kv_attention.heads import Arguments
@@ -38,8 +39,9 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def steps(
-    layout: str, dims: tuple[int, int], chunks: list[int], padded: bool, **changes: Any
-) -> None:
+    layout: str, dims: tuple[int, int], chunks: list[int], padded: bool, close: float = 3e-6,
+    **changes: Any,
+) -> None:  # fmt: skip
     """Every call on kernels and reference: outputs close, states equal to the bit."""
     total = sum(chunks)
     x = (
@@ -72,7 +74,7 @@ def steps(
             *cpu, theirs, start, None if seen is None else seen.cpu(), **options, layout=layout
         )
         start += count
-        torch.testing.assert_close(out.cpu(), expected, rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(out.cpu(), expected, rtol=close, atol=close)
         assert out.is_contiguous()
         for one, other in zip(ours, theirs, strict=True):
             assert torch.equal(numbers(one), numbers(other))
@@ -101,6 +103,37 @@ def test_kernels_equal_the_reference(case: str) -> None:
 )
 def test_layouts(layout: str, dims: tuple[int, int]) -> None:
     steps(layout, dims, [1, 60, 1, 1, 9, 30, 1], False)
+
+
+@pytest.mark.parametrize("layout", ["k4v2g32r8s4", ""])
+def test_what_is_too_much_for_one_launch(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.kernels.kv_append.triton.PLACES", (0, 0))
+    steps(layout, (16, 8), [70, 1, 3, 1], True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dim", "kernel"),
+    [
+        ("", 16, "_decode_exact_kernel"),
+        ("k4v2g32r8s4", 16, "_decode_kernel"),
+        ("k4v4g64r8s4", 64, "_decode_packed_kernel"),
+    ],
+)
+def test_a_decoding_step_is_two_launches(
+    layout: str, dim: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reads the cache, the other joins what that found and stores the new token."""
+    launched: list[str] = []
+    run = type(_finish_kernel).run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(_finish_kernel), "run", noted)
+    steps(layout, (dim, dim), [90, 1], False, 5e-4)  # integer products are of 15 bits
+    assert launched[-2:] == [kernel, "_finish_kernel"]
+    assert not any("decode" in name for name in launched[:-2])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -169,7 +202,7 @@ def test_splits_join(splits: int) -> None:
     _, _, part = split_state(parse(layout), KV, state)[0]
     new = {"key": k, "value": v}
     start = torch.tensor(126, device=DEVICE)
-    out = decode(arguments, new, part, start, ranks(mask), fmt, splits)
+    out = decode(arguments, new, part, start, ranks(mask), fmt, splits).joined()
     expected = attend_image(attention_reference, arguments, new, part, mask, fmt, 126)
     torch.testing.assert_close(out, expected, rtol=3e-6, atol=3e-6)
 
@@ -184,7 +217,7 @@ def test_a_row_without_keys_is_zero() -> None:
     new = {"key": draw(1, 1, 1, 8), "value": draw(1, 1, 1, 8)}
     nothing = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     start = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    assert not decode(arguments, new, part, start, nothing, fmt).any()
+    assert not decode(arguments, new, part, start, nothing, fmt).joined().any()
 
 
 @pytest.mark.gpu
@@ -291,11 +324,20 @@ masks = dict(bias=p, windows=long)
 starts = dict(block_start=long, counts=long, sink_k=p, sink_v=p)
 every = dict(
     CAUSAL=True, HAS_RANK=True, HAS_BIAS=True, HAS_WINDOW=True, HAS_SOFTCAP=True, UPCAST=False,
+    OVERLAP=True,
 )
 build(
     exact._decode_exact_kernel, dict(state, key=p, value=p, q=p, **masks, **shares),
     G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=64, BLOCK_N=16, STAGES=3,
     SIZE=0, **every,
+)
+joined = dict(partial="*fp32", top="*fp32", total="*fp32", sinks=p, out=p)
+join = dict(G=4, BLOCK_S=64, BLOCK_V=32, WAITS=True)
+none = dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero", "table", "counts"))
+build(
+    append._finish_kernel, dict(state, key=p, value=p, **starts, **joined),
+    D=64, DV=48, HAS_RANK=False, EXACT=True, BLOCK_K=0, BLOCK_W=64, BLOCK_D=64, BLOCK_T=16,
+    BLOCK=16, GROUP=0, SINK=0, K_BITS=0, V_BITS=0, **join, **none,
 )
 e4m3 = dict(key="*fp8e4nv", value="*fp8e4nv")
 for bits, value_bits, group, kind in ((4, 2, 64, {}), (16, 8, 32, dict(key=p)), (8, 8, 64, e4m3)):
@@ -312,10 +354,10 @@ for bits, value_bits, group, kind in ((4, 2, 64, {}), (16, 8, 32, dict(key=p)), 
         D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, **side,
     )
     build(
-        append._append_kernel,
-        dict(state, **kind, **starts),
-        D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, BLOCK_D=64, BLOCK_T=16,
-        BLOCK=512, **side,
+        append._finish_kernel,
+        dict(state, **kind, **starts, **joined),
+        D=64, DV=48, HAS_RANK=True, EXACT=False, BLOCK_K=wide, BLOCK_W=64, BLOCK_D=64, BLOCK_T=16,
+        BLOCK=512, **join, **side,
     )
 for alone in (False, True):
     build(
@@ -327,9 +369,7 @@ build(
     append._plan_kernel, dict(start_ptr=long, block_start=long, counts=long), GROUP=64, BLOCK=512,
 )
 build(
-    decode._combine_kernel,
-    dict(partial="*fp32", top="*fp32", total="*fp32", sinks=p, out=p),
-    G=4, DV=48, HAS_SINKS=True, BLOCK_S=64, BLOCK_V=64,
+    decode._join_kernel, joined, G=4, DV=48, BLOCK_S=64, BLOCK_V=64,
 )
 """
 
