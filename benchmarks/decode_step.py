@@ -6,8 +6,8 @@ A Llama of the 3.1-8B shape with random bf16 weights, and caches that are filled
 numbers (both prove speed, never quality). Prints milliseconds of a decoded token with CUDA graphs
 (fxopt's default; `step_ms` is the graph alone) and with --eager without, what `generate` takes for
 72 tokens in all, and bytes of the cache.
---peer adds the original through `StaticCache`, which `generate` compiles; --kernels says where the
-time of a step goes.
+--peer adds the original through Hugging Face's `StaticCache`, which `generate` compiles, at this
+batch and length; --kernels says where the time of a step goes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ def main() -> None:
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length), device=device)
     if args.peer:
         report("static", model, static_cache(model, args.batch, args.length), ids)
+        # What was compiled holds on to the cache and to memory of its graphs.
+        torch.compiler.reset()
+        release(device)
     workload = fxopt.Generate(batch=args.batch, prompt=args.length, new_tokens=ROOM)
     compiler = Compiler(
         resolve(
@@ -83,8 +86,12 @@ def report(name: str, module: Any, cache: Any, ids: Tensor, kernels: bool = Fals
     if kernels and line["step_ms"] is not None:
         print_kernels(module)
     del states, cache
+    release(ids.device)
+
+
+def release(device: torch.device) -> None:
     gc.collect()
-    if ids.is_cuda:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 

@@ -1,13 +1,17 @@
 """Decoding attention over a packed cache against the fastest exact attention, on one GPU.
 
-    python benchmarks/kv_decode.py [--only check shapes rows pages] [--tune] [--out FILE]
+    python benchmarks/kv_decode.py [--only check shapes rows pages short] [--tune] [--peers]
+        [--out FILE]
 
 Checks first that the kernel's error against float64 over the dequantised cache is below the one of
 bfloat16 attention, then times CUDA graphs of one layer (32 query heads, 8 KV heads of 128; "rows":
 more query heads) and prints JSON lines: microseconds, terabytes a second of what has to be read,
 and the ratio to the faster of cuDNN's and flash attention in the same run. "pages", which has to be
-asked for: blocks on pages in no order against the same ones side by side. --tune tries other
-launches beside what a call gets by itself.
+asked for: blocks on pages in no order against the same ones side by side. "short", as well: few
+blocks under the launches that there could be of them, a step with its new token stored in one
+launch and in two, and rotary embeddings with and without what mixes channels. --tune tries other
+launches beside what a call gets by itself. --peers adds kernels of FlashInfer and vLLM and the
+quantised cache of Transformers to "shapes"; those that are not installed are named.
 """
 
 from __future__ import annotations
@@ -18,12 +22,16 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import kv_peers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fxopt.ir.ops import mix_channels, rotate, rotate_both
+from fxopt.kernels._triton.common import processors
 from fxopt.kernels.attention.reference import attention_reference
+from fxopt.kernels.kv_append import triton as kv_append
 from fxopt.kernels.kv_attention import allocate, cached_attention, parse, state_bytes
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
@@ -32,9 +40,11 @@ from fxopt.kernels.kv_attention.packing import FLOAT8, LARGEST, code_range
 from fxopt.kernels.kv_attention.pages import sizes, store
 from fxopt.kernels.kv_attention.triton import decode
 from fxopt.kernels.kv_exact.triton import decode_exact
-from fxopt.kernels.kv_int8.triton import decode_packed
+from fxopt.kernels.kv_int8 import launch
+from fxopt.kernels.kv_int8.triton import STAGES, decode_packed
 
 HEADS, KV, DIM = 32, 8, 128
+SHORT = ((1, 2048), (1, 4096), (2, 1024))
 SHAPES = ((16, 32768), (64, 8192), (1, 131072), (1, 2048))
 KINDS = ("k4v4", "k4v2", "k2v2", "k8v8", "k8v4", "kf8vf8", "k8vf8")
 LAYOUTS = tuple(f"{kind}g128r64s4" for kind in KINDS)
@@ -200,8 +210,9 @@ def own_exact(batch: int, length: int) -> float:
     return microseconds(lambda: decode_exact(arguments, new, part, start, None).joined())
 
 
-def shapes(tuned: bool) -> None:
+def shapes(tuned: bool, peers: bool) -> None:
     """All layouts at all shapes."""
+    missing: set[str] = set()
     for batch, length in SHAPES:
         exact = exact_times(batch, length)
         whole = batch * KV * length * DIM * 4
@@ -221,6 +232,8 @@ def shapes(tuned: bool) -> None:
                 report(kernel="general " + layout, B=batch, T=length, us=general)
             del case
             torch.cuda.empty_cache()
+        if peers:
+            kv_peers.run(batch, length, microseconds, report, missing)
 
 
 def rows(tuned: bool) -> None:
@@ -253,6 +266,79 @@ def pages() -> None:
             torch.cuda.empty_cache()
     if not good:
         raise SystemExit("pages changed a result")
+
+
+def short() -> None:
+    """Few blocks, where how long a program takes is what counts."""
+    for batch, length in SHORT:
+        fastest = min(exact_times(batch, length).values())
+        own = own_exact(batch, length)
+        report(kernel="own exact", B=batch, T=length, us=round(own, 1))
+        for layout in ("k4v4g128r64s4", "k8v8g128r64s4", "k2v2g128r64s4"):
+            case = Packed(layout, batch, length)
+            timed(case, layout, fastest, short_launches(case, batch), B=batch, T=length)
+            del case
+    for batch, length in SHORT[:1]:
+        for layout in ("", "k4v4g128r64s4"):
+            whole_step(layout, batch, length)
+    for batch in (1, 16, 64):
+        rotations(batch)
+
+
+def short_launches(case: Packed, batch: int) -> Iterator[dict[str, int]]:
+    """As for many blocks, then a program of some warps for each block."""
+    rows, blocks = HEADS // KV, len(case.part["block_start"]) - 1
+    warps = launch.warps(case.fmt, rows)
+    at_once = launch.at_once(case.fmt, DIM, DIM, warps, STAGES)
+    splits = launch.splits(batch * KV, blocks, at_once, processors(torch.device("cuda")))
+    tile = launch.exact_tile(case.fmt)
+    yield {"splits": splits, "num_warps": warps, "num_stages": STAGES, "exact_tile": tile}
+    one: dict[str, int] = {"splits": blocks, "num_stages": 1}
+    for warps, tile, shares in ((4, 64, 4), (4, 32, 4), (4, 64, 2), (8, 64, 4)):
+        yield {**one, "num_warps": warps, "exact_tile": tile, "exact_shares": shares}
+
+
+def whole_step(layout: str, batch: int, length: int) -> None:
+    """The operator, its new token stored in the launch that joins the shares, or in one before."""
+    state = allocate(parse(layout), batch, KV, DIM, DIM, length + 256, torch.bfloat16, "cuda")
+    _, fmt, part = split_state(parse(layout), KV, state)[0]
+    fill(part, fmt, length)
+    new = [
+        torch.randn(batch, heads, 1, DIM, device="cuda", dtype=torch.bfloat16)
+        for heads in (HEADS, KV, KV)
+    ]
+    start = torch.tensor(length, device="cuda")
+    rest = (None, None, None, DIM**-0.5, True, [0], 0.0, [0], layout)
+    times: dict[str, float] = {}
+    places = kv_append.PLACES
+    for name, most in (("together", places), ("apart", (0, 0))):
+        kv_append.PLACES = most
+        call = microseconds(lambda: cached_attention(*new, state, start, *rest))
+        times[name] = round(call, 1)
+    kv_append.PLACES = places
+    report(step=layout or "exact", B=batch, T=length, **times)
+
+
+def rotations(batch: int) -> None:
+    """Queries and keys of one token turned, and mixed, by a call each and by one of both."""
+    q, k = (
+        torch.randn(batch, 1, heads, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for heads in (HEADS, KV)
+    )
+    cos, sin = torch.randn(2, 1, 1, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    mixes = torch.randn(2, KV, DIM, DIM, device="cuda", dtype=torch.bfloat16)
+    calls: dict[str, Callable[[], object]] = {
+        "turned apart": lambda: [rotate(x, cos, sin) for x in (q, k)],
+        "turned": lambda: rotate_both(q, k, cos, sin),
+        "mixed apart": lambda: [
+            mix_channels(rotate(x, cos, sin), m).contiguous()
+            for x, m in zip((q, k), mixes, strict=True)
+        ],
+        "mixed": lambda: rotate_both(q, k, cos, sin, *mixes),
+    }
+    with torch.no_grad():
+        times = {name: round(microseconds(call), 2) for name, call in calls.items()}
+    report(rotation=True, B=batch, **times)
 
 
 def other_splits(batch: int, length: int) -> Iterator[dict[str, int]]:
@@ -297,7 +383,7 @@ def operator_is_captured() -> None:
 
 
 def check() -> None:
-    checks = [(HEADS, x, 5000) for x in LAYOUTS]
+    checks = [(HEADS, x, length) for x in LAYOUTS for length in (900, 5000)]
     checks += [(KV, LAYOUTS[0], 333), (64, LAYOUTS[0], 2049), (56, "k4v4g64r8s0", 1500)]
     good = all([errors(*each) for each in checks])
     operator_is_captured()
@@ -311,17 +397,20 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=["check", "shapes", "rows"])
     parser.add_argument("--tune", action="store_true", help="other launches are tried as well")
+    parser.add_argument("--peers", action="store_true", help="other libraries as well")
     parser.add_argument("--out", help="file for the lines")
     args = parser.parse_args()
     report(device=torch.cuda.get_device_name(), torch=torch.__version__)
     if "check" in args.only:
         check()
     if "shapes" in args.only:
-        shapes(args.tune)
+        shapes(args.tune, args.peers)
     if "rows" in args.only:
         rows(args.tune)
     if "pages" in args.only:
         pages()
+    if "short" in args.only:
+        short()
     if args.out:
         with open(args.out, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in LINES)

@@ -11,6 +11,17 @@ MOST_SPLITS = 127
 # Estimates, not measured: blocks that a program reads in the time of the tokens that are stored
 # exactly, and the shares of these from which on the longest is no shorter.
 LONG, MOST_EXACT = 4, 4
+# Where all blocks are read at a time, each by a program of its own: warps of it, which are there
+# anyway, and tokens that are stored exactly, read at a time. Estimates as well. Triton multiplies
+# tiles of more rows by another instruction with four warps, and fails to compile that.
+FEW_WARPS, FEW_TILE, FEW_ROWS = 4, 64, 4
+
+
+def few(heads: int, blocks: int, rows: int, count: int) -> bool:
+    """Whether `count` multiprocessors run a program of `FEW_WARPS` for each of the `blocks` of each
+    KV head at a time, and those of the exact tokens. Then how long one takes is all that counts."""
+    programs = heads * (blocks + MOST_EXACT)
+    return rows <= FEW_ROWS and programs <= WARPS // FEW_WARPS * count
 
 
 def warps(fmt: Blocks, rows: int) -> int:

@@ -74,9 +74,11 @@ def _packed_share(
     H, D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_LIST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax sums over the blocks from `first` to `end`, counted without the `skipped`
-    ones behind the first `sinks`, or in a list of blocks. Scores are in units of log 2.
+    ones behind the first `sinks`, or in a list of blocks; with ONE over the `first` alone, which
+    may hold nothing. Scores are in units of log 2.
 
     Row n of a tile of scores is token 4 * (n % 8) + n // 8 of its 32: the four tokens whose
     weights a thread has in a column are neighbours, and go to the second product as one word.
@@ -102,38 +104,48 @@ def _packed_share(
     b_l, b_z = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     b_acc = tl.zeros((DV, R), tl.float32)
     # What no product depends on is not prefetched by the compiler: bounds and zeros of values. Nor
-    # is as much of what is looked up where it is loaded, so that pages are known a step before.
+    # is as much of what is looked up where it is loaded, so that pages and entries of a list are
+    # known a step before.
     i_x = _counted(first, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
     low, high = tl.load(block_start + i_x), tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
     i_first = first_block(table, i_bh, BLOCKS, H)
     p_zero = value_zero + i_first * GROUP + o_t
     at = block_at(table, tl.minimum(i_x, BLOCKS - 1), H)
+    b_next = tl.zeros((GROUP,), value_zero.dtype.element_ty)
     if not V_FLOAT:
         b_next = tl.load(p_zero + at * GROUP)
 
-    for i_n in range(first, end):
-        if table is None:
+    # A loop of one step is none, so that nothing is loaded by way of shared memory.
+    for i_n in range(0 if ONE else first, 1 if ONE else end):
+        if table is None and not HAS_LIST and not ONE:
             i_block = i_first + _counted(i_n, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
         else:
             i_block = i_first + at
-        i_x = _counted(i_n + 1, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
         b_kb = tl.load(key + i_block * (GROUP * KW) + o_n[:, None] * KW + o_kw[None, :])
         b_vb = tl.load(value + i_block * (DV * VW) + o_v[:, None] * VW + o_vw[None, :])
         b_ks = tl.load(key_scale + i_block * D + o_d).to(tl.float32)
         b_kz = tl.load(key_zero + i_block * D + o_d).to(tl.float32)
-        b_vs = scattered(tl.load(value_scale + i_block * GROUP + o_t), GROUP).to(tl.float32)
+        b_vs = tl.load(value_scale + i_block * GROUP + o_t)
+        if ONE:  # a block that is not in use may hold anything
+            b_vs = tl.where(o_t < high - low, b_vs, 0.0)
+            b_next = tl.where(o_t < high - low, b_next, 0.0)
+        b_vs = scattered(b_vs, GROUP).to(tl.float32)
         if K_BITS == 8 and not K_FLOAT:
             b_kz += 128 * b_ks
         if not V_FLOAT:
             b_vz = scattered(b_next, GROUP).to(tl.float32)
             if V_BITS == 8:
                 b_vz += 128 * b_vs
-        at = block_at(table, tl.minimum(i_x, BLOCKS - 1), H)
-        if not V_FLOAT:
-            b_next = tl.load(p_zero + at * GROUP)
-        # Two loads, though one is the other's: a loop that carries over two steps is not pipelined.
-        next_low = tl.load(block_start + i_x)
-        next_high = tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
+        next_low, next_high = low, high
+        if not ONE:
+            i_x = _counted(i_n + 1, sinks, skipped, listed, HAS_WINDOW, HAS_LIST)
+            at = block_at(table, tl.minimum(i_x, BLOCKS - 1), H)
+            if not V_FLOAT:
+                b_next = tl.load(p_zero + at * GROUP)
+            # Two loads, though one is the other's: a loop that carries over two steps is not
+            # pipelined.
+            next_low = tl.load(block_start + i_x)
+            next_high = tl.load(block_start + tl.minimum(i_x + 1, BLOCKS))
 
         b_x = b_q * tl.reshape(b_ks, (K_PLANES, 1, KW))
         b_top = tl.max(tl.max(tl.abs(b_x), 2), 0)
@@ -225,10 +237,12 @@ def _decode_packed_kernel(
     CAUSAL: tl.constexpr, HAS_RANK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, EXACT: tl.constexpr, HAS_LIST: tl.constexpr, OVERLAP: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """As `_decode_kernel`, for packed keys and values without a bias.
 
-    The first shares divide what is stored exactly; the others divide the blocks in use.
+    The first shares divide what is stored exactly; the others divide the blocks in use, or with ONE
+    have a block of all each, so that none is looked for before it is loaded.
     """
     start_dependents(OVERLAP)
     i_bh = tl.program_id(0).to(tl.int64)
@@ -245,18 +259,19 @@ def _decode_packed_kernel(
         sink_tokens = tl.load(windows + 2 * i_h + 1)
     i_out = (i_s * tl.num_programs(0) + i_bh) * rows
     if i_s < EXACT:
-        if (i_bh == 0) & (i_s == 0):
-            used = blocks_used(block_start, packed, GROUP)
-            note_due(counts, used, packed, start, N, kept, GROUP)
         _exact_share(
             q, k, v, sink_k, sink_v, recent_k, recent_v, rank, out, out_m, out_l,
             i_bh, i_s, i_out, start, packed, scale, softcap, window, sink_tokens, N, RING, rows,
             D, DV, SINK, CAUSAL, HAS_RANK, HAS_WINDOW, HAS_SOFTCAP, UPCAST, TILE, EXACT,
         )  # fmt: skip
+        if (i_bh == 0) & (i_s == 0):
+            used = blocks_used(block_start, packed, GROUP)
+            note_due(counts, used, packed, start, N, kept, GROUP)
     else:
-        used = blocks_used(block_start, packed, GROUP)
         i_s -= EXACT
-        sinks, skipped = 0, 0
+        used, sinks, skipped = packed * 0, 0, 0
+        if not ONE:
+            used = blocks_used(block_start, packed, GROUP)
         if HAS_WINDOW:
             apart = tl.minimum(tl.maximum(sink_tokens - SINK, 0), packed)
             sinks = tl.cdiv(apart, GROUP).to(tl.int32)
@@ -272,13 +287,15 @@ def _decode_packed_kernel(
         if table is not None:
             table += i_bh // H * BLOCKS
         shares = tl.num_programs(1) - EXACT
-        first = (i_s * used // shares).to(tl.int32)
-        end = ((i_s + 1) * used // shares).to(tl.int32)
+        first, end = i_s, i_s + 1
+        if not ONE:
+            first = (i_s * used // shares).to(tl.int32)
+            end = ((i_s + 1) * used // shares).to(tl.int32)
         _packed_share(
             q, block_start, table, key, key_scale, key_zero, value, value_scale, value_zero, rank,
             out, out_m, out_l, i_bh, i_out, first, end, sinks, skipped, listed, start, BLOCKS, N,
             rows, scale, softcap, window, sink_tokens, H, D, DV, GROUP, SINK, K_BITS, V_BITS,
-            HAS_RANK, HAS_WINDOW, HAS_LIST, HAS_SOFTCAP, ASM, R,
+            HAS_RANK, HAS_WINDOW, HAS_LIST, HAS_SOFTCAP, ASM, R, ONE,
         )  # fmt: skip
 
 
@@ -309,7 +326,7 @@ def decode_packed(
     fmt: Blocks,
     splits: int | None = None,
     num_warps: int | None = None,
-    num_stages: int = STAGES,
+    num_stages: int | None = None,
     exact_tile: int | None = None,
     counts: Tensor | None = None,
     exact_shares: int | None = None,
@@ -321,18 +338,24 @@ def decode_packed(
     batch, heads, queries, dim = k.shape
     value_dim, group = v.shape[3], q.shape[1] // heads
     blocks, rows, none = room(part), group * queries, q
-    num_warps = num_warps or launch.warps(fmt, rows)
-    at_once = launch.at_once(fmt, dim, value_dim, num_warps, num_stages)
-    count = processors(q.device)
+    count, ring = processors(q.device), part["recent_key"].shape[2]
+    windows = window_table(arguments, heads)
     listed, listed_count = kept or (start, start)
     read = min(blocks, listed.shape[1]) if kept else blocks
+    every = windows is None and kept is None
+    if every and splits is None and launch.few(batch * heads, blocks, rows, count):
+        splits, num_stages = blocks, num_stages or 1
+        num_warps, exact_tile = num_warps or launch.FEW_WARPS, exact_tile or launch.FEW_TILE
+    num_warps, num_stages = num_warps or launch.warps(fmt, rows), num_stages or STAGES
+    at_once = launch.at_once(fmt, dim, value_dim, num_warps, num_stages)
     splits = splits or launch.splits(batch * heads, read, at_once, count)
-    exact_tile, ring = exact_tile or launch.exact_tile(fmt), part["recent_key"].shape[2]
+    exact_tile = exact_tile or launch.exact_tile(fmt)
     exact_shares = exact_shares or launch.exact_shares(
         triton.cdiv(ring, exact_tile), read, splits, at_once * count // (batch * heads)
     )
+    # One warp would spill a block that it has at once.
+    one = every and splits >= blocks and num_warps >= launch.FEW_WARPS
     shares = Shares.empty(arguments, heads, value_dim, exact_shares + splits)
-    windows = window_table(arguments, heads)
     _decode_packed_kernel[(batch * heads, exact_shares + splits)](
         q, k, v, start, part["block_start"], part.get("sink_key", none),
         part.get("sink_value", none), part.get("table"), part["key"], part["key_scale"],
@@ -348,6 +371,6 @@ def decode_packed(
         HAS_RANK=rank is not None, HAS_WINDOW=windows is not None,
         HAS_SOFTCAP=arguments.softcap > 0, UPCAST=DOT_UPCAST, ASM=not INTERPRETED,
         R=tile(rows, least=4), TILE=exact_tile, EXACT=exact_shares, HAS_LIST=kept is not None,
-        OVERLAP=overlaps(q.device), num_warps=num_warps, num_stages=num_stages,
+        OVERLAP=overlaps(q.device), ONE=one, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return shares

@@ -53,7 +53,7 @@ def filled(
 
 def error(
     layout: str, group: int, dims: tuple[int, int], length: int, *, kv: int = 1, queries: int = 1,
-    hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int = 3,
+    hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int | None = 3,
     scale: float = 1.0, sinks: Tensor | None = None, sink_tokens: int = 2, exact: int | None = None,
 ) -> float:  # fmt: skip
     """Of the kernel, relative to float64 over the dequantised cache."""
@@ -99,6 +99,13 @@ def error(
         ("k4v4g64r64s4", 2, (64, 64), 195, {"exact": 2, "queries": 3}),
         ("k4v4g64r64s4", 4, (64, 64), 195, {"exact": 3, "window": 70}),
         ("k4v4g64r64s0", 2, (64, 64), 190, {"exact": 7, "hidden": 100}),
+        # a program for each block of the room, in use or not
+        ("k4v4g64r8s4", 4, (64, 64), 301, {"splits": None}),
+        ("k2v2g128r8s4", 2, (128, 64), 301, {"splits": None, "hidden": 37, "softcap": 3.0}),
+        ("k8v8g32r8s0", 1, (64, 64), 125, {"splits": None, "kv": 2, "crop": 50}),
+        ("kf8vf8g64r8s4", 2, (64, 64), 205, {"splits": None, "queries": 2}),
+        ("k4v4g64r64s4", 2, (64, 64), 60, {"splits": None}),
+        ("k4v4g64r8s4", 3, (64, 64), 301, {"splits": None, "window": 100}),
     ],
 )
 def test_near_float64(
@@ -149,6 +156,21 @@ def test_shares_fill_an_h100(heads: int, blocks: int, at_once: int, splits: int)
 
 
 @pytest.mark.parametrize(
+    ("heads", "blocks", "rows", "few"),
+    [
+        (8, 17, 4, True),  # 2,048 tokens and room for 256
+        (8, 29, 4, True),
+        (8, 30, 4, False),  # more than run at a time
+        (16, 17, 4, False),
+        (8, 17, 5, False),  # tiles that another instruction would multiply
+        (1, 250, 1, True),
+    ],
+)
+def test_few_blocks(heads: int, blocks: int, rows: int, few: bool) -> None:
+    assert launch.few(heads, blocks, rows, 132) is few
+
+
+@pytest.mark.parametrize(
     ("tiles", "blocks", "splits", "places", "shares"),
     [
         (6, 15, 15, 99, 4),  # a block each: the exact tokens would take longest
@@ -180,19 +202,20 @@ kinds = dict(
 )
 constants = dict(
     N=1, G=4, D=128, DV=128, GROUP=128, SINK=4, K_BITS=BITS[0], V_BITS=BITS[1], CAUSAL=True,
-    HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4, TILE=16,
-    EXACT=2, HAS_LIST=LISTED, OVERLAP=True, table=None,
+    HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4,
+    TILE=64 if ONE_BLOCK else 16, EXACT=2, HAS_LIST=LISTED, OVERLAP=True, ONE=ONE_BLOCK, table=None,
 )
 names = kernel.arg_names
 signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
 values = {(names.index(n),): v for n, v in constants.items()}
 aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in kinds}
 source = ASTSource(kernel, signature, values, aligned)
-options = {"num_warps": 1, "num_stages": 3}
+options = {"num_warps": 4 if ONE_BLOCK else 1, "num_stages": 1 if ONE_BLOCK else 3}
 text = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 assert PRODUCT in text
 assert ("cvt.rn.f16x2.e4m3x2" in text) == ("fp8" in stored)
-assert "cp.async.cg.shared.global" in text
+assert ("cp.async.cg.shared.global" in text) is not ONE_BLOCK
+assert "wgmma" not in text
 """
 
 
@@ -208,12 +231,15 @@ FLOAT8 = {
 }
 
 
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(("listed", "one"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("kind", [INT8, pytest.param(FLOAT8, marks=pytest.mark.slow)])
-def test_compiled_for_hopper_it_prefetches_and_multiplies_codes(listed: bool, kind: Any) -> None:
+def test_compiled_for_hopper_it_prefetches_and_multiplies_codes(
+    listed: bool, one: bool, kind: Any
+) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    given = "\n".join(f"{name} = {value!r}" for name, value in {**kind, "LISTED": listed}.items())
+    names = {**kind, "LISTED": listed, "ONE_BLOCK": one}
+    given = "\n".join(f"{name} = {value!r}" for name, value in names.items())
     done = subprocess.run(
         [sys.executable, "-c", f"{given}\n{COMPILE}"],
         env=environment,

@@ -286,14 +286,16 @@ def packed(stored, bits, listed, **constants):
     side = dict(shape, K_BITS=bits, V_BITS=bits, CAUSAL=True, HAS_WINDOW=False, HAS_SOFTCAP=False)
     return build(
         _decode_packed_kernel, stored, 2 if bits == 8 else 1, N=1, G=4, UPCAST=False, ASM=True,
-        R=4, TILE=16, EXACT=2, HAS_LIST=listed, OVERLAP=True, **side, **constants,
+        R=4, TILE=16, EXACT=2, HAS_LIST=listed, OVERLAP=True, ONE=False, **side, **constants,
     )
 
 assert "cp.async.cg.shared.global" in packed("*u8", 4, True).asm["ptx"]
 for stored in ("*u8", "*fp8e4nv"):
-    # Blocks are loaded as far ahead of their products as without a table.
-    shared = [packed(stored, 8, False, **given).metadata.shared for given in ({}, {"table": None})]
-    assert shared[0] == shared[1], shared
+    # Blocks are loaded as far ahead of their products as without a table or a list.
+    alone = {"table": None}
+    kinds_of = ((False, alone), (False, {}), (True, alone))
+    shared = [packed(stored, 8, listed, **given).metadata.shared for listed, given in kinds_of]
+    assert len(set(shared)) == 1, shared
 for stored, bits in (("*u8", 2), ("*fp8e4nv", 8)):
     side = dict(shape, K_BITS=bits, V_BITS=bits)
     build(
