@@ -74,6 +74,7 @@ def test_queries_and_keys_at_once_keep_every_bit(
     [
         (2, 3, 1, 64, (), True), (1, 1, 5, 16, (), True), (4, 2, 3, 32, (0, 3), True),
         (3, 1, 2, 128, (1,), False), (2, 1, 21, 6, (), False),
+        (1, 3, 700, 16, (), True),  # tiles of many rows
     ],
 )  # fmt: skip
 def test_mixed_channels_are_those_of_two_products(
