@@ -135,7 +135,7 @@ def scattered(part: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

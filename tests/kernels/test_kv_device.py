@@ -111,7 +111,7 @@ def attend_and_append_all(
     q: Tensor, k: Tensor, v: Tensor, state: list[Tensor], start: Tensor, mask: Tensor | None,
     layout: str, length: int | None,
 ) -> Tensor:  # fmt: skip
-    def attention(q: Tensor, *_: Any) -> Tensor:
+    def attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
         return q.transpose(1, 2).contiguous()
 
     return cached_attention_mutating(
