@@ -26,7 +26,7 @@ from .passes.attention import mass
 ROWS = 8
 """Queries a sequence whose attention is looked at."""
 SEQUENCES = 2
-OPTIONS = ("window", "sink_tokens", "top", "near", "dilation")
+OPTIONS = ("window", "sink_tokens", "top", "near", "dilation", "mass")
 """Those of `attend` that hide keys from KV heads."""
 LEAST = 0.01
 """The least share of attention that must fall on packed tokens for an error to speak of them."""
@@ -123,7 +123,7 @@ def _losses(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, bool]]:
     (heads, length), queries, grid = call["k"].shape[1:3], call["q"].shape[2], tuple(call["grid"])
     prompt = prompt or queries
     per_kv = (per_head(name, call[name], heads) for name in OPTIONS)
-    window, sink_tokens, top, near, dilation = per_kv
+    window, sink_tokens, top, near, dilation, part = per_kv
     fixed, stored = _corrected(call), parse(call["layout"])
     read = list(zip(stored.formats(heads), stored.top_keys(heads), strict=True))
     for h in range(heads):
@@ -132,7 +132,7 @@ def _losses(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, bool]]:
             rows = corrected_rows(prompt) if fixed[h] else length
             yield h, rows > window[h] + sink_tokens[h]
         if top[h]:
-            yield h, hides_some(prompt, prompt, top[h])
+            yield h, hides_some(prompt, prompt, top[h], part[h])
         if near[h]:
             yield h, tokens(grid) == length and hides(grid, near[h], dilation[h])
         fmt, top_keys = read[h]

@@ -33,6 +33,7 @@ def attention_onnx(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    mass: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
@@ -44,13 +45,14 @@ def attention_onnx(
     if not exporting or sinks is not None or softcap > 0 or any(delta):
         return attention_traceable(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, mass,
         )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
     seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
     if any(top):
-        kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
+        shares, parts = per_head("top", top, kv), per_head("mass", mass, kv)
+        kept = kept_keys(q, k, mask, scale, softcap, shares, parts)
         seen = kept if seen is None else seen & kept
     if any(near):
         reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)

@@ -21,7 +21,7 @@ from .spec import Attention, bind, in_order, pick, put, query_heads
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
     "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
-    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1]) -> Tensor"
+    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1], int[] mass=[0]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""

@@ -46,6 +46,7 @@ def attention_reference(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    mass: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -56,7 +57,7 @@ def attention_reference(
     return compute(
         bind(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, mass,
         )
     )  # fmt: skip
 

@@ -18,7 +18,8 @@ class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
-    keys, `dilation` has one as well, 1 where `near` is 0, and `delta` one a query head.
+    keys, `dilation` has one as well, 1 where `near` is 0, `mass` one, 0 where `top` is or where no
+    threshold bounds it, and `delta` one a query head.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class Attention:
     grid: tuple[int, ...]
     near: tuple[int, ...]
     dilation: tuple[int, ...]
+    mass: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -75,7 +77,14 @@ class Attention:
         groups: dict[tuple[int, ...], list[int]] = {}
         fixed = map(self.is_corrected, range(self.num_kv_heads))
         choices = zip(
-            self.window, self.sink_tokens, self.top, fixed, self.near, self.dilation, strict=True
+            self.window,
+            self.sink_tokens,
+            self.top,
+            self.mass,
+            fixed,
+            self.near,
+            self.dilation,
+            strict=True,
         )
         for head, choice in enumerate(choices):
             groups.setdefault(choice, []).append(head)
@@ -89,7 +98,7 @@ class Attention:
     def without_limits(self) -> Attention:
         """The same call, all keys seen."""
         none = (0,) * self.num_kv_heads
-        whole = {"window": none, "sink_tokens": none, "top": none, "near": none}
+        whole = {"window": none, "sink_tokens": none, "top": none, "near": none, "mass": none}
         one = (1,) * self.num_kv_heads
         return replace(self, **whole, dilation=one, delta=(0,) * self.q.shape[1])
 
@@ -114,6 +123,7 @@ class Attention:
             delta=tuple(self.delta[h] for h in queries),
             near=tuple(self.near[h] for h in chosen),
             dilation=tuple(self.dilation[h] for h in chosen),
+            mass=tuple(self.mass[h] for h in chosen),
         )
 
 
@@ -134,6 +144,7 @@ def bind(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    mass: Sequence[int] = (0,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
     neighbourhood.
@@ -150,10 +161,13 @@ def bind(
     windows = [w if 0 < w < reach else 0 for w in asked]
     tokens = per_head("sink_tokens", sink_tokens, kv)
     kept = per_head("top", top, kv)
-    if any(kept):
-        _check_top(kept, q, k, bias, causal, asked)
-    hides = topk.hides(q.shape[2], k.shape[2])
-    kept = [t if hides and t < 1000 else 0 for t in kept]
+    parts = per_head("mass", mass, kv)
+    if any(kept) or any(parts):
+        _check_top(kept, parts, q, k, bias, causal, asked)
+    hides = [topk.hides(q.shape[2], k.shape[2], m) for m in parts]
+    shares = zip(kept, parts, hides, strict=True)
+    kept = [t if may and min(t, m or t) < 1000 else 0 for t, m, may in shares]
+    parts = [m if t else 0 for t, m in zip(kept, parts, strict=True)]
     added = per_head("delta", delta, heads, "query heads")
     if any(added):
         _check_delta(added, q, k, bias, causal)
@@ -176,16 +190,20 @@ def bind(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
         tuple(kept), tuple(added),
-        grid, tuple(reaches), tuple(spacings),
+        grid, tuple(reaches), tuple(spacings), tuple(parts),
     )  # fmt: skip
 
 
 def _check_top(
-    top: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None, causal: bool,
-    window: Sequence[int],
+    top: Sequence[int], mass: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None,
+    causal: bool, window: Sequence[int],
 ) -> None:  # fmt: skip
     wrong = {
         "is per mille of the key tiles, from 0 to 1000": not all(0 <= t <= 1000 for t in top),
+        f"needs a mass per mille, not {list(mass)}": not all(0 <= m <= 1000 for m in mass),
+        f"bounds the tiles that a mass keeps, here {list(mass)}": any(
+            m and not t for t, m in zip(top, mass, strict=True)
+        ),
         "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
         "does not look at a bias": bias is not None,
         "and window exclude each other in one head": any(

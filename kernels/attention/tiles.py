@@ -128,9 +128,11 @@ def _of_kept_tiles(call: Attention, start: int, stop: int) -> Tile:
     q, k, v = call.q[:, :, start:stop], call.k[:, :, :end], call.v[:, :, :end]
     mask = None if call.mask is None else call.mask[:, :end]
     with torch.no_grad():
-        chosen = topk.chosen_tiles(q, k, mask, call.scale, call.softcap, call.top, 0)
+        chosen = topk.chosen_tiles(q, k, mask, call.scale, call.softcap, call.top, call.mass, 0)
         chosen = chosen.flatten(1, 3)  # the one query tile has no dimension left
         most = topk.kept_tiles(chosen.shape[2], call.top[0])
+        if call.mass[0]:
+            most = int(chosen.sum(2).max())
         places = (~chosen).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most]
         columns = places[..., None] * topk.TILE + torch.arange(topk.TILE, device=q.device)
         kept = chosen.gather(2, places)[..., None] & (columns < end)

@@ -32,6 +32,7 @@ def attention_traceable(
     grid: Sequence[int] = (),
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
+    mass: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -52,7 +53,8 @@ def attention_traceable(
         queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
     )
     if any(top):
-        kept = kept_keys(q, k, mask, scale, softcap, per_head("top", top, kv))
+        shares, parts = per_head("top", top, kv), per_head("mass", mass, kv)
+        kept = kept_keys(q, k, mask, scale, softcap, shares, parts)
         seen = kept if seen is None else seen & kept
     if any(near):
         reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
@@ -84,10 +86,11 @@ def _corrected(sparse: Tensor, dense: Tensor, per_mille: Tensor) -> Tensor:
 
 
 def kept_keys(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int]
-) -> Tensor:
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int],
+    mass: Sequence[int],
+) -> Tensor:  # fmt: skip
     """Which keys lie in the tiles that each query head keeps, [B, KV, H / KV, N, T]."""
-    chosen = topk.chosen_tiles(q, k, mask, scale, softcap, top)
+    chosen = topk.chosen_tiles(q, k, mask, scale, softcap, top, mass)
     rows = torch.arange(q.shape[2], device=q.device)
     columns = torch.arange(k.shape[2], device=q.device)
     return chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)

@@ -3,6 +3,7 @@
 `_tile_sums_kernel` multiplies every STRIDE-th query with all keys and keeps, of each of these and
 each key tile, the logarithm of the sum of exponentials. `_select_kernel` makes masses of them,
 finds the least one that is kept by bisecting its bits, and writes the lists that attention walks.
+Where a part of the mass is asked for, what is above a trial is summed besides.
 Queries go in runs, so that the sums stay small where their square would not.
 """
 
@@ -24,7 +25,7 @@ from fxopt.kernels.attention.triton import with_positive_scale
 from . import reference as topk
 
 ASKED = topk.TILE // topk.STRIDE
-TILE, LEAST = tl.constexpr(topk.TILE), tl.constexpr(topk.LEAST)
+TILE = tl.constexpr(topk.TILE)
 STRIDE, FORCED = tl.constexpr(topk.STRIDE), tl.constexpr(topk.FORCED)
 SPARED = tl.constexpr(topk.SPARED)
 
@@ -84,11 +85,11 @@ def _tile_sums_kernel(
 
 @triton.jit
 def _select_kernel(
-    sums_ptr, state_ptr, top_ptr,
+    sums_ptr, state_ptr, share_ptr,
     partial_count_ptr, partial_ptr, full_count_ptr, full_ptr,
     state_b, num_heads, group, first_tile, run_tiles, query_tiles, queries, keys, tiles,
     partial_max, full_max,
-    ASKED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MASS: tl.constexpr, ASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
     line = tl.program_id(1)
@@ -112,21 +113,37 @@ def _select_kernel(
         mass += weights / tl.where(total == 0.0, 1.0, total)
 
     sink = tl.min(tl.where(seen, tile, BLOCK), 0)
-    mass = tl.where((tile == sink) | (tile * TILE > first - 2 * TILE), FORCED, mass)
-    bits = tl.where(seen, mass.to(tl.int32, bitcast=True), -1)
+    forced = seen & ((tile == sink) | (tile * TILE > first - 2 * TILE))
+    bits = tl.where(forced, FORCED, mass).to(tl.int32, bitcast=True)
+    bits = tl.where(seen, bits, -1)
     count = tl.sum(seen.to(tl.int32), 0)
-    top = tl.load(top_ptr + head // group)
-    kept = tl.minimum(tl.maximum((count * top + 999) // 1000, LEAST), count)
-    kept = tl.where(query_tile >= query_tiles - SPARED, count, kept)
-    # The largest number that `kept` tiles reach: bits of floats above zero are in their order.
+    share_at = share_ptr + 3 * (head // group)
+    kept = tl.maximum((count * tl.load(share_at) + 999) // 1000, tl.load(share_at + 1))
+    spared = query_tile >= query_tiles - SPARED
+    kept = tl.where(spared, count, tl.minimum(kept, count))
+    wanted = float("inf")
+    if HAS_MASS:
+        mass = tl.where(seen, mass, 0.0)
+        part = tl.load(share_at + 2)
+        some = (part > 0) & (part < 1000) & (spared == 0)
+        wanted = tl.where(some, part / 1000 * tl.sum(mass, 0), float("inf"))
+    # The largest number that `kept` tiles reach, or such as hold what is wanted: bits of floats
+    # above zero are in their order.
     least = first * 0
     for place in tl.static_range(31):
         trial = least | (1 << (30 - place))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= kept, trial, least)
+        enough = tl.sum((bits >= trial).to(tl.int32), 0) >= kept
+        if HAS_MASS:
+            enough |= tl.sum(tl.where(bits >= trial, mass, 0.0), 0) >= wanted
+        least = tl.where(enough, trial, least)
     above = bits > least
     equal = bits == least
-    room = kept - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    nth = tl.cumsum(equal.to(tl.int32), 0)
+    chosen = above | (equal & (nth <= kept - tl.sum(above.to(tl.int32), 0)))
+    if HAS_MASS:
+        each = tl.max(tl.where(equal, mass, 0.0), 0)
+        held = tl.sum(tl.where(above, mass, 0.0), 0) + (nth - 1) * each
+        chosen &= above | forced | (held < wanted)
 
     whole = (state == 2) & (tile * TILE + TILE - 1 <= first)
     full = (chosen & whole).to(tl.int32)
@@ -181,11 +198,12 @@ def kept_lists(call: Attention, **sizes: int) -> TileLists:
         )  # fmt: skip
         block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
-            sums, state, _shares(call.top, device),
+            sums, state, _shares(call.top, call.mass, device),
             counts[0], partial, counts[1], full,
             tiles if state.shape[0] > 1 else 0, heads, call.group_size,
             first, many, query_tiles, queries, keys, tiles, longest, tiles,
-            ASKED=ASKED, BLOCK=block, num_warps=select_warps(block),
+            HAS_MASS=any(0 < m < 1000 for m in call.mass), ASKED=ASKED, BLOCK=block,
+            num_warps=select_warps(block),
         )  # fmt: skip
     return TileLists(counts[0], partial, counts[1], full, topk.TILE, topk.TILE)
 
@@ -216,6 +234,8 @@ def _tile_states(call: Attention) -> Tensor:
 
 
 @functools.cache
-def _shares(top: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device; kept, so that a captured CUDA graph copies nothing."""
-    return torch.tensor([t or 1000 for t in top], dtype=torch.int32).to(device)
+def _shares(top: tuple[int, ...], mass: tuple[int, ...], device: torch.device) -> Tensor:
+    """[KV, 3] int32: tiles per mille and at least, and mass per mille. On the device; kept, so that
+    a captured CUDA graph copies nothing."""
+    shares = [(t or 1000, topk.least(m), m) for t, m in zip(top, mass, strict=True)]
+    return torch.tensor(shares, dtype=torch.int32).to(device)

@@ -44,6 +44,7 @@ def decoded_attention(
     prompt: int,
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
     attention: Attend | None = None,
 ) -> Tensor:
     """The outputs of a prefill of `prompt` tokens and one decoding step for each further one.
@@ -73,7 +74,7 @@ def decoded_attention(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, mass, top_keys
     )  # fmt: skip
     classes = parsed.resolve(num_kv_heads)
     outputs: list[Tensor] = []

@@ -26,6 +26,7 @@ class Arguments:
     sink_tokens: Sequence[int]
     top: Sequence[int] = (0,)
     delta: Sequence[int] = (0,)
+    mass: Sequence[int] = (0,)
     top_keys: Sequence[int] = (0,)
 
     def past_prompt(self, num_kv_heads: int) -> Arguments:
@@ -60,6 +61,7 @@ class Arguments:
             [self.delta[h * group + i] for h in heads for i in range(group)]
             if len(self.delta) > 1
             else self.delta,
+            _of_heads(self.mass, heads),
             _of_heads(self.top_keys, heads),
         )
 
@@ -67,7 +69,7 @@ class Arguments:
         return attention(
             self.q, k, v, mask, self.bias, self.sinks,
             self.scale, self.causal, list(self.window), self.softcap, list(self.sink_tokens),
-            list(self.top), list(self.delta),
+            list(self.top), list(self.delta), mass=list(self.mass),
         )  # fmt: skip
 
 

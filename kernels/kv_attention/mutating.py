@@ -43,6 +43,7 @@ def cached_attention_mutating(
     length: int | None = None,
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::cached_attention` in plain PyTorch.
 
@@ -59,7 +60,7 @@ def cached_attention_mutating(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, mass, top_keys
     )  # fmt: skip
     outputs: list[Tensor] = []
     classes = split_state(parsed, num_kv_heads, state)

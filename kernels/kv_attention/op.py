@@ -45,6 +45,7 @@ def _cached(
     length: int | None = None,
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention over the cache `state`, to which the new tokens are appended in place.
 
@@ -56,7 +57,7 @@ def _cached(
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, length=length, top=top,
-        delta=delta,
+        delta=delta, mass=mass,
     )  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def _cached_cuda(
     length: int | None = None,
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
 ) -> Tensor:
     kernels = None
     if _served(q.dtype, (q.shape[3], v.shape[3])) and _reads(layout, q.device):
@@ -87,7 +89,7 @@ def _cached_cuda(
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length, top,
-        delta,
+        delta, mass,
     )  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 cached_attention = register(
     "cached_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor(a!)[] state, Tensor start, {_ATTENTION}, "
-    "SymInt? length=None, int[] top=[0], int[] delta=[0]) -> Tensor",
+    "SymInt? length=None, int[] top=[0], int[] delta=[0], int[] mass=[0]) -> Tensor",
     _cached,
     cuda=_cached_cuda,
     fake=_fake,
@@ -149,7 +151,7 @@ cached_attention = register(
 decoded_attention = register(
     "decoded_attention",
     f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt, int[] top=[0], "
-    "int[] delta=[0]) -> Tensor",
+    "int[] delta=[0], int[] mass=[0]) -> Tensor",
     reference.decoded_attention,
     fake=_fake,
 )

@@ -21,6 +21,8 @@ from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk import reference as topk
 
+SHARE_STEP = 10
+"""Per mille of the tiles, in steps of which what is expected to be kept is timed."""
 CORRECTION_LAUNCHES = 10
 """The asked rows, their lists of tiles, and what they add."""
 
@@ -81,32 +83,47 @@ def attention_call(
     )
 
 
-def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int) -> OpCall:
-    """One KV head whose query heads keep `top` per mille of their key tiles; see `attend`.
+def kept_tiles_call(
+    info: AttentionInfo,
+    scenario: Scenario,
+    top: int,
+    mass: int = 0,
+    density: float | None = None,
+) -> OpCall:
+    """One KV head whose query heads keep `top` per mille of their key tiles, or as many of them as
+    hold `mass` per mille of the attention; see `attend`.
 
     Calls that leave none out are dense ones. The estimate multiplies some queries with all keys
-    before them; its sums, and the lists of tiles, are written and read.
+    before them; its sums, and the lists of tiles, are written and read. With `mass` the part of the
+    tiles `density` is expected to be kept, of all query tiles but the last; it is timed as that
+    share of them.
     """
     dense = attention_call(info, scenario)
     queries, length = scenario.queries, scenario.length
-    if not topk.hides_some(queries, length, top):
+    if not topk.hides_some(queries, length, top, mass):
         return dense
+    if mass and density is not None:
+        # A share without a minimum: a mass that is reached by nothing less.
+        share = min(top, max(1, round(100 * density)) * SHARE_STEP)
+        top, mass = share, 1000
     heads = scenario.batch * info.num_heads // info.num_kv_heads
     every = visible_pairs(queries, length, True, 0, 0)
-    squares, kept = topk.tiles(queries) * topk.tiles(length), kept_pairs(queries, length, top)
+    squares = topk.tiles(queries) * topk.tiles(length)
+    kept = kept_pairs(queries, length, top, mass)
+    chosen = f"top{top}m{mass}" if mass else f"top{top}"
     sums, lists = 4 * heads * squares * topk.TILE // topk.STRIDE, 4 * heads * squares
     # Causality leaves half of the sums out; entries behind a count are never touched.
     moved = sums // 2 + 4 * heads * kept // topk.TILE**2
     return replace(
         dense,
-        key=_key(info, scenario, f"top{top}"),
+        key=_key(info, scenario, chosen),
         flops=dense.flops * kept / every + 2.0 * heads * every / topk.STRIDE * info.head_dim,
         bytes_read=dense.bytes_read + moved,
         bytes_written=dense.bytes_written + moved,
         temporary_bytes=min(sums, 4 * topk.MOST_SUMS) + min(lists, 4 * topk.MOST_ENTRIES),
         launches=4,
-        family=_family(info, f"top{top}"),
-        run=_runner(info, scenario, 0, 0, top),
+        family=_family(info, chosen),
+        run=_runner(info, scenario, 0, 0, top, mass=mass),
     )
 
 
@@ -134,13 +151,14 @@ def neighborhood_call(
     )
 
 
-def kept_pairs(queries: int, length: int, top: int) -> int:
-    """(query, key) pairs of one head that causal attention over kept tiles computes."""
+def kept_pairs(queries: int, length: int, top: int, mass: int = 0) -> int:
+    """(query, key) pairs of one head that causal attention over kept tiles computes, with `mass`
+    at most."""
     pairs = visible_pairs(queries, length, True, 0, 0)
     for number in range(topk.tiles(queries) - topk.SPARED):
         # What is left out lies before the first query of the tile.
         seen = topk.tiles((number + 1) * topk.TILE + length - queries)
-        pairs -= topk.TILE**2 * (seen - topk.kept_tiles(seen, top))
+        pairs -= topk.TILE**2 * (seen - topk.kept_tiles(seen, top, mass))
     return pairs
 
 
@@ -232,6 +250,7 @@ def _runner(
     delta: int = 0,
     near: int = 0,
     dilation: int = 1,
+    mass: int = 0,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
@@ -249,7 +268,7 @@ def _runner(
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near], [dilation],
+            info.grid, [near], [dilation], [mass],
         )  # fmt: skip
 
     return run

@@ -35,9 +35,14 @@ class Case:
         assert len(chosen) == 4
         self.masked: Any = copy.deepcopy(self.model)
         self.masked.config._attn_implementation = "tiles_reference"
-        self.tops = [
-            node.kwargs["top"] for node in self.opt.graph.nodes if "top" in node.kwargs
+        self.kept = [
+            (node.kwargs["top"], node.kwargs.get("mass", (0,)))
+            for node in self.opt.graph.nodes
+            if "top" in node.kwargs
         ]  # of each layer
+        # Candidates take turns: some heads keep a share, others a part of their attention.
+        assert any(any(mass) for _, mass in self.kept)
+        assert not all(all(mass) for _, mass in self.kept)
         self.ids = torch.randint(3, 97, (2, PROMPT + NEW))
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> Any:
@@ -49,8 +54,8 @@ class Case:
             seen = seen & (self.padding[:, None, None, :keys] != 0)
         prompt = [x[:, :, :PROMPT] for x in (q, k)]
         hidden = None if self.padding is None else self.padding[:, :PROMPT]
-        top = self.tops[module.layer_idx]
-        tiles = chosen_tiles(*prompt, hidden, module.scaling, 0.0, top).flatten(1, 2)
+        kept_of = self.kept[module.layer_idx]
+        tiles = chosen_tiles(*prompt, hidden, module.scaling, 0.0, *kept_of).flatten(1, 2)
         kept = torch.ones(q.shape[0], q.shape[1], len(rows), keys, dtype=torch.bool)
         by_tile = tiles[:, :, rows[:PROMPT] // TILE][..., columns[:PROMPT] // TILE]
         kept[:, :, :PROMPT, :PROMPT] = by_tile
