@@ -47,6 +47,7 @@ def attention_reference(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -58,6 +59,7 @@ def attention_reference(
         bind(
             q, k, v, mask, bias, sinks,
             scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, mass,
+            skip,
         )
     )  # fmt: skip
 

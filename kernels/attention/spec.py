@@ -11,6 +11,7 @@ from torch import Tensor
 from fxopt.kernels.block_topk import reference as topk
 
 from . import grid as grids
+from .skip import LEAST_QUERIES
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Attention:
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
     keys, `dilation` has one as well, 1 where `near` is 0, `mass` one, 0 where `top` is or where no
-    threshold bounds it, and `delta` one a query head.
+    threshold bounds it, and `delta` and `skip` one a query head.
     """
 
     q: Tensor
@@ -39,6 +40,7 @@ class Attention:
     near: tuple[int, ...]
     dilation: tuple[int, ...]
     mass: tuple[int, ...]
+    skip: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -67,13 +69,14 @@ class Attention:
         return (
             aligned
             and self.dense
-            and not any(self.top + self.near)
+            and not any(self.top + self.near + self.skip)
             and not self.softcap
             and all(t is None for t in extras)
         )
 
     def head_groups(self) -> list[list[int]]:
-        """KV heads by equal window, sink, kept tiles and neighbourhood, corrected ones apart."""
+        """KV heads by equal window, sink, kept tiles and neighbourhood, those that are corrected or
+        leave out tiles apart."""
         groups: dict[tuple[int, ...], list[int]] = {}
         fixed = map(self.is_corrected, range(self.num_kv_heads))
         choices = zip(
@@ -84,6 +87,7 @@ class Attention:
             fixed,
             self.near,
             self.dilation,
+            map(self.leaves_out, range(self.num_kv_heads)),
             strict=True,
         )
         for head, choice in enumerate(choices):
@@ -95,12 +99,18 @@ class Attention:
         group = self.group_size
         return any(self.delta[kv_head * group : (kv_head + 1) * group])
 
+    def leaves_out(self, kv_head: int) -> bool:
+        """Whether some query head of a KV head leaves out what cannot matter; see `skip`."""
+        group = self.group_size
+        return any(self.skip[kv_head * group : (kv_head + 1) * group])
+
     def without_limits(self) -> Attention:
         """The same call, all keys seen."""
         none = (0,) * self.num_kv_heads
         whole = {"window": none, "sink_tokens": none, "top": none, "near": none, "mass": none}
         one = (1,) * self.num_kv_heads
-        return replace(self, **whole, dilation=one, delta=(0,) * self.q.shape[1])
+        no_query = (0,) * self.q.shape[1]
+        return replace(self, **whole, dilation=one, delta=no_query, skip=no_query)
 
     def heads(self, chosen: Sequence[int]) -> Attention:
         """The same call on some of the KV heads and their query heads."""
@@ -124,6 +134,7 @@ class Attention:
             near=tuple(self.near[h] for h in chosen),
             dilation=tuple(self.dilation[h] for h in chosen),
             mass=tuple(self.mass[h] for h in chosen),
+            skip=tuple(self.skip[h] for h in queries),
         )
 
 
@@ -145,12 +156,13 @@ def bind(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
     neighbourhood.
 
-    Raises ValueError for head counts and list lengths that do not fit, for `top` and `near` beside
-    what the choice of tiles does not know, and for `delta` where there is nothing to make up for.
+    Raises ValueError for head counts and list lengths that do not fit, for `top`, `near` and
+    `skip` beside what the choice of tiles does not know, and for a wrong `delta`.
     """
     heads, kv = q.shape[1], k.shape[1]
     if heads % kv:
@@ -160,7 +172,7 @@ def bind(
     asked = per_head("window", window, kv)
     windows = [w if 0 < w < reach else 0 for w in asked]
     tokens = per_head("sink_tokens", sink_tokens, kv)
-    kept = per_head("top", top, kv)
+    kept = tops = per_head("top", top, kv)
     parts = per_head("mass", mass, kv)
     if any(kept) or any(parts):
         _check_top(kept, parts, q, k, bias, causal, asked)
@@ -171,6 +183,10 @@ def bind(
     added = per_head("delta", delta, heads, "query heads")
     if any(added):
         _check_delta(added, q, k, bias, causal)
+    limits = per_head("skip", skip, heads, "query heads")
+    if any(limits):
+        _check_skip(limits, tops, added, q, k, bias, causal)
+        limits = limits if q.shape[2] > LEAST_QUERIES else [0] * heads
     group, long = heads // kv, topk.tiles(q.shape[2]) > topk.SPARED
     for head in range(kv):
         own = slice(head * group, (head + 1) * group)
@@ -190,7 +206,7 @@ def bind(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
         tuple(kept), tuple(added),
-        grid, tuple(reaches), tuple(spacings), tuple(parts),
+        grid, tuple(reaches), tuple(spacings), tuple(parts), tuple(limits),
     )  # fmt: skip
 
 
@@ -228,6 +244,23 @@ def _check_delta(
     for reason, holds in wrong.items():
         if holds:
             raise ValueError(f"attention: delta {reason}; got delta {list(delta)}")
+
+
+def _check_skip(
+    skip: Sequence[int], top: Sequence[int], delta: Sequence[int], q: Tensor, k: Tensor,
+    bias: Tensor | None, causal: bool,
+) -> None:  # fmt: skip
+    group = len(skip) // len(top)
+    both = any(s and (top[h // group] or delta[h]) for h, s in enumerate(skip))
+    wrong = {
+        "is in hundredths of a nat, 0 or more": min(skip) < 0,
+        "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
+        "does not look at a bias": bias is not None,
+        "and top or delta exclude each other in one head": both,
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: skip {reason}; got skip {list(skip)}")
 
 
 def _check_near(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxopt.kernels.block_topk import reference as topk
 
+from . import skip as skips
 from .delta import EVERY
 from .grid import near_keys
 from .spec import per_head
@@ -33,6 +34,7 @@ def attention_traceable(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -61,6 +63,11 @@ def attention_traceable(
         close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
         seen = close if seen is None else seen & close
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
+    if any(skip):
+        limits = per_head("skip", skip, heads, "query heads")
+        hidden = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        matter = kept_by_maximum(hidden, mask, windows, limits, logit)
+        seen = matter if seen is None else seen & matter
 
     def attended(shown: Tensor | None) -> Tensor:
         hidden = scores if shown is None else scores.masked_fill(~shown, -torch.inf)
@@ -94,6 +101,20 @@ def kept_keys(
     rows = torch.arange(q.shape[2], device=q.device)
     columns = torch.arange(k.shape[2], device=q.device)
     return chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)
+
+
+def kept_by_maximum(
+    scores: Tensor, mask: Tensor | None, window: Sequence[int], skip: Sequence[int],
+    logit: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Which keys lie in tiles that are not left out, [B, KV, H / KV, N, T], from masked scores."""
+    device, kv, (queries, keys) = scores.device, scores.shape[1], scores.shape[3:]
+    limit = skips.limits(skip, scores.dtype, device).reshape(kv, -1, 1, 1)
+    positions = torch.arange(queries, device=device) + (keys - queries)
+    windows = _by_head(window, device)
+    kept = skips.kept(scores, positions, keys, mask, windows, limit, logit)
+    short = torch.zeros(1, dtype=torch.int64, device=device) + queries <= skips.LEAST_QUERIES
+    return kept | short
 
 
 def visible(

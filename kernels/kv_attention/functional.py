@@ -51,6 +51,7 @@ def cached_attention_functional(
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
     mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> tuple[Tensor, list[Tensor]]:
     """`fxopt::cached_attention` with the state as a value: (out, present).
 
@@ -67,7 +68,8 @@ def cached_attention_functional(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, mass, top_keys
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, mass, skip,
+        top_keys,
     )  # fmt: skip
     outputs: list[Tensor] = []
     present: list[Tensor] = []

@@ -15,6 +15,7 @@ from fxopt.ir.ops import ATTEND
 from fxopt.ir.rewrite import Editor, Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention import skip as skips
 from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.kernels.attention.grid import density
 from fxopt.kernels.attention.op import attention
@@ -23,6 +24,8 @@ from fxopt.kernels.block_topk import reference as topk
 
 SHARE_STEP = 10
 """Per mille of the tiles, in steps of which what is expected to be kept is timed."""
+PLANTED, PLANTED_LIMIT = 60.0, 2000
+"""Nats that tiles to be left out lie below others where they are timed, and the limit for that."""
 CORRECTION_LAUNCHES = 10
 """The asked rows, their lists of tiles, and what they add."""
 
@@ -124,6 +127,28 @@ def kept_tiles_call(
         launches=4,
         family=_family(info, chosen),
         run=_runner(info, scenario, 0, 0, top, mass=mass),
+    )
+
+
+def skipping_call(info: AttentionInfo, scenario: Scenario, density: float) -> OpCall:
+    """One KV head whose query heads compute all scores and weigh the part `density` of the tiles;
+    see `attend`.
+
+    Short calls are dense ones. What is timed is a call of which that part is left, in steps of one
+    per cent.
+    """
+    dense = attention_call(info, scenario, info.window)
+    if scenario.queries <= skips.LEAST_QUERIES:
+        return dense
+    percent = max(1, round(100 * density))
+    kept = f"skip{100 - percent}" + (f"w{info.window}" if info.window else "")
+    products = info.head_dim + info.value_dim * density
+    return replace(
+        dense,
+        key=_key(info, scenario, kept),
+        flops=dense.flops * products / (info.head_dim + info.value_dim),
+        family=_family(info, kept),
+        run=_runner(info, scenario, info.window, 0, left=percent),
     )
 
 
@@ -241,6 +266,16 @@ def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tok
     return up_to(length) - up_to(length - queries)
 
 
+def _plant(q: Tensor, k: Tensor, left: int) -> None:
+    """Have about `left` per cent of the key tiles score far above the others, in random scores of
+    queries [B, H, N, D] and keys."""
+    tiles = torch.arange(-(-k.shape[2] // skips.KEY_TILE), device=k.device)
+    high = tiles * left % 100 < left  # evenly spread, the first among them
+    keys = high.repeat_interleave(skips.KEY_TILE)[: k.shape[2]]
+    q[..., 0] = math.sqrt(PLANTED) * q.shape[3] ** 0.25
+    k[..., 0] = torch.where(keys, math.sqrt(PLANTED) * q.shape[3] ** 0.25, 0.0).to(k.dtype)
+
+
 def _runner(
     info: AttentionInfo,
     scenario: Scenario,
@@ -251,6 +286,7 @@ def _runner(
     near: int = 0,
     dilation: int = 1,
     mass: int = 0,
+    left: int = 0,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
@@ -262,13 +298,15 @@ def _runner(
         q = random(batch, heads, queries, info.head_dim)
         k = random(batch, kv_heads, length, info.head_dim)
         v = random(batch, kv_heads, length, info.value_dim)
+        if left:
+            _plant(q, k, left)
         sinks = random(heads) if info.has_sinks else None
         bias = random(1, heads, queries, length) if info.has_bias else None
         scale = 1.0 / math.sqrt(info.head_dim)
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near], [dilation], [mass],
+            info.grid, [near], [dilation], [mass], [PLANTED_LIMIT if left else 0],
         )  # fmt: skip
 
     return run
