@@ -231,6 +231,10 @@ def test_tokens_past_the_prompt_see_all_keys() -> None:
     prompt = {name: x[:, :, :1300] if name in "qkv" else x for name, x in inputs.items()}
     torch.testing.assert_close(out[:, :1300], ops.attend(**prompt, top=[50]))
     assert (out - dense)[:, 1100:1300].abs().max() > 0.01
+    part = Candidate(REWRITE.name, "mass70%", {"mass": 700, "top": 400})
+    out = REWRITE.emulate(matched(site()), part, {}, inputs | {"prompt": 1300})
+    torch.testing.assert_close(out[:, 1300:], dense[:, 1300:])
+    torch.testing.assert_close(out[:, :1300], ops.attend(**prompt, top=[400], mass=[700]))
 
 
 LENGTH, NEEDLES = 4096, (700, 1801, 2111)
