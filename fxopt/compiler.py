@@ -17,7 +17,7 @@ from . import __version__
 from .cost_models.measured import Measured
 from .cost_models.memory import live_bytes
 from .decide.distill import Outcome, Trained, distil, find_blocks
-from .decide.mass import Masses
+from .decide.mass import Densities, Masses
 from .decide.options import Options, lowered, promising
 from .decide.peaks import Points, points, shifted
 from .decide.priors import Priors
@@ -34,7 +34,7 @@ from .ir.budget import Budget
 from .ir.cost import CostModel, OpCall
 from .ir.decision import KeptMass
 from .ir.distill import Distill
-from .ir.rewrite import Masking
+from .ir.rewrite import Masking, Varying
 from .passes.baseline import baseline_calls
 from .progress import stepping
 from .request import Request, ends
@@ -133,6 +133,27 @@ class Compiler(Subject):
         )
         return KeptMass(mean=mean, low=low, high=high, near=rewrite.near)
 
+    def _informed(self) -> Proposals:
+        """The proposals, those whose cost follows from the data with what the `fit` part says."""
+        offered = [p for found in self.proposals.by_site.values() for p in found]
+        names = {id(p): f"density:{key_of([p])}" for p in offered if _varies(p)}
+        waiting = [p for p in offered if id(p) in names and names[id(p)] not in self.scores]
+        if waiting:
+            self.statistics.passes(p.site for p in waiting)
+            densities = Densities(self.statistics)
+            for proposal in self.request.progress.track("counting", waiting):
+                self.scores(names[id(proposal)], partial(densities, proposal))
+
+        def told(proposal: Proposal) -> Proposal:
+            if id(proposal) not in names:
+                return proposal
+            found = {"density": self.scores[names[id(proposal)]]}
+            match = replace(proposal.match, extra={**proposal.match.extra, **found})
+            return replace(proposal, match=match)
+
+        known = {where: list(map(told, p)) for where, p in self.proposals.by_site.items()}
+        return replace(self.proposals, by_site=known)
+
     @cached_property
     def costs(self) -> Measured:
         """Op calls as timed on the device."""
@@ -151,7 +172,8 @@ class Compiler(Subject):
     def table(self) -> Table:
         """Every option priced: statistics, priors and measured costs."""
         try:
-            options = lowered(self.proposals, (*self.scenarios, self.final), baseline_calls)
+            proposals = self._informed()
+            options = lowered(proposals, (*self.scenarios, self.final), baseline_calls)
             passes = self._passes(options)
             if passes:
                 self.statistics.at(passes[0][0][0].site)
@@ -159,7 +181,7 @@ class Compiler(Subject):
                 self._time(promising(options, self.costs.prior))
             with torch.no_grad():
                 self._score(passes)
-                return build(self.proposals, options, self.prices, self._prior)
+                return build(proposals, options, self.prices, self._prior)
         finally:  # an interrupted scoring goes on where it stopped
             self._save()
 
@@ -352,3 +374,9 @@ class Compiler(Subject):
     def chosen(self, search: Search, choice: Choice) -> list[Proposal]:
         """The proposals of a choice, in the order of the graph."""
         return [p for column in search.columns(choice) for p in column.proposals]
+
+
+def _varies(proposal: Proposal) -> bool:
+    """Whether the data say what a proposal costs."""
+    rewrite = proposal.rewrite
+    return isinstance(rewrite, Varying) and rewrite.varies(proposal.candidate)

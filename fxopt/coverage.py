@@ -17,6 +17,7 @@ from .decide.quality import first_tensor
 from .ir.ops import arguments_of_attend, attend
 from .kernels.attention.delta import corrected_rows
 from .kernels.attention.grid import hides, tokens
+from .kernels.attention.skip import LEAST_QUERIES
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
 from .kernels.kv_attention.decoded import keys_read
@@ -26,7 +27,7 @@ from .passes.attention import mass
 ROWS = 8
 """Queries a sequence whose attention is looked at."""
 SEQUENCES = 2
-OPTIONS = ("window", "sink_tokens", "top", "near", "dilation")
+OPTIONS = ("window", "sink_tokens", "top", "near", "dilation", "mass")
 """Those of `attend` that hide keys from KV heads."""
 LEAST = 0.01
 """The least share of attention that must fall on packed tokens for an error to speak of them."""
@@ -123,8 +124,9 @@ def _losses(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, bool]]:
     (heads, length), queries, grid = call["k"].shape[1:3], call["q"].shape[2], tuple(call["grid"])
     prompt = prompt or queries
     per_kv = (per_head(name, call[name], heads) for name in OPTIONS)
-    window, sink_tokens, top, near, dilation = per_kv
-    fixed, stored = _corrected(call), parse(call["layout"])
+    window, sink_tokens, top, near, dilation, part = per_kv
+    fixed, leaves_out = (_of_queries(call, name) for name in ("delta", "skip"))
+    stored = parse(call["layout"])
     read = list(zip(stored.formats(heads), stored.top_keys(heads), strict=True))
     for h in range(heads):
         if window[h]:
@@ -132,7 +134,9 @@ def _losses(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, bool]]:
             rows = corrected_rows(prompt) if fixed[h] else length
             yield h, rows > window[h] + sink_tokens[h]
         if top[h]:
-            yield h, hides_some(prompt, prompt, top[h])
+            yield h, hides_some(prompt, prompt, top[h], part[h])
+        if leaves_out[h]:
+            yield h, prompt > LEAST_QUERIES
         if near[h]:
             yield h, tokens(grid) == length and hides(grid, near[h], dilation[h])
         fmt, top_keys = read[h]
@@ -161,7 +165,9 @@ def _packed_shares(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, 
             keys, scale = k[:, h, None], call["scale"]
             read[:, h, None] = keys_read(own, keys, call["mask"], rows, fmt, top_keys, scale)
     window = per_head("window", call["window"], heads)
-    window = [0 if fixed else w for w, fixed in zip(window, _corrected(call), strict=True)]
+    window = [
+        0 if fixed else w for w, fixed in zip(window, _of_queries(call, "delta"), strict=True)
+    ]
     # What is left with sinks of logits, which are no tokens, is what is not packed.
     rest, whole = (
         mass.kept({**call, "window": window}, rows, seen.repeat_interleave(group, 1))
@@ -171,11 +177,11 @@ def _packed_shares(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, 
     yield from ((h, shares[h]) for h, fmt in enumerate(formats) if fmt)
 
 
-def _corrected(call: Mapping[str, Any]) -> list[bool]:
-    """Whether `delta` corrects the queries of each KV head."""
-    delta = per_head("delta", call["delta"], call["q"].shape[1], "query heads")
-    group = len(delta) // call["k"].shape[1]
-    return [any(delta[first : first + group]) for first in range(0, len(delta), group)]
+def _of_queries(call: Mapping[str, Any], name: str) -> list[bool]:
+    """Whether an option of query heads, `delta` or `skip`, serves one of each KV head."""
+    given = per_head(name, call[name], call["q"].shape[1], "query heads")
+    group = len(given) // call["k"].shape[1]
+    return [any(given[first : first + group]) for first in range(0, len(given), group)]
 
 
 def _sampled(first: int, queries: int) -> Iterator[int]:

@@ -49,6 +49,10 @@ class Scores:
         """Whether the number at `key` is known."""
         return key in self._known
 
+    def __getitem__(self, key: str) -> Any:
+        """The number at `key`, which is known."""
+        return self._known[key]
+
     def save(self) -> None:
         """Write what was computed since the last time."""
         if self._dirty:

@@ -18,6 +18,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.attention.window:Window",
     "fxopt.passes.attention.block_topk:BlockTopk",
     "fxopt.passes.attention.hip:Hip",
+    "fxopt.passes.attention.skip_softmax:SkipSoftmax",
     "fxopt.passes.attention.neighborhood:Neighborhood",
     "fxopt.passes.attention.decode_topk:DecodeTopk",
     "fxopt.passes.kv_cache.blocks:Blocks",

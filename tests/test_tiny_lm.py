@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from torch import Tensor
 import fxopt
 from fxopt.compiler import Compiler
 from fxopt.decide.table import Column
+from fxopt.ir.ops import attend
+from fxopt.ir.rewrite import Candidate
+from fxopt.passes.attention.skip_softmax import SkipSoftmax
 from fxopt.request import resolve
 
 transformers = pytest.importorskip("transformers")
@@ -24,7 +28,6 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LENGTH, PROMPT = 640, 600
 SINK, WINDOW = 16, 256
-TILE = 128
 
 
 @pytest.fixture(scope="module")
@@ -296,50 +299,29 @@ def test_windows_of_prompts_alone_answer_what_windows_forget(model: Any) -> None
 
 @pytest.mark.exhaustive
 def test_tiles_skipped_by_their_maximum_lose_more_than_kept_tiles_cost(model: Any) -> None:
-    """Why there is no `attention.skip_softmax`: docs/attention.md. Seven of ten tiles have to be
-    skipped for 0.65 of the products; `top20%` takes 0.54 here."""
+    """The table of docs/attention.md. Seven of ten tiles have to be skipped for 0.65 of the
+    products; `top20%` takes 0.54 here."""
     sys.path.insert(0, str(EXAMPLES))
     from tiny_lm_data import heldout_windows
 
+    rewrite, worse = SkipSoftmax(), 0
+    candidate = Candidate(rewrite.name, "skip70%", {"skipped": 700})
     fit, text = (_attended(model, row[None]) for row in heldout_windows(4096)[[10, 0]])
-    worse = 0
-    for (q, k, _), (q2, k2, v2) in zip(fit, text, strict=True):
-        gaps = torch.cat([gap for *_, gap in _tiles_below(q, k)], 1)
-        limits = gaps.quantile(0.3, 1)
-        exact, kept = (
-            torch.ops.fxopt.attention(
-                q2, k2, v2, None, None, None, 0.125, True, [0], 0.0, [0], top
-            )[0].transpose(0, 1)
-            for top in ([0], [200])
+    for before, now in zip(fit, text, strict=True):
+        given, inputs = (
+            {**dict(zip("qkv", qkv, strict=True)), "scale": 0.125, "causal": True}
+            for qkv in (before, now)
         )
-        rows = [
-            scores.masked_fill(hidden.repeat_interleave(TILE, -1)[:, None], -torch.inf).softmax(-1)
-            @ v2[0, :, : scores.shape[2]].repeat_interleave(2, 0)
-            for scores, gap in _tiles_below(q2, k2)
-            for hidden in [gap > limits[:, None].clamp(min=0)]
-        ]
-        skipped = torch.cat(rows, 1)
+        known: Any = SimpleNamespace(inputs=given, once=lambda _, make: make())
+        none: Any = None
+        limit = rewrite.prepare(none, candidate, known)["limit"].tolist()
+        exact, kept, skipped = (
+            attend(**inputs, **options)[0].transpose(0, 1)
+            for options in ({}, {"top": [200]}, {"skip": limit})
+        )
         errors = [(out - exact)[:, 1024:].square().sum((1, 2)) for out in (skipped, kept)]
         worse += int((errors[0] > errors[1]).sum())
     assert worse >= 22  # of 24
-
-
-def _tiles_below(q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each tile of queries: its scores, and how far each key tile's largest score lies below
-    the running maximum in the row where it lies least so; the first tile, its own and the one
-    before are visited first and stay."""
-    k = k.repeat_interleave(2, 1)
-    for start in range(0, q.shape[2], TILE):
-        end = start + TILE
-        scores = q[0, :, start:end] @ k[0, :, :end].mT / 8
-        ahead = torch.ones_like(scores[0], dtype=torch.bool).triu(start + 1)
-        scores = scores.masked_fill(ahead, -torch.inf)
-        most = scores.unflatten(2, (-1, TILE)).amax(3)
-        first = torch.zeros(most.shape[2], dtype=torch.bool)
-        first[0], first[-2:] = True, True
-        base = most[:, :, first].amax(2, keepdim=True)
-        running = torch.maximum(most.masked_fill(first, -torch.inf).cummax(2).values, base)
-        yield scores, (running - most).amin(1).masked_fill(first, -1.0)
 
 
 @torch.no_grad()

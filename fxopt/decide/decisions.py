@@ -198,6 +198,7 @@ class _Here:
             "label": proposal.candidate.label,
             "parameters": dict(proposal.candidate.parameters),
             "kept_mass": self.mass(proposal),
+            "density": proposal.match.extra.get("density"),
             **fields,
         }
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..ir.ops import attend, attend_as_decoded
 
-PROMPT_ONLY = ("top", "delta", "hip")
+PROMPT_ONLY = ("top", "delta", "hip", "mass", "skip")
 """Options of attention that decoded tokens know nothing of."""
 
 

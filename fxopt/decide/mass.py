@@ -1,4 +1,4 @@
-"""How much of a head's attention a mask leaves, on queries sampled from what was recorded."""
+"""What recorded attention tells of masks: how much of a head they leave, and what they cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from ..ir.rewrite import Masking
+from ..ir.rewrite import Masking, Varying
 from ..ir.site import AttentionInfo
 from .propose import Proposal
 from .statistics import Statistics
@@ -48,6 +48,27 @@ class Masses:
                 found = rewrite.kept_mass(proposal.match, proposal.candidate, inputs, rows)
             self._kept[key] = found
         return self._kept[key]
+
+
+class Densities:
+    """The work that choices by the data do; each is computed once for all heads of an op."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+        self._found: dict[tuple[str, str, str], Tensor] = {}
+
+    def __call__(self, proposal: Proposal) -> float:
+        """Of the site's KV head, or the mean of all where it has none."""
+        rewrite, site = proposal.rewrite, proposal.site
+        assert isinstance(rewrite, Varying)
+        key = (site.node, rewrite.name, proposal.candidate.label)
+        if key not in self._found:
+            inputs = self._statistics.at(site).inputs
+            with torch.no_grad():
+                found = rewrite.density(proposal.match, proposal.candidate, inputs)
+            self._found[key] = found.cpu()
+        found = self._found[key]
+        return float(found.mean() if site.head is None else found[site.head])
 
 
 def sampled(inputs: Mapping[str, Any], seed: int, decoding: bool = False) -> Tensor:

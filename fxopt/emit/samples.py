@@ -76,7 +76,7 @@ class Samples:
         lengths = [f.sink + f.residual + 2 * f.group for f in formats]
         lengths += [_leaving(state) for state in self.lowered.program.states]
         options = [node.kwargs for node in self.lowered.graph.nodes]
-        if any(any(o.get("top", ())) or any(o.get("delta", ())) for o in options):
+        if any(any(o.get(name, ())) for o in options for name in ("top", "delta", "skip")):
             lengths.append((LEAST + SPARED + 1) * TILE)
         return max(lengths, default=2) + 3
 

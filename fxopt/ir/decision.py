@@ -66,6 +66,7 @@ class Alternative(PlanModel):
     error_measured: bool | None = None
     error_within: float | None = None
     kept_mass: KeptMass | None = None
+    density: float | None = None
 
 
 class Refused(PlanModel):
@@ -90,7 +91,8 @@ class Decision(PlanModel):
     workload makes, and `timed` the kinds that were timed (others are the roofline's);
     `error_measured` says whether `error` was measured by swapping this site alone, and
     `error_within` is half of its 95 % interval (None: unknown); `kept_mass` is what a mask of
-    attention leaves, None where none is chosen; `already` names rewrites that would change
+    attention leaves, None where none is chosen; `density` the part of its work that a choice by
+    the data is expected to do, which `cost` is of; `already` names rewrites that would change
     nothing, since the call is what they make.
     """
 
@@ -111,6 +113,7 @@ class Decision(PlanModel):
     error_measured: bool | None = None
     error_within: float | None = None
     kept_mass: KeptMass | None = None
+    density: float | None = None
     already: list[RewriteName] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -169,6 +172,7 @@ class Decision(PlanModel):
             error_measured=self.error_measured,
             error_within=self.error_within,
             kept_mass=self.kept_mass,
+            density=self.density,
         )
         for other in self.alternatives:
             # these compare with what was chosen before
@@ -179,7 +183,7 @@ class Decision(PlanModel):
         self.cost, self.error, self.reason = chosen.cost, chosen.error, BY_HAND
         self.calls, self.timed = chosen.calls, chosen.timed
         self.error_measured, self.error_within = chosen.error_measured, chosen.error_within
-        self.kept_mass = chosen.kept_mass
+        self.kept_mass, self.density = chosen.kept_mass, chosen.density
 
 
 def _no_choice(

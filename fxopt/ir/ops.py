@@ -46,6 +46,8 @@ def attend(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention with grouped-query heads.
 
@@ -58,15 +60,21 @@ def attend(
     visits, of the tiles of 128 keys before it, the t per mille of the most estimated attention
     (at least 8), its own, the one before and the first among them; the last two tiles of queries,
     and so all queries of a call that decodes, see all keys. `hip` 1 (one number, or one a KV head):
-    the tiles of `top` are found by halving chunks of keys. `delta` d > 0 (one number, or one a
-    query head), where a window or `top` hides keys: every 64th query sees all keys, and its
-    followers add d per mille of what that changes in it; with a window, too, the last two tiles
-    and decoded tokens see all keys then. `near` n > 0 (one number, or one a KV head) needs a `grid`
-    (p, n1, n2, ...): the tokens are p of no place, which see all and are seen by all, and
-    n1 x n2 x ... that see what is nearer than n along each axis, and whole tiles of 64 of these;
-    calls with another number of tokens, all. `dilation` d > 1 (one number, or one a KV head): of
-    the grid only every d-th place along each axis is seen, and n counts these. A query that sees no
-    key returns 0.
+    the tiles of `top` are found by halving chunks of keys. `mass` m > 0 (one number, or one a KV
+    head) beside a `top` without `hip`: of the tiles that this keeps only the first that hold m per
+    mille of the estimated attention, 1000 standing for the share itself, of at least 4 tiles.
+    `delta` d > 0 (one number, or one a query head), where a window or `top` hides keys: every 64th
+    query sees all keys, and its followers add d per mille of what that changes in it; with a
+    window, too, the last two tiles and decoded tokens see all keys then. `near` n > 0 (one number,
+    or one a KV head) needs a `grid` (p, n1, n2, ...): the tokens are p of no place, which see all
+    and are seen by all, and n1 x n2 x ... that see what is nearer than n along each axis, and whole
+    tiles of 64 of these; calls with another number of tokens, all. `dilation` d > 1 (one number, or
+    one a KV head): of the grid only every d-th place along each axis is seen, and n counts these.
+    `skip` s > 0 (one number, or one a query head), hundredths of a nat: a tile of 128 queries
+    leaves out a tile of 64 keys that all of these see, but the first such, where in each row all
+    its scores lie more than s below one that the row sees before, on the way from the tiles that
+    are seen in part to the others in their order; calls of at most 256 queries leave out nothing. A
+    query that sees no key returns 0.
 
     With `state` (the tensors of one layer's cache, written in place) k and v are the new tokens
     only and `start`, a 0-d int64 tensor, counts the tokens already there; T is then start + N.
@@ -82,8 +90,8 @@ def attend(
     if state is None:
         return torch.ops.fxopt.attention.default(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
-            hip,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, hip,
+            mass, skip,
         )  # fmt: skip
     if any(near):
         raise ValueError("attend: near has no meaning where keys come one by one, from a state")
@@ -93,7 +101,7 @@ def attend(
         start = start.start
     return torch.ops.fxopt.cached_attention.default(
         q, k, v, state, start, mask, bias, sinks,
-        scale, causal, window, softcap, sink_tokens, layout, length, top, delta, hip,
+        scale, causal, window, softcap, sink_tokens, layout, length, top, delta, hip, mass, skip,
     )  # fmt: skip
 
 
@@ -239,11 +247,13 @@ def attend_as_decoded(
     delta: Sequence[int] = (0,),
     layout: str = "",
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """What `attend` would return for each query, had the tokens from `prompt` on been decoded
     one at a time through a cache of `layout`. Takes whole sequences; `state` is not read."""
     return torch.ops.fxopt.decoded_attention(
         q, k, v, mask, bias, sinks,
         scale, causal, list(window), softcap, list(sink_tokens), layout, prompt, list(top),
-        list(delta), list(hip),
+        list(delta), list(hip), list(mass), list(skip),
     )  # fmt: skip

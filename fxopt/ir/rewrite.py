@@ -199,6 +199,25 @@ class Masking(Protocol):
         ...
 
 
+@runtime_checkable
+class Varying(Protocol):
+    """What a rewrite of attention whose cost follows from the data may have besides.
+
+    Of its candidates for which `varies` holds, `density` is asked before anything is priced, and
+    `lower` finds it of the site's head as `match.extra["density"]`, or nothing where there are no
+    data.
+    """
+
+    def varies(self, candidate: Candidate) -> bool:
+        """Whether shapes alone do not say what the candidate costs."""
+        ...
+
+    def density(self, match: Match, candidate: Candidate, inputs: Mapping[str, Any]) -> Tensor:
+        """The part of its work that the candidate does on the recorded `inputs`, as `lower` takes
+        it: [KV], every head of the op under the candidate."""
+        ...
+
+
 def element_size(dtype: torch.dtype) -> int:
     """Bytes of one element of `dtype`."""
     return torch.empty((), dtype=dtype).element_size()

@@ -92,7 +92,10 @@ def _costs(plan: Plan, decision: Decision) -> list[str]:
     error = f"{_error(decision, plan)}{known}" if decision.error is not None else ""
     mass = decision.kept_mass
     kept = f"keeps {mass} of its attention" if mass is not None else ""
-    return [text for text in (time, *texts, error if decision.rewritten else "", kept) if text]
+    density = decision.density
+    expected = f"expected to do {density:.1%} of its work" if density is not None else ""
+    texts = [time, *texts, error if decision.rewritten else "", kept, expected]
+    return [text for text in texts if text]
 
 
 def _cost(name: str, before: Cost | None, after: Cost, training: bool) -> str:
@@ -144,6 +147,7 @@ def _amounts(one: Decision | Alternative, chosen: Decision, plan: Plan) -> str:
         if any(getattr(other.cost, name) for other in (chosen, *chosen.alternatives))
     ]
     texts += [] if one.kept_mass is None else [f"keeps {one.kept_mass.mean:.1%}"]
+    texts += [] if one.density is None else [f"{one.density:.1%} of the work expected"]
     return ", ".join([*texts, *filter(None, [_error(one, plan)])])
 
 

@@ -100,6 +100,7 @@ def _joined(attention: Decision, cache: Decision, pair: Pair | None) -> Joined:
         error_measured=pair.error_measured if pair is not None and fresh else whole.error_measured,
         error_within=whole.error_within,
         kept_mass=attention.kept_mass,
+        density=attention.density,
         already=[name for part in parts for name in part.already],
         parts=parts,
     )
@@ -141,6 +142,7 @@ def _together(attention: Half, cache: Half) -> Alternative:
         error_measured=all(known) if known and None not in known else None,
         error_within=changed[0].error_within if len(changed) == 1 else None,
         kept_mass=attention.kept_mass,
+        density=attention.density,
     )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .grid import near_keys
 from .spec import per_head
-from .traceable import attention_traceable, kept_keys, visible
+from .tiles import sum_dtype
+from .traceable import attention_traceable, kept_by_maximum, kept_keys, visible
 
 OPSET = 23
 """The first with an `Attention` operator."""
@@ -34,6 +35,8 @@ def attention_onnx(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """`attention_traceable`, which an exporter sees as one `Attention`.
 
@@ -45,19 +48,26 @@ def attention_onnx(
     if not exporting or sinks is not None or softcap > 0 or any(delta):
         return attention_traceable(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
-            hip,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, hip,
+            mass, skip,
         )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
     seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
     if any(top):
-        kept = kept_keys(q, k, mask, scale, softcap, top, hip)
+        kept = kept_keys(q, k, mask, scale, softcap, top, hip, mass)
         seen = kept if seen is None else seen & kept
     if any(near):
         reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
         close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
         seen = close if seen is None else seen & close
+    if any(skip):
+        grouped = q.reshape(q.shape[0], kv, -1, queries, q.shape[3]).to(sum_dtype(q)) * scale
+        scores = grouped @ k.to(grouped.dtype).unsqueeze(2).mT
+        scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        limits = per_head("skip", skip, q.shape[1], "query heads")
+        matter = kept_by_maximum(scores, mask, windows, limits, None)
+        seen = matter if seen is None else seen & matter
     added, some = _added(seen, bias, q)
     shape = (*q.shape[:3], v.shape[3])
     operands = (q, k, v) if added is None else (q, k, v, added)

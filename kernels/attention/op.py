@@ -21,7 +21,8 @@ from .spec import Attention, bind, in_order, pick, put, query_heads
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, "
     "bool causal, int[] window, float softcap, int[] sink_tokens, int[] top=[0], "
-    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1], int[] hip=[0]) -> Tensor"
+    "int[] delta=[0], int[] grid=[], int[] near=[0], int[] dilation=[1], int[] hip=[0], "
+    "int[] mass=[0], int[] skip=[0]) -> Tensor"
 )
 BIAS, FLOATING = 4, (0, 1, 2, 4, 5)
 """Places of the arguments that are a bias, and that have gradients."""
@@ -77,7 +78,9 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-Way = Literal["library", "kernel", "kept tiles", "corrected", "neighborhood", "reference"]
+Way = Literal[
+    "library", "kernel", "kept tiles", "corrected", "neighborhood", "skipping", "reference"
+]
 
 
 def _shares(call: Attention) -> list[tuple[list[int], Way]]:
@@ -91,9 +94,10 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     fixed = [h for h in heads if call.is_corrected(h)]
     kept = [h for h in heads if call.top[h] and h not in fixed]
     local = [h for h in heads if call.near[h]]
-    bounded = [h for h in heads if call.window[h] and h not in fixed]
-    dense = sorted({*heads}.difference(fixed, kept, local, bounded))
-    long = bool(kept or fixed) or call.q.shape[2] >= LEAST_QUERIES
+    skipping = [h for h in heads if call.leaves_out(h)]
+    bounded = [h for h in heads if call.window[h] and h not in fixed + skipping]
+    dense = sorted({*heads}.difference(fixed, kept, local, bounded, skipping))
+    long = bool(kept or fixed or skipping) or call.q.shape[2] >= LEAST_QUERIES
     shares: list[tuple[list[int], Way]] = [
         ([h for h in local if call.dilation[h] == dilation], "neighborhood")
         for dilation in sorted({call.dilation[h] for h in local})
@@ -104,6 +108,8 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
         bounded = sorted(bounded + dense)
     if bounded:
         shares.append((bounded, "kernel"))
+    if skipping:
+        shares.append((skipping, "skipping" if _skips_in_kernel(call) else "reference"))
     if fixed:
         shares.extend((group, "corrected") for group in _alike(call, fixed))
     if not kept:
@@ -126,6 +132,11 @@ def _alike(call: Attention, chosen: list[int]) -> list[list[int]]:
 
 def _has_kernel(q: Tensor) -> bool:
     return AVAILABLE and q.is_cuda and q.dtype != torch.float64
+
+
+def _skips_in_kernel(call: Attention) -> bool:
+    """Tiles of 128 float32 queries of more channels do not fit a multiprocessor."""
+    return call.q.element_size() == 2 or max(call.q.shape[3], call.v.shape[3]) <= 128
 
 
 def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
@@ -202,7 +213,7 @@ def _gradients(
 def _backward_of(
     gradient: Tensor, out: Tensor, lse: Tensor, call: Attention, way: Way
 ) -> dict[str, Tensor]:
-    if way in ("library", "corrected", "reference"):
+    if way in ("library", "corrected", "skipping", "reference"):
         with _backends(call):
             return _recomputed(gradient, call)
     from fxopt.kernels.attention_backward.triton import attention_gradients

@@ -47,6 +47,8 @@ def attention_reference(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` on any device and in any floating dtype.
 
@@ -57,8 +59,8 @@ def attention_reference(
     return compute(
         bind(
             q, k, v, mask, bias, sinks,
-            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation,
-            hip,
+            scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, hip,
+            mass, skip,
         )
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxopt.kernels.block_topk import reference as topk
 
 from . import grid as grids
+from .skip import LEAST_QUERIES
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
-    keys, `dilation` and `hip` as well, 1 where `near` is 0 and 0 where `top` is, and `delta` one a
-    query head.
+    keys, `dilation`, `hip` and `mass` as well: 1 where `near` is 0, 0 where `top` is, and 0 where
+    no threshold bounds that. `delta` and `skip` have one a query head.
     """
 
     q: Tensor
@@ -39,6 +40,8 @@ class Attention:
     near: tuple[int, ...]
     dilation: tuple[int, ...]
     hip: tuple[int, ...]
+    mass: tuple[int, ...]
+    skip: tuple[int, ...]
 
     @property
     def num_kv_heads(self) -> int:
@@ -67,13 +70,14 @@ class Attention:
         return (
             aligned
             and self.dense
-            and not any(self.top + self.near)
+            and not any(self.top + self.near + self.skip)
             and not self.softcap
             and all(t is None for t in extras)
         )
 
     def head_groups(self) -> list[list[int]]:
-        """KV heads by equal window, sink, kept tiles and neighbourhood, corrected ones apart."""
+        """KV heads by equal window, sink, kept tiles and neighbourhood, those that are corrected or
+        leave out tiles apart."""
         groups: dict[tuple[int, ...], list[int]] = {}
         fixed = map(self.is_corrected, range(self.num_kv_heads))
         choices = zip(
@@ -81,9 +85,11 @@ class Attention:
             self.sink_tokens,
             self.top,
             self.hip,
+            self.mass,
             fixed,
             self.near,
             self.dilation,
+            map(self.leaves_out, range(self.num_kv_heads)),
             strict=True,
         )
         for head, choice in enumerate(choices):
@@ -95,12 +101,19 @@ class Attention:
         group = self.group_size
         return any(self.delta[kv_head * group : (kv_head + 1) * group])
 
+    def leaves_out(self, kv_head: int) -> bool:
+        """Whether some query head of a KV head leaves out what cannot matter; see `skip`."""
+        group = self.group_size
+        return any(self.skip[kv_head * group : (kv_head + 1) * group])
+
     def without_limits(self) -> Attention:
         """The same call, all keys seen."""
         none = (0,) * self.num_kv_heads
-        whole = {"window": none, "sink_tokens": none, "top": none, "near": none, "hip": none}
+        limits = ("window", "sink_tokens", "top", "near", "hip", "mass")
+        whole = dict.fromkeys(limits, none)
         one = (1,) * self.num_kv_heads
-        return replace(self, **whole, dilation=one, delta=(0,) * self.q.shape[1])
+        no_query = (0,) * self.q.shape[1]
+        return replace(self, **whole, dilation=one, delta=no_query, skip=no_query)
 
     def heads(self, chosen: Sequence[int]) -> Attention:
         """The same call on some of the KV heads and their query heads."""
@@ -124,6 +137,8 @@ class Attention:
             near=tuple(self.near[h] for h in chosen),
             dilation=tuple(self.dilation[h] for h in chosen),
             hip=tuple(self.hip[h] for h in chosen),
+            mass=tuple(self.mass[h] for h in chosen),
+            skip=tuple(self.skip[h] for h in queries),
         )
 
 
@@ -145,12 +160,14 @@ def bind(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Attention:
     """Check the arguments of `fxopt::attention` and give each KV head its window, kept tiles or
     neighbourhood.
 
-    Raises ValueError for head counts and list lengths that do not fit, for `top` and `near` beside
-    what the choice of tiles does not know, and for `delta` where there is nothing to make up for.
+    Raises ValueError for head counts and list lengths that do not fit, for `top`, `hip`, `near` and
+    `skip` beside what the choice of tiles does not know, and for a wrong `delta`.
     """
     heads, kv = q.shape[1], k.shape[1]
     if heads % kv:
@@ -160,17 +177,23 @@ def bind(
     asked = per_head("window", window, kv)
     windows = [w if 0 < w < reach else 0 for w in asked]
     tokens = per_head("sink_tokens", sink_tokens, kv)
-    kept = per_head("top", top, kv)
-    if any(kept):
-        _check_top(kept, q, k, bias, causal, asked)
-    hides = topk.hides(q.shape[2], k.shape[2])
-    kept = [t if hides and t < 1000 else 0 for t in kept]
-    halved = per_head("hip", hip, kv)
-    if any(h not in (0, 1) for h in halved):
-        raise ValueError(f"attention: hip is 0 or 1; got hip {list(hip)}")
+    kept = tops = per_head("top", top, kv)
+    halved, parts = per_head("hip", hip, kv), per_head("mass", mass, kv)
+    if any(kept) or any(parts):
+        _check_top(kept, parts, q, k, bias, causal, asked)
+    _check_hip(halved, parts)
+    hides = [topk.hides(q.shape[2], k.shape[2], m) for m in parts]
+    shares = zip(kept, parts, hides, strict=True)
+    kept = [t if may and min(t, m or t) < 1000 else 0 for t, m, may in shares]
+    halved = [h if t else 0 for t, h in zip(kept, halved, strict=True)]
+    parts = [m if t else 0 for t, m in zip(kept, parts, strict=True)]
     added = per_head("delta", delta, heads, "query heads")
     if any(added):
         _check_delta(added, q, k, bias, causal)
+    limits = per_head("skip", skip, heads, "query heads")
+    if any(limits):
+        _check_skip(limits, tops, added, q, k, bias, causal)
+        limits = limits if q.shape[2] > LEAST_QUERIES else [0] * heads
     group, long = heads // kv, topk.tiles(q.shape[2]) > topk.SPARED
     for head in range(kv):
         own = slice(head * group, (head + 1) * group)
@@ -190,17 +213,20 @@ def bind(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
         tuple(kept), tuple(added),
-        grid, tuple(reaches), tuple(spacings),
-        tuple(h if t else 0 for h, t in zip(halved, kept, strict=True)),
+        grid, tuple(reaches), tuple(spacings), tuple(halved), tuple(parts), tuple(limits),
     )  # fmt: skip
 
 
 def _check_top(
-    top: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None, causal: bool,
-    window: Sequence[int],
+    top: Sequence[int], mass: Sequence[int], q: Tensor, k: Tensor, bias: Tensor | None,
+    causal: bool, window: Sequence[int],
 ) -> None:  # fmt: skip
     wrong = {
         "is per mille of the key tiles, from 0 to 1000": not all(0 <= t <= 1000 for t in top),
+        f"needs a mass per mille, not {list(mass)}": not all(0 <= m <= 1000 for m in mass),
+        f"bounds the tiles that a mass keeps, here {list(mass)}": any(
+            m and not t for t, m in zip(top, mass, strict=True)
+        ),
         "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
         "does not look at a bias": bias is not None,
         "and window exclude each other in one head": any(
@@ -210,6 +236,18 @@ def _check_top(
     for reason, holds in wrong.items():
         if holds:
             raise ValueError(f"attention: top {reason}; got top {list(top)}")
+
+
+def _check_hip(hip: Sequence[int], mass: Sequence[int]) -> None:
+    wrong = {
+        "is 0 or 1": any(h not in (0, 1) for h in hip),
+        f"and mass exclude each other in one head, here {list(mass)}": any(
+            h and m for h, m in zip(hip, mass, strict=True)
+        ),
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: hip {reason}; got hip {list(hip)}")
 
 
 def _check_delta(
@@ -225,6 +263,23 @@ def _check_delta(
     for reason, holds in wrong.items():
         if holds:
             raise ValueError(f"attention: delta {reason}; got delta {list(delta)}")
+
+
+def _check_skip(
+    skip: Sequence[int], top: Sequence[int], delta: Sequence[int], q: Tensor, k: Tensor,
+    bias: Tensor | None, causal: bool,
+) -> None:  # fmt: skip
+    group = len(skip) // len(top)
+    both = any(s and (top[h // group] or delta[h]) for h, s in enumerate(skip))
+    wrong = {
+        "is in hundredths of a nat, 0 or more": min(skip) < 0,
+        "needs causal attention of the last queries": not causal or q.shape[2] > k.shape[2],
+        "does not look at a bias": bias is not None,
+        "and top or delta exclude each other in one head": both,
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: skip {reason}; got skip {list(skip)}")
 
 
 def _check_near(

@@ -13,6 +13,7 @@ from fxopt.kernels.block_topk import reference as topk
 from fxopt.kernels.hip import reference as halved
 
 from . import grid as grids
+from . import skip as skips
 from .spec import Attention, in_order, pick, put, query_heads
 
 Spans = Sequence[tuple[int, int]]
@@ -96,8 +97,8 @@ def tiles(part: Part) -> Iterator[tuple[int, int]]:
     call = part.call
     batch, heads, queries, _ = call.q.shape
     keys, size = call.k.shape[2], 512
-    if call.top[0] or call.near[0]:
-        size = topk.TILE if call.top[0] else grids.TILE
+    if call.top[0] or call.near[0] or any(call.skip):
+        size = grids.TILE if call.near[0] else topk.TILE
         return ((start, min(start + size, queries)) for start in range(0, queries, size))
     if call.window[0]:
         size = max(64, min(size, call.window[0] // 2))
@@ -112,6 +113,8 @@ def tile(part: Part, start: int, stop: int) -> Tile:
     call = part.call
     if call.top[0] and start < (topk.tiles(call.q.shape[2]) - topk.SPARED) * topk.TILE:
         return _of_kept_tiles(call, part.boxes, start, stop)
+    if any(call.skip):
+        return _of_tiles_that_matter(part, start, stop)
     spans = _spans(part, start + call.offset, stop - 1 + call.offset)
     bias = call.bias
     if bias is not None:
@@ -135,13 +138,15 @@ def _of_kept_tiles(call: Attention, boxes: halved.Boxes | None, start: int, stop
     q, k, v = call.q[:, :, start:stop], call.k[:, :, :end], call.v[:, :, :end]
     mask = None if call.mask is None else call.mask[:, :end]
     with torch.no_grad():
-        options = (mask, call.scale, call.softcap, call.top, 0)
+        options = (mask, call.scale, call.softcap, call.top)
         if boxes is None:
-            chosen = topk.chosen_tiles(q, k, *options)
+            chosen = topk.chosen_tiles(q, k, *options, call.mass, spared=0)
         else:
-            chosen = halved.choose(q, boxes, end, *options)
+            chosen = halved.choose(q, boxes, end, *options, spared=0)
         chosen = chosen.flatten(1, 3)  # the one query tile has no dimension left
         most = topk.kept_tiles(chosen.shape[2], call.top[0])
+        if call.mass[0]:
+            most = int(chosen.sum(2).max())
         places = (~chosen).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most]
         columns = places[..., None] * topk.TILE + torch.arange(topk.TILE, device=q.device)
         kept = chosen.gather(2, places)[..., None] & (columns < end)
@@ -159,6 +164,24 @@ def _of_kept_tiles(call: Attention, boxes: halved.Boxes | None, start: int, stop
         return x[entry, kv_head, rows_of].view(batch, heads, -1, x.shape[3])
 
     return Tile(q, gathered(k), gathered(v), seen, None, call.sinks, call.scale, call.softcap)
+
+
+def _of_tiles_that_matter(part: Part, start: int, stop: int) -> Tile:
+    """One tile of queries and the keys up to them, those of tiles that are left out hidden."""
+    call = part.call
+    first, end = start + call.offset, stop + call.offset
+    q, k, v = call.q[:, :, start:stop], call.k[:, :, :end], call.v[:, :, :end]
+    seen = _visible(part, ((0, end),), first, end - 1)
+    tile = Tile(q, k, v, seen, None, call.sinks, call.scale, call.softcap)
+    with torch.no_grad():
+        scores, device = masked_scores(tile), call.q.device
+        window = torch.tensor(call.window[:1], device=device)[:, None, None, None]
+        matter = skips.kept(
+            scores, torch.arange(first, end, device=device), call.k.shape[2], call.mask, window,
+            skips.limits(call.skip, scores.dtype, device)[:, None, None],
+            None if call.sinks is None else call.sinks.to(scores.dtype)[:, None, None],
+        )  # fmt: skip
+    return replace(tile, visible=matter if seen is None else matter & seen)
 
 
 def narrow(x: Tensor, spans: Spans, dim: int) -> Tensor:
@@ -204,7 +227,7 @@ def fused(t: Tile) -> Tensor:
 
 def explicit(t: Tile) -> tuple[Tensor, Tensor]:
     """By the formula, in float32 at least: output [B, H, n, Dv] in q's dtype and lse [B, H, n]."""
-    batch, heads, queries, dim = t.q.shape
+    batch, heads, queries, _ = t.q.shape
     kv, keys = t.k.shape[1:3]
     rows = heads // kv * queries
     dtype = sum_dtype(t.q)
@@ -213,18 +236,23 @@ def explicit(t: Tile) -> tuple[Tensor, Tensor]:
         if t.sinks is not None:
             lse = t.sinks.to(dtype)[:, None].expand_as(lse)
         return t.q.new_zeros(batch, heads, queries, t.v.shape[3]), lse
-    q = t.q.to(dtype).reshape(batch, kv, rows, dim) * t.scale
-    scores = (q @ t.k.to(dtype).mT).view(batch, heads, queries, keys)
-    if t.softcap > 0:
-        scores = t.softcap * torch.tanh(scores / t.softcap)
-    if t.bias is not None:
-        scores = scores + t.bias
-    if t.visible is not None:
-        scores = scores.masked_fill(~t.visible, -torch.inf)
+    scores = masked_scores(t)
     logit = None if t.sinks is None else t.sinks.to(dtype)[:, None, None]
     weights, lse = softmax(scores, logit)
     out = weights.view(batch, kv, rows, keys) @ t.v.to(dtype)
     return out.view(batch, heads, queries, t.v.shape[3]).to(t.q.dtype), lse.squeeze(-1)
+
+
+def masked_scores(t: Tile) -> Tensor:
+    """What softmax takes, -inf for what is not seen: [B, H, n, S], in float32 at least."""
+    (batch, heads, queries, dim), kv, dtype = t.q.shape, t.k.shape[1], sum_dtype(t.q)
+    q = t.q.to(dtype).reshape(batch, kv, heads // kv * queries, dim) * t.scale
+    scores = (q @ t.k.to(dtype).mT).view(batch, heads, queries, -1)
+    if t.softcap > 0:
+        scores = t.softcap * torch.tanh(scores / t.softcap)
+    if t.bias is not None:
+        scores = scores + t.bias
+    return scores if t.visible is None else scores.masked_fill(~t.visible, -torch.inf)
 
 
 def softmax(scores: Tensor, logit: Tensor | None) -> tuple[Tensor, Tensor]:

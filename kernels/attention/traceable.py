@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fxopt.kernels.block_topk import reference as topk
 from fxopt.kernels.hip import reference as halved
 
+from . import skip as skips
 from .delta import EVERY
 from .grid import near_keys
 from .spec import per_head
@@ -34,6 +36,8 @@ def attention_traceable(
     near: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::attention` in standard operators, for any batch and length.
 
@@ -54,13 +58,18 @@ def attention_traceable(
         queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
     )
     if any(top):
-        kept = kept_keys(q, k, mask, scale, softcap, top, hip)
+        kept = kept_keys(q, k, mask, scale, softcap, top, hip, mass)
         seen = kept if seen is None else seen & kept
     if any(near):
         reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
         close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
         seen = close if seen is None else seen & close
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
+    if any(skip):
+        limits = per_head("skip", skip, heads, "query heads")
+        hidden = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        matter = kept_by_maximum(hidden, mask, windows, limits, logit)
+        seen = matter if seen is None else seen & matter
 
     def attended(shown: Tensor | None) -> Tensor:
         hidden = scores if shown is None else scores.masked_fill(~shown, -torch.inf)
@@ -87,13 +96,14 @@ def _corrected(sparse: Tensor, dense: Tensor, per_mille: Tensor) -> Tensor:
 
 def kept_keys(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int],
-    hip: Sequence[int],
+    hip: Sequence[int], mass: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """Which keys lie in the tiles that each query head keeps, [B, KV, H / KV, N, T]."""
     kv = k.shape[1]
     shares, halves = per_head("top", top, kv), per_head("hip", hip, kv)
     kinds = {h for h, t in zip(halves, shares, strict=True) if t}
-    ways = [halved.chosen_tiles if h else topk.chosen_tiles for h in sorted(kinds)]
+    asking = partial(topk.chosen_tiles, mass=per_head("mass", mass, kv))
+    ways = [halved.chosen_tiles if h else asking for h in sorted(kinds)]
     chosen, *others = (way(q, k, mask, scale, softcap, shares) for way in ways)
     if others:
         # Not by `where`, which onnxruntime has not for booleans.
@@ -102,6 +112,20 @@ def kept_keys(
     rows = torch.arange(q.shape[2], device=q.device)
     columns = torch.arange(k.shape[2], device=q.device)
     return chosen.index_select(3, rows // topk.TILE).index_select(4, columns // topk.TILE)
+
+
+def kept_by_maximum(
+    scores: Tensor, mask: Tensor | None, window: Sequence[int], skip: Sequence[int],
+    logit: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Which keys lie in tiles that are not left out, [B, KV, H / KV, N, T], from masked scores."""
+    device, kv, (queries, keys) = scores.device, scores.shape[1], scores.shape[3:]
+    limit = skips.limits(skip, scores.dtype, device).reshape(kv, -1, 1, 1)
+    positions = torch.arange(queries, device=device) + (keys - queries)
+    windows = _by_head(window, device)
+    kept = skips.kept(scores, positions, keys, mask, windows, limit, logit)
+    short = torch.zeros(1, dtype=torch.int64, device=device) + queries <= skips.LEAST_QUERIES
+    return kept | short
 
 
 def visible(

@@ -3,7 +3,8 @@
 One program makes BLOCK_M rows of one query head. It visits partial tiles first (diagonal, edges
 of the window, sink tokens, ragged end), where each score is compared with the mask, then full
 tiles, where none is. Which tiles these are follows from causality, window and sink by arithmetic,
-or stands in lists. Softmax runs online (Milakov and Gimelshein, 2018; Dao et al.,
+or stands in lists. With limits, a full tile behind the first is left out where no row can mind; see
+`skip`. Softmax runs online (Milakov and Gimelshein, 2018; Dao et al.,
 FlashAttention, 2022), in float32 and powers of two.
 """
 
@@ -32,22 +33,24 @@ from .._triton.attention import (
     visits,
 )
 from .._triton.common import DOT_UPCAST, dot, tile
+from . import skip as skipping
 from .blocks import TileLists
 from .spec import Attention
 
 
 @triton.jit
 def _visit(
-    index, hidden, acc, highest, total, q, rows, lower, upper, last, batch, kv_head,
+    index, hidden, bound, acc, highest, total, q, rows, lower, upper, last, limit, batch, kv_head,
     k_ptr, v_ptr, rank_at, bias_at,
     k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, bias_n, bias_t,
     queries, keys, scale, softcap, sink_tokens,
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SKIPS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One key tile; `hidden`: whether some row does not see all of it."""
+    """One key tile; `hidden`: whether some row does not see all of it; `bound`: whether it is
+    computed whatever its scores are."""
     start = index * BLOCK_N
     columns = start + tl.arange(0, BLOCK_N)
     k = load_rows(
@@ -79,29 +82,37 @@ def _visit(
         if HAS_MASK:
             seen &= (rank > 0)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(highest, tl.max(scores, 1) * factor)
-    # Rows that have seen nothing stay at -inf, and -inf - -inf is no number.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores * factor - base[:, None])
-    shrink = tl.exp2(highest - base)
-    total = total * shrink + tl.sum(weights, 1)
-    v = load_rows(
-        v_ptr, batch, kv_head, start, v_b, v_h, v_t, v_d, keys,
-        VALUE_DIM, BLOCK_N, BLOCK_V, TMA, EVEN,
-    )  # fmt: skip
-    acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], UPCAST)
-    return acc, higher, total
+    largest = tl.max(scores, 1) * factor
+    matters = True
+    if SKIPS:
+        some = (largest >= highest - limit) & (rows < queries)
+        matters = bound | (tl.max(some.to(tl.int32), 0) > 0)
+    if matters:
+        higher = tl.maximum(highest, largest)
+        # Rows that have seen nothing stay at -inf, and -inf - -inf is no number.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores * factor - base[:, None])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(weights, 1)
+        v = load_rows(
+            v_ptr, batch, kv_head, start, v_b, v_h, v_t, v_d, keys,
+            VALUE_DIM, BLOCK_N, BLOCK_V, TMA, EVEN,
+        )  # fmt: skip
+        acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], UPCAST)
+        highest = higher
+    return acc, highest, total
 
 
 @triton.jit
 def _attention_forward(
-    q_ptr, k_ptr, v_ptr, rank_ptr, bias_ptr, sinks_ptr, window_ptr, span_ptr,
+    q_ptr, k_ptr, v_ptr, rank_ptr, bias_ptr, sinks_ptr, window_ptr, limit_ptr, span_ptr,
     partial_count_ptr, partial_ptr, full_count_ptr, full_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     bias_b, bias_h, bias_n, bias_t, list_b, list_h, partial_max, full_max,
     num_heads, num_kv_heads, list_group, queries, keys, first_position, row_step, scale, softcap,
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SKIPS: tl.constexpr,
     LIST_M: tl.constexpr, LIST_N: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -142,17 +153,20 @@ def _attention_forward(
         highest = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         total += 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    limit = 0.0
+    if SKIPS:
+        limit = tl.load(limit_ptr + head) * LOG2E
     rank_at = rank_ptr + batch.to(tl.int64) * keys
     bias_at = bias_ptr + batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
 
     for step in range(steps):
         following = visited(step + 1, steps, partial, a, b, c, d, e, f, LIST_N, BLOCK_N)
         acc, highest, total = _visit(
-            index, step < partial, acc, highest, total,
-            q, rows, lower, upper, last, batch, kv_head, k_ptr, v_ptr, rank_at, bias_at,
+            index, step < partial, step <= partial, acc, highest, total,
+            q, rows, lower, upper, last, limit, batch, kv_head, k_ptr, v_ptr, rank_at, bias_at,
             k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, bias_n, bias_t,
             queries, keys, scale, softcap, sink_tokens,
-            CAUSAL, HAS_MASK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, TMA, EVEN,
+            CAUSAL, HAS_MASK, HAS_BIAS, HAS_WINDOW, HAS_SOFTCAP, SKIPS, TMA, EVEN,
             DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, UPCAST,
         )  # fmt: skip
         index = following
@@ -193,6 +207,10 @@ def attention_forward(
     # With a bias, 128 channels in 4 warps spill thousands of bytes (compiled, not timed).
     hopper = described and is_hopper(q.device) and (bias is None or max(dim, value_dim) <= 64)
     chosen: dict[str, Any] = tiles_for(dim, value_dim, queries, q.element_size(), hopper)
+    skips = any(call.skip)
+    if skips:
+        # Tiles that are left out have a size that all backends share.
+        chosen |= skip_tiles(chosen)
     chosen |= sizes
     if lists is not None:
         chosen["BLOCK_M"] = min(chosen["BLOCK_M"], lists.query_tile)
@@ -208,6 +226,7 @@ def attention_forward(
         q if bias is None else bias,
         q if call.sinks is None else call.sinks,
         choices(call.window, call.sink_tokens, q.device) if has_window else q,
+        skipping.limits_on(q.device, call.skip) if skips else q,
         q if rank is None else spans_of(rank, call.sink_tokens),
         *((q, q, q, q) if lists is None else lists.tensors()),
         out, lse,
@@ -218,6 +237,7 @@ def attention_forward(
         float(call.scale), float(call.softcap),
         CAUSAL=call.causal, HAS_MASK=rank is not None, HAS_BIAS=bias is not None,
         HAS_SINKS=call.sinks is not None, HAS_WINDOW=has_window, HAS_SOFTCAP=call.softcap > 0,
+        SKIPS=skips,
         LIST_M=0 if lists is None else lists.query_tile,
         LIST_N=0 if lists is None else lists.key_tile,
         TMA=tma, EVEN=keys % chosen["BLOCK_N"] == 0,
@@ -260,6 +280,15 @@ def tiles_for(
         "num_stages": 2,
         "TMA": 0,
     }
+
+
+def skip_tiles(chosen: dict[str, int]) -> dict[str, int]:
+    """What replaces entries of `tiles_for` where tiles are left out: of a call of many queries."""
+    wide = max(chosen["BLOCK_D"], chosen["BLOCK_V"]) > 64
+    sizes = {"BLOCK_M": skipping.QUERY_TILE, "BLOCK_N": skipping.KEY_TILE}
+    if chosen["TMA"]:
+        return sizes
+    return sizes | {"num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def with_positive_scale(call: Attention) -> Attention:

@@ -4,7 +4,8 @@ Every STRIDE-th query attends to all keys; what of that falls on a tile of keys,
 queries asked of a tile, is the estimate of its mass (SampleAttention). Averages of neighbouring
 queries, as in SeerAttention and by antidiagonals in XAttention, blur what rotary positions tell
 apart: at equal cost they lost what the trained model of examples/ retrieves.
-Of the tiles that a query tile can see it keeps a share, the sink's and the nearest among them.
+Of the tiles that a query tile can see it keeps a share, the sink's and the nearest among them, or
+of these as few as hold a part of the mass (XAttention, FlexPrefill), which sharp heads have in few.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ SPARED = 2
 has no more of them, decoding among these."""
 LEAST = 8
 """Tiles that are kept in any case: short rows cost little and lose much."""
+FEWEST = 4
+"""Tiles that are kept whatever part of the mass is asked for: the sink's and, where tiles of
+queries and keys do not begin together, three near the queries."""
 MOST_SUMS = 2**25
 """float32 sums over tiles that exist at once on a GPU (128 MiB)."""
 MOST_ENTRIES = 2**26
@@ -42,21 +46,28 @@ def room(length: int) -> int:
     return tiles(length) + int(torch.compiler.is_exporting())
 
 
-def hides(queries: int, keys: int) -> bool:
+def least(mass: int) -> int:
+    """Tiles that a share keeps at least; at a `mass` of 1000 per mille it has no such minimum."""
+    return FEWEST if mass == 1000 else LEAST
+
+
+def hides(queries: int, keys: int, mass: int = 0) -> bool:
     """Whether a call is long enough that tiles are left out."""
-    return queries > SPARED * TILE and keys > LEAST * TILE
+    return queries > SPARED * TILE and keys > (FEWEST if mass else LEAST) * TILE
 
 
-def hides_some(queries: int, keys: int, top: int) -> bool:
-    """Whether a call at `top` per mille leaves out a tile, padding aside."""
+def hides_some(queries: int, keys: int, top: int, mass: int = 0) -> bool:
+    """Whether a call at `top` per mille leaves out a tile, padding aside; with `mass`, whether it
+    may."""
     spared = queries - (tiles(queries) - SPARED) * TILE
     seen = tiles(keys - spared)
-    return hides(queries, keys) and kept_tiles(seen, top) < seen
+    fewest = FEWEST if 0 < mass < 1000 else kept_tiles(seen, top, mass)
+    return hides(queries, keys, mass) and fewest < seen
 
 
-def kept_tiles(seen: int, top: int) -> int:
-    """How many of `seen` tiles are kept at `top` per mille; 0 for all."""
-    return min(seen, max(LEAST, -(-seen * top // 1000))) if top else seen
+def kept_tiles(seen: int, top: int, mass: int = 0) -> int:
+    """How many of `seen` tiles are kept at `top` per mille, with `mass` at most; 0 for all."""
+    return min(seen, max(least(mass), -(-seen * top // 1000))) if top else seen
 
 
 def asked(q: Tensor, stride: int = STRIDE) -> Tensor:
@@ -91,21 +102,34 @@ def estimate(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: f
 
 def chosen_tiles(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, top: Sequence[int],
-    spared: int = SPARED,
+    mass: Sequence[int] = (0,), spared: int = SPARED,
 ) -> Tensor:  # fmt: skip
     """Which key tiles are kept, bool [B, KV, H / KV, query tiles, key tiles].
 
-    Arguments as of causal `fxopt::attention`, `top` with one entry a KV head. Tiles of equal mass
-    are kept in their order. Whole tiles count from the first query and the first key. The last
-    `spared` query tiles keep all.
+    Arguments as of causal `fxopt::attention`, `top` and `mass` with one entry a KV head or one in
+    all. Tiles of equal mass are kept in their order. Whole tiles count from the first query and the
+    first key. The last `spared` query tiles keep all.
     """
     queries, keys = q.shape[2], k.shape[2]
-    mass = estimate(q, k, mask, scale, softcap)
+    estimated = estimate(q, k, mask, scale, softcap)
     seen, near, sinks = standing(queries, keys, mask, q.device)
-    kept = kept_count(seen, queries, keys, top, spared)
+    kept = kept_count(seen, queries, keys, top, spared, mass)
     seen, forced = seen[:, None, None], (near | sinks)[:, None, None]
-    value = mass.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
-    return (ranks(value, room(keys)) < kept) & seen
+    value = estimated.masked_fill(forced, FORCED).masked_fill(~seen, -1.0)
+    rank = ranks(value, room(keys))
+    chosen = (rank < kept) & seen
+    if not any(0 < m < 1000 for m in mass):
+        return chosen
+    parts = [m / 1000 if 0 < m < 1000 else torch.inf for m in mass]
+    wanted = torch.tensor(parts, device=q.device)[:, None, None, None] * estimated.sum(-1, True)
+    missing = _before(estimated, rank) < wanted
+    return chosen & (missing | forced | _last(queries, spared, q.device)[:, None])
+
+
+def _before(estimated: Tensor, rank: Tensor) -> Tensor:
+    """The mass of all tiles of a lower rank."""
+    by_rank = torch.zeros_like(estimated).scatter(-1, rank, estimated)
+    return F.pad(by_rank.cumsum(-1), (1, -1)).gather(-1, rank)
 
 
 def standing(
@@ -126,12 +150,22 @@ def standing(
     return seen, (starts > first - 2 * TILE)[None], sinks
 
 
-def kept_count(seen: Tensor, queries: int, keys: int, top: Sequence[int], spared: int) -> Tensor:
-    """How many of the tiles that are `seen` a query tile keeps, [B or 1, KV, 1, query tiles, 1]."""
+def kept_count(
+    seen: Tensor, queries: int, keys: int, top: Sequence[int], spared: int,
+    mass: Sequence[int] = (0,),
+) -> Tensor:  # fmt: skip
+    """How many of the tiles that are `seen` a query tile keeps, with `mass` at most,
+    [B or 1, KV, 1, query tiles, 1]."""
     per_mille = torch.tensor([t or 1000 for t in top], device=seen.device)[:, None]
-    kept = ((seen.sum(-1)[:, None] * per_mille + 999) // 1000).clamp(min=LEAST)
-    last = torch.arange(room(queries), device=seen.device) >= tiles(queries) - spared
+    fewest = torch.tensor([least(m) for m in mass], device=seen.device)[:, None]
+    kept = torch.maximum((seen.sum(-1)[:, None] * per_mille + 999) // 1000, fewest)
+    last = _last(queries, spared, seen.device)
     return torch.where(last, tiles(keys), kept)[:, :, None, :, None]
+
+
+def _last(queries: int, spared: int, device: torch.device) -> Tensor:
+    """Which tiles of queries keep all, [query tiles]."""
+    return torch.arange(room(queries), device=device) >= tiles(queries) - spared
 
 
 def ranks(value: Tensor, tiles: int) -> Tensor:

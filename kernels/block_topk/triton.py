@@ -2,8 +2,9 @@
 
 `_tile_sums_kernel` multiplies every STRIDE-th query with all keys and keeps, of each of these and
 each key tile, the logarithm of the sum of exponentials. `_select_kernel` makes masses of them,
-finds the largest by bisecting bits, and writes the lists that attention walks.
-Queries go in runs, so that the sums stay small where their square would not.
+finds the largest by bisecting bits, and writes the lists that attention walks. Where a part of the
+mass is asked for, what is above a trial is summed besides. Queries go in runs, so that the sums
+stay small where their square would not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fxopt.kernels.attention.triton import with_positive_scale
 from . import reference as topk
 
 ASKED = topk.TILE // topk.STRIDE
-TILE, LEAST = tl.constexpr(topk.TILE), tl.constexpr(topk.LEAST)
+TILE = tl.constexpr(topk.TILE)
 STRIDE, FORCED = tl.constexpr(topk.STRIDE), tl.constexpr(topk.FORCED)
 SPARED = tl.constexpr(topk.SPARED)
 
@@ -96,6 +97,24 @@ def largest(numbers, kept):
 
 
 @triton.jit
+def holding(numbers, mass, forced, kept, wanted):
+    """`largest`, or of these the first that hold `wanted` of the mass, and those that are forced.
+    `numbers` are the bits of the mass, but for larger ones where it is forced."""
+    least = kept * 0
+    for place in tl.static_range(31):
+        trial = least | (1 << (30 - place))
+        enough = tl.sum((numbers >= trial).to(tl.int32), 0) >= kept
+        enough |= tl.sum(tl.where(numbers >= trial, mass, 0.0), 0) >= wanted
+        least = tl.where(enough, trial, least)
+    above, equal = numbers > least, numbers == least
+    nth = tl.cumsum(equal.to(tl.int32), 0)
+    each = tl.max(tl.where(equal, mass, 0.0), 0)
+    held = tl.sum(tl.where(above, mass, 0.0), 0) + (nth - 1) * each
+    chosen = above | (equal & (nth <= kept - tl.sum(above.to(tl.int32), 0)))
+    return chosen & (above | forced | (held < wanted))
+
+
+@triton.jit
 def put(chosen, tile, count_ptr, list_ptr, row, most, before):
     """Write the chosen tiles to line `row` of lists of `most` entries, behind `before` of them."""
     some = chosen.to(tl.int32)
@@ -107,11 +126,11 @@ def put(chosen, tile, count_ptr, list_ptr, row, most, before):
 
 @triton.jit
 def _select_kernel(
-    sums_ptr, state_ptr, top_ptr,
+    sums_ptr, state_ptr, share_ptr,
     partial_count_ptr, partial_ptr, full_count_ptr, full_ptr,
     state_b, num_heads, group, first_tile, run_tiles, query_tiles, queries, keys, tiles,
     partial_max, full_max,
-    ASKED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MASS: tl.constexpr, ASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
     line = tl.program_id(1)
@@ -135,14 +154,23 @@ def _select_kernel(
         mass += weights / tl.where(total == 0.0, 1.0, total)
 
     sink = tl.min(tl.where(seen, tile, BLOCK), 0)
-    mass = tl.where((tile == sink) | (tile * TILE > first - 2 * TILE), FORCED, mass)
-    bits = tl.where(seen, mass.to(tl.int32, bitcast=True), -1)
+    forced = seen & ((tile == sink) | (tile * TILE > first - 2 * TILE))
+    bits = tl.where(forced, FORCED, mass).to(tl.int32, bitcast=True)
+    bits = tl.where(seen, bits, -1)
     count = tl.sum(seen.to(tl.int32), 0)
-    top = tl.load(top_ptr + head // group)
-    kept = tl.minimum(tl.maximum((count * top + 999) // 1000, LEAST), count)
-    kept = tl.where(query_tile >= query_tiles - SPARED, count, kept)
+    share_at = share_ptr + 3 * (head // group)
+    kept = tl.maximum((count * tl.load(share_at) + 999) // 1000, tl.load(share_at + 1))
+    spared = query_tile >= query_tiles - SPARED
+    kept = tl.where(spared, count, tl.minimum(kept, count))
     # Bits of floats above zero are in their order.
-    chosen = largest(bits, kept)
+    if HAS_MASS:
+        mass = tl.where(seen, mass, 0.0)
+        part = tl.load(share_at + 2)
+        some = (part > 0) & (part < 1000) & (spared == 0)
+        wanted = tl.where(some, part / 1000 * tl.sum(mass, 0), float("inf"))
+        chosen = holding(bits, mass, forced, kept, wanted)
+    else:
+        chosen = largest(bits, kept)
 
     whole = (state == 2) & (tile * TILE + TILE - 1 <= first)
     row = line.to(tl.int64) * query_tiles + query_tile
@@ -187,11 +215,12 @@ def kept_lists(call: Attention, **sizes: int) -> TileLists:
         )  # fmt: skip
         block = max(16, triton.next_power_of_2(tiles))
         _select_kernel[(many, batch * heads)](
-            sums, state, _shares(call.top, device),
+            sums, state, _shares(call.top, call.mass, device),
             *lists.tensors(),
             tiles if state.shape[0] > 1 else 0, heads, call.group_size,
             first, many, query_tiles, queries, keys, tiles, *lists.strides()[2:],
-            ASKED=ASKED, BLOCK=block, num_warps=select_warps(block),
+            HAS_MASS=any(0 < m < 1000 for m in call.mass), ASKED=ASKED, BLOCK=block,
+            num_warps=select_warps(block),
         )  # fmt: skip
     return lists
 
@@ -238,6 +267,8 @@ def tile_states(call: Attention) -> Tensor:
 
 
 @functools.cache
-def _shares(top: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device; kept, so that a captured CUDA graph copies nothing."""
-    return torch.tensor([t or 1000 for t in top], dtype=torch.int32).to(device)
+def _shares(top: tuple[int, ...], mass: tuple[int, ...], device: torch.device) -> Tensor:
+    """[KV, 3] int32: tiles per mille and at least, and mass per mille. On the device; kept, so that
+    a captured CUDA graph copies nothing."""
+    shares = [(t or 1000, topk.least(m), m) for t, m in zip(top, mass, strict=True)]
+    return torch.tensor(shares, dtype=torch.int32).to(device)

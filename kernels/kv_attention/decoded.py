@@ -45,6 +45,8 @@ def decoded_attention(
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
     attention: Attend | None = None,
 ) -> Tensor:
     """The outputs of a prefill of `prompt` tokens and one decoding step for each further one.
@@ -52,10 +54,10 @@ def decoded_attention(
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
     the exact ones above, in heads that read some tiles of both alone those; a query of the prompt
-    sees every key exactly, or those of the tiles that `top` keeps of the prompt, and is corrected
-    by `delta`. Beside the result it takes one copy of the keys and values of a head class. Keys of
-    another sequence (not `causal`) were all stored before: every query sees the image of what
-    `fill` packs of them.
+    sees every key exactly, or those of the tiles that `top` keeps or `skip` does not leave out of
+    the prompt, and is corrected by `delta`. Beside the result it takes one copy of the keys and
+    values of a head class. Keys of another sequence (not `causal`) were all stored before:
+    every query sees the image of what `fill` packs of them.
     """
     if attention is None:
         from fxopt.kernels.attention.reference import attention_reference
@@ -74,7 +76,8 @@ def decoded_attention(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip,
+        mass, skip,
     )  # fmt: skip
     classes = parsed.resolve(num_kv_heads)
     outputs: list[Tensor] = []
@@ -82,7 +85,7 @@ def decoded_attention(
         chosen = arguments.select(heads, num_kv_heads)
         check(chosen)
         keys, values = take(k, heads, 1), take(v, heads, 1)
-        alike = not any(chosen.top) and not any(chosen.delta) and not any(chosen.top_keys)
+        alike = not any((*chosen.top, *chosen.delta, *chosen.skip, *chosen.top_keys))
         if (fmt is None or fmt.packed(total - 1) == 0) and alike:
             outputs.append(chosen.attend(attention, keys, values, mask))
         else:

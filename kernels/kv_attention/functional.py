@@ -51,6 +51,8 @@ def cached_attention_functional(
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> tuple[Tensor, list[Tensor]]:
     """`fxopt::cached_attention` with the state as a value: (out, present).
 
@@ -67,7 +69,8 @@ def cached_attention_functional(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip,
+        mass, skip,
     )  # fmt: skip
     outputs: list[Tensor] = []
     present: list[Tensor] = []

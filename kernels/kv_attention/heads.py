@@ -28,17 +28,21 @@ class Arguments:
     delta: Sequence[int] = (0,)
     top_keys: Sequence[int] = (0,)
     hip: Sequence[int] = (0,)
+    mass: Sequence[int] = (0,)
+    skip: Sequence[int] = (0,)
 
     def past_prompt(self, num_kv_heads: int) -> Arguments:
-        """What decoded tokens get: all keys in heads that keep tiles or are corrected."""
-        if not any(self.top) and not any(self.delta):
+        """What decoded tokens get: all keys in heads that keep or leave out tiles or are
+        corrected."""
+        if not any((*self.top, *self.delta, *self.skip)):
             return self
         group = self.q.shape[1] // num_kv_heads
         delta = list(self.delta) * (self.q.shape[1] // len(self.delta))
         fixed = [any(delta[h * group : (h + 1) * group]) for h in range(num_kv_heads)]
         window = list(self.window) * (num_kv_heads // len(self.window))
         window = [0 if alters else w for w, alters in zip(window, fixed, strict=True)]
-        return replace(self, window=window, top=(0,), delta=(0,), hip=(0,))
+        none = dict.fromkeys(("top", "delta", "hip", "mass", "skip"), (0,))
+        return replace(self, window=window, **none)
 
     def select(self, heads: Sequence[int], num_kv_heads: int) -> Arguments:
         """The arguments of the query heads that read the KV heads `heads`."""
@@ -58,23 +62,29 @@ class Arguments:
             self.softcap,
             _of_heads(self.sink_tokens, heads),
             _of_heads(self.top, heads),
-            [self.delta[h * group + i] for h in heads for i in range(group)]
-            if len(self.delta) > 1
-            else self.delta,
+            _of_queries(self.delta, heads, group),
             _of_heads(self.top_keys, heads),
             _of_heads(self.hip, heads),
+            _of_heads(self.mass, heads),
+            _of_queries(self.skip, heads, group),
         )
 
     def attend(self, attention: Attend, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attention(
             self.q, k, v, mask, self.bias, self.sinks,
             self.scale, self.causal, list(self.window), self.softcap, list(self.sink_tokens),
-            list(self.top), list(self.delta), hip=list(self.hip),
+            list(self.top), list(self.delta), hip=list(self.hip), mass=list(self.mass),
+            skip=list(self.skip),
         )  # fmt: skip
 
 
 def _of_heads(values: Sequence[int], heads: Sequence[int]) -> Sequence[int]:
     return [values[h] for h in heads] if len(values) > 1 else values
+
+
+def _of_queries(values: Sequence[int], heads: Sequence[int], group: int) -> Sequence[int]:
+    """Those of the query heads that read the KV heads `heads`."""
+    return [values[h * group + i] for h in heads for i in range(group)] if values[1:] else values
 
 
 def take(x: Tensor, heads: Sequence[int], dim: int, group: int = 1) -> Tensor:

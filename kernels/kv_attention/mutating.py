@@ -44,6 +44,8 @@ def cached_attention_mutating(
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """`fxopt::cached_attention` in plain PyTorch.
 
@@ -60,7 +62,8 @@ def cached_attention_mutating(
     parsed = parse(layout)
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
-        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip
+        q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip,
+        mass, skip,
     )  # fmt: skip
     outputs: list[Tensor] = []
     classes = split_state(parsed, num_kv_heads, state)

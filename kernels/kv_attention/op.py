@@ -46,6 +46,8 @@ def _cached(
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention over the cache `state`, to which the new tokens are appended in place.
 
@@ -57,7 +59,7 @@ def _cached(
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, length=length, top=top,
-        delta=delta, hip=hip,
+        delta=delta, hip=hip, mass=mass, skip=skip,
     )  # fmt: skip
 
 
@@ -80,6 +82,8 @@ def _cached_cuda(
     top: Sequence[int] = (0,),
     delta: Sequence[int] = (0,),
     hip: Sequence[int] = (0,),
+    mass: Sequence[int] = (0,),
+    skip: Sequence[int] = (0,),
 ) -> Tensor:
     kernels = None
     if _served(q.dtype, (q.shape[3], v.shape[3])) and _reads(layout, q.device):
@@ -89,7 +93,7 @@ def _cached_cuda(
     return reference.cached_attention_mutating(
         q, k, v, state, start, mask, bias, sinks,
         scale, causal, window, softcap, sink_tokens, layout, attention_cuda, kernels, length, top,
-        delta, hip,
+        delta, hip, mass, skip,
     )  # fmt: skip
 
 
@@ -143,7 +147,8 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 cached_attention = register(
     "cached_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor(a!)[] state, Tensor start, {_ATTENTION}, "
-    "SymInt? length=None, int[] top=[0], int[] delta=[0], int[] hip=[0]) -> Tensor",
+    "SymInt? length=None, int[] top=[0], int[] delta=[0], int[] hip=[0], int[] mass=[0], "
+    "int[] skip=[0]) -> Tensor",
     _cached,
     cuda=_cached_cuda,
     fake=_fake,
@@ -151,7 +156,7 @@ cached_attention = register(
 decoded_attention = register(
     "decoded_attention",
     f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}, int prompt, int[] top=[0], "
-    "int[] delta=[0], int[] hip=[0]) -> Tensor",
+    "int[] delta=[0], int[] hip=[0], int[] mass=[0], int[] skip=[0]) -> Tensor",
     reference.decoded_attention,
     fake=_fake,
 )

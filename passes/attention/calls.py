@@ -15,6 +15,7 @@ from fxopt.ir.ops import ATTEND
 from fxopt.ir.rewrite import Editor, Match, Refusal
 from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.attention import skip as skips
 from fxopt.kernels.attention.delta import EVERY, corrected_rows
 from fxopt.kernels.attention.grid import density
 from fxopt.kernels.attention.op import attention
@@ -22,6 +23,10 @@ from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk import reference as topk
 from fxopt.kernels.hip import reference as halved
 
+SHARE_STEP = 10
+"""Per mille of the tiles, in steps of which what is expected to be kept is timed."""
+PLANTED, PLANTED_LIMIT = 60.0, 2000
+"""Nats that tiles to be left out lie below others where they are timed, and the limit for that."""
 CORRECTION_LAUNCHES = 10
 """The asked rows, their lists of tiles, and what they add."""
 
@@ -82,20 +87,36 @@ def attention_call(
     )
 
 
-def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int, hip: bool = False) -> OpCall:
-    """One KV head whose query heads keep `top` per mille of their key tiles; see `attend`.
+def kept_tiles_call(
+    info: AttentionInfo,
+    scenario: Scenario,
+    top: int,
+    hip: bool = False,
+    mass: int = 0,
+    density: float | None = None,
+) -> OpCall:
+    """One KV head whose query heads keep `top` per mille of their key tiles, or as many of them as
+    hold `mass` per mille of the attention; see `attend`.
 
-    Calls that leave none out are dense ones. The lists of tiles are written and read.
+    Calls that leave none out are dense ones. The lists of tiles are written and read. With `mass`
+    the part of the tiles `density` is expected to be kept, of all query tiles but the last; it is
+    timed as that share of them.
     """
     dense = attention_call(info, scenario)
     queries, length = scenario.queries, scenario.length
-    if not topk.hides_some(queries, length, top):
+    if not topk.hides_some(queries, length, top, mass):
         return dense
+    if mass and density is not None:
+        # A share without a minimum: a mass that is reached by nothing less.
+        share = min(top, max(1, round(100 * density)) * SHARE_STEP)
+        top, mass = share, 1000
     heads = scenario.batch * info.num_heads // info.num_kv_heads
     every = visible_pairs(queries, length, True, 0, 0)
-    squares, kept = topk.tiles(queries) * topk.tiles(length), kept_pairs(queries, length, top)
+    squares = topk.tiles(queries) * topk.tiles(length)
+    kept = kept_pairs(queries, length, top, mass)
     estimate = _halving(info, scenario, top) if hip else _asking(info, scenario)
     lists, near = 4 * heads * squares, f"{'hip' if hip else 'top'}{top}"
+    near += f"m{mass}" if mass else ""
     listed = 4 * heads * kept // topk.TILE**2  # entries behind a count are never touched
     return replace(
         dense,
@@ -106,7 +127,7 @@ def kept_tiles_call(info: AttentionInfo, scenario: Scenario, top: int, hip: bool
         temporary_bytes=estimate.temporary + min(lists, 4 * topk.MOST_ENTRIES),
         launches=estimate.launches + 2,
         family=_family(info, near),
-        run=_runner(info, scenario, 0, 0, top, hip=int(hip)),
+        run=_runner(info, scenario, 0, 0, top, hip=int(hip), mass=mass),
     )
 
 
@@ -168,6 +189,28 @@ def looked_at(queries: int, length: int, top: int) -> int:
     return total
 
 
+def skipping_call(info: AttentionInfo, scenario: Scenario, density: float) -> OpCall:
+    """One KV head whose query heads compute all scores and weigh the part `density` of the tiles;
+    see `attend`.
+
+    Short calls are dense ones. What is timed is a call of which that part is left, in steps of one
+    per cent.
+    """
+    dense = attention_call(info, scenario, info.window)
+    if scenario.queries <= skips.LEAST_QUERIES:
+        return dense
+    percent = max(1, round(100 * density))
+    kept = f"skip{100 - percent}" + (f"w{info.window}" if info.window else "")
+    products = info.head_dim + info.value_dim * density
+    return replace(
+        dense,
+        key=_key(info, scenario, kept),
+        flops=dense.flops * products / (info.head_dim + info.value_dim),
+        family=_family(info, kept),
+        run=_runner(info, scenario, info.window, 0, left=percent),
+    )
+
+
 def neighborhood_call(
     info: AttentionInfo, scenario: Scenario, near: int, dilation: int = 1
 ) -> OpCall:
@@ -192,13 +235,14 @@ def neighborhood_call(
     )
 
 
-def kept_pairs(queries: int, length: int, top: int) -> int:
-    """(query, key) pairs of one head that causal attention over kept tiles computes."""
+def kept_pairs(queries: int, length: int, top: int, mass: int = 0) -> int:
+    """(query, key) pairs of one head that causal attention over kept tiles computes, with `mass`
+    at most."""
     pairs = visible_pairs(queries, length, True, 0, 0)
     for number in range(topk.tiles(queries) - topk.SPARED):
         # What is left out lies before the first query of the tile.
         seen = topk.tiles((number + 1) * topk.TILE + length - queries)
-        pairs -= topk.TILE**2 * (seen - topk.kept_tiles(seen, top))
+        pairs -= topk.TILE**2 * (seen - topk.kept_tiles(seen, top, mass))
     return pairs
 
 
@@ -281,6 +325,16 @@ def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tok
     return up_to(length) - up_to(length - queries)
 
 
+def _plant(q: Tensor, k: Tensor, left: int) -> None:
+    """Have about `left` per cent of the key tiles score far above the others, in random scores of
+    queries [B, H, N, D] and keys."""
+    tiles = torch.arange(-(-k.shape[2] // skips.KEY_TILE), device=k.device)
+    high = tiles * left % 100 < left  # evenly spread, the first among them
+    keys = high.repeat_interleave(skips.KEY_TILE)[: k.shape[2]]
+    q[..., 0] = math.sqrt(PLANTED) * q.shape[3] ** 0.25
+    k[..., 0] = torch.where(keys, math.sqrt(PLANTED) * q.shape[3] ** 0.25, 0.0).to(k.dtype)
+
+
 def _runner(
     info: AttentionInfo,
     scenario: Scenario,
@@ -291,6 +345,8 @@ def _runner(
     near: int = 0,
     dilation: int = 1,
     hip: int = 0,
+    mass: int = 0,
+    left: int = 0,
 ) -> Callable[[Any], Callable[[], Tensor]]:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     batch, queries, length = scenario.batch, scenario.queries, scenario.length
@@ -302,13 +358,15 @@ def _runner(
         q = random(batch, heads, queries, info.head_dim)
         k = random(batch, kv_heads, length, info.head_dim)
         v = random(batch, kv_heads, length, info.value_dim)
+        if left:
+            _plant(q, k, left)
         sinks = random(heads) if info.has_sinks else None
         bias = random(1, heads, queries, length) if info.has_bias else None
         scale = 1.0 / math.sqrt(info.head_dim)
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near], [dilation], [hip],
+            info.grid, [near], [dilation], [hip], [mass], [PLANTED_LIMIT if left else 0],
         )  # fmt: skip
 
     return run

@@ -28,7 +28,7 @@ def shares(statistics: SiteStatistics, **options: Any) -> dict[str, Tensor]:
     """Per mille of what asked rows find that their followers add, as "share", int32 [H], from 1 to
     1000: by least squares over the recorded prompts under `options` of `attend`. It is 1 where
     these are too short to hide a key; calibration that short is noted (`fxopt.coverage`)."""
-    prompt = _prompt(statistics.inputs)
+    prompt = prompt_of(statistics.inputs)
     early = corrected_rows(prompt["q"].shape[2])
     dense = statistics.once("dense prompt", lambda: emulation.attended(prompt))
     missed = (dense - emulation.attended(prompt, **options))[:, :early].float()
@@ -44,7 +44,7 @@ def shares(statistics: SiteStatistics, **options: Any) -> dict[str, Tensor]:
     return {"share": (1000 * share).round().clamp(1, 1000).to(torch.int32)}
 
 
-def _prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def prompt_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded arguments of the tokens that are processed before decoding begins."""
     length = inputs.get("prompt") or inputs["q"].shape[2]
     prompt = dict(inputs) | {name: inputs[name][:, :, :length] for name in "qkv"}

@@ -14,7 +14,7 @@ from fxopt.ir.ops import attend, attend_as_decoded
 
 RECORDED = (
     "q", "k", "v", "mask", "bias", "sinks", "scale", "causal", "window", "softcap", "sink_tokens",
-    "top", "delta", "hip",
+    "top", "delta", "hip", "mass", "skip",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from fxopt.kernels.block_topk.reference import LEAST, SPARED, TILE, hides, tiles
 from fxopt.passes.attention import calls, mass
 
 Choose = Callable[..., Tensor]
-"""Arguments and result of `kernels.block_topk.reference.chosen_tiles`."""
+"""Arguments and result of `kernels.hip.reference.chosen_tiles`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class KeptTiles:
                 f"no call of the workload brings more than {queries} tokens, and the last "
                 f"{SPARED * TILE} of a call see all keys"
             )
-        least, left = min(self.shares), _density(prompt, min(self.shares))
+        least, left = min(self.shares), part_of_pairs(prompt, min(self.shares))
         return (
             f"the longest prompt has {prompt.queries} tokens: with {least / 10:g}% of its tiles, "
             f"but at least {LEAST} of {TILE} keys, {left:.0%} of the attention would still be "
@@ -78,7 +78,7 @@ class KeptTiles:
         if prompt is None:
             return []
         # Where LEAST tiles are more than any share, all shares are one candidate.
-        by_density = {_density(prompt, share): share for share in sorted(self.shares)}
+        by_density = {part_of_pairs(prompt, share): share for share in sorted(self.shares)}
         return sorted(share for density, share in by_density.items() if density <= most)
 
 
@@ -87,11 +87,28 @@ def share_of(candidate: Candidate) -> int:
     return int(candidate.parameters["top"])
 
 
+def mass_of(candidate: Candidate) -> int:
+    """Per mille of the attention that is to be kept, 0 where a share of the tiles is."""
+    return int(candidate.parameters.get("mass", 0))
+
+
 def kept_mass(
     candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor, choose: Choose
 ) -> Tensor:
     """`Masking.kept_mass` of tiles that `choose` finds."""
-    return mass.kept(inputs, rows, _visible(inputs, rows, share_of(candidate), choose))
+    return mass.kept(inputs, rows, _visible(candidate, inputs, rows, choose))
+
+
+def tiles_of(
+    candidate: Candidate, inputs: Mapping[str, Any], number: int, choose: Choose
+) -> Tensor:
+    """The key tiles that a tile of the prompt's queries keeps, bool [B, KV, H / KV, 1, tiles]."""
+    q, k, mask = inputs["q"], inputs["k"], inputs.get("mask")
+    start, end = number * TILE, (number + 1) * TILE + k.shape[2] - q.shape[2]
+    return choose(
+        q[:, :, start : start + TILE], k[:, :, :end], None if mask is None else mask[:, :end],
+        inputs["scale"], inputs.get("softcap", 0.0), [share_of(candidate)] * k.shape[1], spared=0,
+    )  # fmt: skip
 
 
 def set_option(match: Match, name: str, value: int, editor: Editor) -> None:
@@ -101,32 +118,31 @@ def set_option(match: Match, name: str, value: int, editor: Editor) -> None:
     editor.update(match.site, **{name: found})
 
 
-def _visible(inputs: Mapping[str, Any], rows: Tensor, top: int, choose: Choose) -> Tensor:
+def _visible(
+    candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor, choose: Choose
+) -> Tensor:
     """The keys of the tiles that each of the queries `rows` [R] keeps: bool [B, H, R, T].
 
     Only tiles of queries that have one of them are estimated.
     """
-    q, k, mask = inputs["q"], inputs["k"], inputs.get("mask")
+    q, k = inputs["q"], inputs["k"]
     (batch, heads, queries), keys = q.shape[:3], k.shape[2]
     prompt = inputs.get("prompt") or queries
     past = keys - queries
     visible = torch.ones(batch, heads, len(rows), keys, dtype=torch.bool, device=q.device)
-    if not hides(prompt, prompt + past):
+    if not hides(prompt, prompt + past, mass_of(candidate)):
         return visible
     for number in (rows // TILE).unique().tolist():
         if number >= tiles(prompt) - SPARED:
             continue
-        start, end = number * TILE, (number + 1) * TILE + past
-        chosen = choose(
-            q[:, :, start : start + TILE], k[:, :, :end], None if mask is None else mask[:, :end],
-            inputs["scale"], inputs.get("softcap", 0.0), [top] * k.shape[1], 0,
-        )  # fmt: skip
+        end = (number + 1) * TILE + past
+        chosen = tiles_of(candidate, inputs, number, choose)
         kept = chosen.flatten(1, 3).repeat_interleave(TILE, 2)[:, :, :end]
         visible[:, :, rows // TILE == number, :end] = kept[:, :, None]
     return visible
 
 
-def _density(prompt: Scenario, share: int) -> float:
-    """Part of the pairs of causal attention that is computed."""
+def part_of_pairs(prompt: Scenario, share: int, mass: int = 0) -> float:
+    """What of the pairs of causal attention is computed, at most."""
     every = calls.visible_pairs(prompt.queries, prompt.length, True, 0, 0)
-    return calls.kept_pairs(prompt.queries, prompt.length, share) / every
+    return calls.kept_pairs(prompt.queries, prompt.length, share, mass) / every

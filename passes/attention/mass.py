@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.attention.spec import per_head
-from fxopt.kernels.attention.tiles import Tile, explicit
+from fxopt.kernels.attention.tiles import Tile, explicit, masked_scores
 
 
 def kept(inputs: Mapping[str, Any], rows: Tensor, visible: Tensor) -> Tensor:
@@ -49,14 +49,23 @@ def seen(
     return torch.cat(found, 1).repeat_interleave(heads // kv, 1)
 
 
+def scores(inputs: Mapping[str, Any], rows: Tensor, visible: Tensor) -> Tensor:
+    """What softmax takes of the queries `rows` [R], -inf for keys that are not `visible`:
+    [B, H, R, T], in float32 at least."""
+    return masked_scores(_part(inputs, rows, visible))
+
+
 def _lse(inputs: Mapping[str, Any], rows: Tensor, visible: Tensor) -> Tensor:
+    return explicit(_part(inputs, rows, visible))[1]
+
+
+def _part(inputs: Mapping[str, Any], rows: Tensor, visible: Tensor) -> Tile:
     bias = inputs.get("bias")
     if bias is not None and bias.shape[2] > 1:
         bias = bias.index_select(2, rows)
     q, scale, softcap = inputs["q"], inputs["scale"], inputs.get("softcap", 0.0)
     # the output is not looked at: one channel of the values makes it small
     v = inputs["v"][..., :1]
-    part = Tile(
+    return Tile(
         q.index_select(2, rows), inputs["k"], v, visible, bias, inputs.get("sinks"), scale, softcap
     )
-    return explicit(part)[1]

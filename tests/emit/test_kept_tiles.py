@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fxopt
+from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk.reference import TILE, chosen_tiles
 from fxopt.kernels.hip.reference import chosen_tiles as halved_tiles
 from tests.emit.onnx_cases import GENERATE, everywhere, llama
@@ -36,9 +37,15 @@ class Case:
         assert len(chosen) == 4
         self.masked: Any = copy.deepcopy(self.model)
         self.masked.config._attn_implementation = "tiles_reference"
-        self.tops = [
-            node.kwargs["top"] for node in self.opt.graph.nodes if "top" in node.kwargs
+        self.kept = [
+            {name: node.kwargs[name] for name in ("top", "mass") if name in node.kwargs}
+            for node in self.opt.graph.nodes
+            if "top" in node.kwargs
         ]  # of each layer
+        if rewrite == "attention.block_topk":
+            # Candidates take turns: some heads keep a share, others a part of their attention.
+            masses = [per_head("mass", kept.get("mass", (0,)), 2) for kept in self.kept]
+            assert {bool(mass) for layer in masses for mass in layer} == {False, True}
         self.ids = torch.randint(3, 97, (2, PROMPT + NEW))
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> Any:
@@ -50,8 +57,8 @@ class Case:
             seen = seen & (self.padding[:, None, None, :keys] != 0)
         prompt = [x[:, :, :PROMPT] for x in (q, k)]
         hidden = None if self.padding is None else self.padding[:, :PROMPT]
-        top = self.tops[module.layer_idx]
-        tiles = self.choose(*prompt, hidden, module.scaling, 0.0, top).flatten(1, 2)
+        kept_of = self.kept[module.layer_idx]
+        tiles = self.choose(*prompt, hidden, module.scaling, 0.0, **kept_of).flatten(1, 2)
         kept = torch.ones(q.shape[0], q.shape[1], len(rows), keys, dtype=torch.bool)
         by_tile = tiles[:, :, rows[:PROMPT] // TILE][..., columns[:PROMPT] // TILE]
         kept[:, :, :PROMPT, :PROMPT] = by_tile

@@ -13,14 +13,14 @@ from fxopt.kernels.block_topk.reference import SPARED, TILE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Kept = Callable[[Tensor, Tensor, Tensor, int, int, int, dict[str, Any]], list[int]]
-"""(q [N, D], k [T, D], shown [T], start, stop, top, call): the tiles that queries `start` to `stop`
-of one head keep, in float64."""
+Kept = Callable[[Tensor, Tensor, Tensor, int, int, dict[str, Any]], list[int]]
+"""(q [N, D], k [T, D], shown [T], start, stop, call): the tiles that queries `start` to `stop` of
+one head keep, in float64; "top" and "mass" of the call are that head's numbers."""
 
 
 def make(
     queries: int, keys: int, kv: int = 2, group: int = 2, batch: int = 2, dim: int = 16,
-    dtype: torch.dtype = torch.float32, hip: list[int] | None = None, **options: Any,
+    dtype: torch.dtype = torch.float32, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     q, k, v = (
         torch.randn(batch, n, h, dim, device=DEVICE).to(dtype).transpose(1, 2)
@@ -30,10 +30,9 @@ def make(
         # Sharp enough for tiles to differ.
         "q": 2 * q, "k": k, "v": v, "mask": None, "bias": None, "sinks": None,
         "scale": dim**-0.5, "causal": True, "window": [0], "softcap": 0.0, "sink_tokens": [0],
-        "top": [200],
+        "top": [200], "delta": [0], "grid": [], "near": [0], "dilation": [1], "hip": [0],
+        "mass": [0],
     }  # fmt: skip
-    if hip is not None:
-        call |= {"delta": [0], "grid": [], "near": [0], "dilation": [1], "hip": hip}
     assert options.keys() <= call.keys()
     return call | options
 
@@ -87,10 +86,10 @@ def kept_keys(call: dict[str, Any], kept: Kept) -> Tensor:
         shown = torch.ones(keys, dtype=torch.bool, device=q.device)
         shown = shown if mask is None else mask[b] != 0
         for h in range(heads):
-            top = call["top"][h // (heads // kv) % len(call["top"])]
+            own = {n: call[n][h // (heads // kv) % len(call[n])] for n in ("top", "mass")}
             for start in range(0, queries, TILE):
                 stop = min(start + TILE, queries)
-                tiles = kept(q[b, h], k[b, h // (heads // kv)], shown, start, stop, top, call)
+                tiles = kept(q[b, h], k[b, h // (heads // kv)], shown, start, stop, call | own)
                 for tile in tiles:
                     seen[b, h, start:stop, tile * TILE : tile * TILE + TILE] = True
         seen[b] &= shown

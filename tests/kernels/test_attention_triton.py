@@ -148,7 +148,7 @@ def build(dtype, dim, flags, lists, hopper):
     sizes = tiles_for(dim, dim, 4096, 4 if dtype == "fp32" else 2, hopper)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(CAUSAL=True, DIM=dim, VALUE_DIM=dim, UPCAST=False, q_d=1, k_d=1, v_d=1,
-                     EVEN=False, LIST_M=128 * lists, LIST_N=128 * lists,
+                     EVEN=False, SKIPS=False, LIST_M=128 * lists, LIST_N=128 * lists,
                      **{name: name in flags for name in FLAGS}, **sizes)
     signature = {
         name: "constexpr" if name in constants

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
@@ -20,6 +22,7 @@ from fxopt.kernels.attention.op import attention_cuda
 from fxopt.kernels.attention.spec import bind
 from fxopt.kernels.block_topk import reference
 from fxopt.kernels.block_topk.reference import (
+    FEWEST,
     LEAST,
     SPARED,
     STRIDE,
@@ -28,14 +31,25 @@ from fxopt.kernels.block_topk.reference import (
     kept_tiles,
 )
 from tests.kernels import kept_tiles as kept_tiles_of
-from tests.kernels.kept_tiles import CASES, DEVICE, left_padded, listed, make
+from tests.kernels.kept_tiles import DEVICE, left_padded, listed, make
 
 needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
 
 
+CASES: list[dict[str, Any]] = [
+    *kept_tiles_of.CASES,
+    # A part of the mass: fewer tiles than any share keeps, bounded by one, and no bound but one.
+    {"queries": 1300, "keys": 1300, "batch": 1, "top": [1000, 500], "mass": [600, 950]},
+    {"queries": 700, "keys": 1205, "padding": 140, "group": 1, "top": [500, 200], "mass": [500, 0]},
+    {"queries": 909, "keys": 909, "batch": 1, "softcap": 3.0, "top": [100], "mass": [700, 1000]},
+]
+
+
 def _kept(
-    q: Tensor, k: Tensor, shown: Tensor, start: int, stop: int, top: int, call: dict[str, Any]
+    q: Tensor, k: Tensor, shown: Tensor, start: int, stop: int, call: dict[str, Any]
 ) -> list[int]:
+    """From the words of the docs."""
+    top, part = call["top"], call["mass"]
     past = len(k) - len(q)
     candidates = kept_tiles_of.candidates(shown, start, stop, past)
     if not top or kept_tiles_of.is_spared(start, len(q)):
@@ -50,8 +64,16 @@ def _kept(
         for tile in candidates:
             mass[tile] += float(weights[tile * TILE : tile * TILE + TILE].sum())
     must = set(candidates[:1]) | {t for t in candidates if t >= (start + past) // TILE - 1}
-    count = max(LEAST, -(-len(candidates) * top // 1000))
-    return sorted(candidates, key=lambda t: (t not in must, -mass[t], t))[:count]
+    count = max(FEWEST if part == 1000 else LEAST, -(-len(candidates) * top // 1000))
+    kept = sorted(candidates, key=lambda t: (t not in must, -mass[t], t))[:count]
+    if not 0 < part < 1000:
+        return kept
+    held, wanted = 0.0, part / 1000 * sum(mass.values())
+    for number, tile in enumerate(kept):
+        if held >= wanted and tile not in must:
+            return kept[:number]
+        held += mass[tile]
+    return kept
 
 
 def kept_keys(call: dict[str, Any]) -> Tensor:
@@ -108,6 +130,39 @@ def test_far_keys_that_all_queries_want_are_kept() -> None:
     assert int(chosen.sum()) < LEAST * len(chosen[0, 0, 0]) + 2 * len(row)
 
 
+def test_a_sharp_head_keeps_few_tiles_for_a_part_of_its_mass() -> None:
+    """All queries of the first head want one tile and their own; those of the second all keys."""
+    length, place = 4096, 1111
+    call = make(length, length, kv=2, group=1, batch=1, top=[500], mass=[900])
+    call["q"][:, 0, :, 0], call["q"][:, 1] = 40.0, 0.0
+    call["k"][:, 0, :, 0] = 0.0
+    call["k"][:, 0, place, 0] = 6.0
+    chosen = chosen_tiles(call["q"], call["k"], None, call["scale"], 0.0, [500, 500], [900, 900])
+    sharp, flat = chosen[0, :, 0].sum(-1)
+    assert sharp[20:-SPARED].max() == FEWEST  # of whole tiles: the first, two at the end, and it
+    assert chosen[0, 0, 0, 20:, place // TILE].all()
+    assert flat[20:-SPARED].tolist() == [kept_tiles(i + 1, 500, 900) for i in range(20, 30)]
+    assert sharp[-SPARED:].tolist() == [31, 32]
+
+
+@given(part=st.integers(1, 999), more=st.integers(0, 998), top=st.integers(1, 999))
+def test_more_mass_keeps_more_tiles(part: int, more: int, top: int) -> None:
+    """Tiles for a smaller part are among those for a larger one, these under the same cap among
+    those of no part; and what is kept without the cap holds what is wanted."""
+    q, k = torch.randn(1, 1, 1000, 4), torch.randn(1, 1, 1000, 4)
+    more = min(part + more, 999)
+
+    def kept(top: int, part: int) -> Tensor:
+        return chosen_tiles(3 * q, k, None, 0.5, 0.0, [top], [part])
+
+    few, many, every = kept(top, part), kept(top, more), kept(top, 0)
+    assert (few <= many).all()
+    assert (many <= every).all()
+    mass = reference.estimate(3 * q, k, None, 0.5, 0.0)
+    held = (mass * kept(1000, part)).sum(-1) / mass.sum(-1)
+    assert (held >= part / 1000 - 1e-5).all()
+
+
 def test_equal_masses_are_kept_in_order() -> None:
     call = make(1500, 1500, kv=1, group=1, batch=1, top=[500])
     chosen = chosen_tiles(torch.zeros_like(call["q"]), call["k"], None, 1.0, 0.0, [500])
@@ -133,6 +188,9 @@ def test_short_calls_see_all_keys(queries: int, keys: int) -> None:
         ({"causal": False}, "needs causal attention"),
         ({"bias": torch.zeros(1, 1, 1, 300)}, "does not look at a bias"),
         ({"window": [0, 9], "top": [0, 9]}, "and window exclude each other in one head"),
+        ({"mass": [1, 2, 3]}, "mass has 3 entries; give 1 or 2"),
+        ({"mass": [1001]}, "needs a mass per mille, not"),
+        ({"top": [0, 9], "mass": [950]}, "bounds the tiles that a mass keeps, here"),
     ],
 )
 def test_misfits_are_named(wrong: dict[str, Any], message: str) -> None:
@@ -177,7 +235,7 @@ class Exported(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("number", [2, 3, 5, 6])
 def test_onnx_chooses_the_same_tiles(number: int) -> None:
     """One file for prompts, whose tiles follow the data, and for single tokens."""
     pytest.importorskip("onnxscript")
@@ -215,7 +273,9 @@ def test_the_lists_hold_the_chosen_tiles(number: int) -> None:
 
     call = bind(**case(number))
     lists = kept_lists(call)
-    expected = chosen_tiles(call.q, call.k, call.mask, call.scale, call.softcap, call.top)
+    expected = chosen_tiles(
+        call.q, call.k, call.mask, call.scale, call.softcap, call.top, call.mass
+    )
     assert listed(lists, call).equal(expected.flatten(1, 2))
 
 
@@ -238,7 +298,7 @@ def test_lists_are_made_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("number", "kv"), [(0, 1), (3, 2), pytest.param(5, 2, marks=pytest.mark.slow)]
+    ("number", "kv"), [(0, 1), (3, 2), (6, 2), pytest.param(5, 2, marks=pytest.mark.slow)]
 )
 def test_attention_over_the_lists(number: int, kv: int) -> None:
     """What CUDA runs, interpreted where there is none."""
@@ -282,10 +342,11 @@ for dtype, dim, tma, extras in (("bf16", 128, 1, 0), ("bf16", 64, 0, 1), ("fp16"
     types = dict(asked_ptr="*" + dtype, k_ptr=k, mask_ptr="*u8", sums_ptr="*fp32",
                  scale="fp32", softcap="fp32")
     build(_tile_sums_kernel, constants, types, **options)
-types = dict.fromkeys(("state_ptr", "top_ptr", "partial_count_ptr", "partial_ptr",
+types = dict.fromkeys(("state_ptr", "share_ptr", "partial_count_ptr", "partial_ptr",
                        "full_count_ptr", "full_ptr"), "*i32") | {"sums_ptr": "*fp32"}
-for block in (128, 1024, 8192):
-    build(_select_kernel, dict(ASKED=ASKED, BLOCK=block), types, num_warps=select_warps(block))
+for block, mass in ((128, False), (1024, True), (8192, True)):
+    constants = dict(HAS_MASS=mass, ASKED=ASKED, BLOCK=block)
+    build(_select_kernel, constants, types, num_warps=select_warps(block))
 """
 
 

@@ -30,10 +30,10 @@ needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
 
 
 def _kept(
-    q: Tensor, k: Tensor, shown: Tensor, start: int, stop: int, top: int, call: dict[str, Any]
+    q: Tensor, k: Tensor, shown: Tensor, start: int, stop: int, call: dict[str, Any]
 ) -> list[int]:
     """From the words of the docs, one chunk after another."""
-    past = len(k) - len(q)
+    top, past = call["top"], len(k) - len(q)
     seen = candidates(shown, start, stop, past)
     if not top or is_spared(start, len(q)):
         return seen
@@ -117,11 +117,13 @@ def test_the_op_attends_to_the_tiles_that_halving_finds(number: int) -> None:
 
 
 def test_heads_find_their_tiles_each_in_its_way() -> None:
-    call = make(1400, 2700, kv=4, group=1, top=[100, 100, 200, 0], hip=[1, 0, 1, 1])
+    ways = {"top": [100, 100, 200, 0, 400], "hip": [1, 0, 1, 1, 0], "mass": [0, 0, 0, 0, 600]}
+    call = make(1400, 2700, kv=5, group=1, **ways)
     out = torch.ops.fxopt.attention(*call.values())
-    for head, (top, hip) in enumerate(zip(call["top"], call["hip"], strict=True)):
+    for head in range(5):
         one = {n: x[:, head, None] if n in "qkv" else x for n, x in call.items()}
-        alone = torch.ops.fxopt.attention(*(one | {"top": [top], "hip": [hip]}).values())
+        one |= {name: [values[head]] for name, values in ways.items()}
+        alone = torch.ops.fxopt.attention(*one.values())
         torch.testing.assert_close(out[:, :, head], alone[:, :, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(attention_traceable(*call.values()), out, rtol=1e-4, atol=1e-5)
 
@@ -191,6 +193,8 @@ def test_misfits_are_named() -> None:
         torch.ops.fxopt.attention(*call.values())
     with pytest.raises(ValueError, match="hip has 3 entries; give 1 or 2, the KV heads"):
         torch.ops.fxopt.attention(*(call | {"hip": [1, 0, 1]}).values())
+    with pytest.raises(ValueError, match="hip and mass exclude each other in one head, here"):
+        torch.ops.fxopt.attention(*(call | {"hip": [1, 0], "mass": [900]}).values())
 
 
 def test_gradients_are_those_of_the_kept_keys() -> None:
@@ -307,7 +311,8 @@ def test_lists_are_made_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 def test_attention_over_the_lists() -> None:
     """What CUDA runs, interpreted where there is none: shares and ways of finding tiles apart."""
-    call = make(300, 2200, kv=3, group=1, batch=1, top=[200, 100, 100], hip=[1, 1, 0])
+    ways = {"top": [200, 100, 100, 400], "hip": [1, 1, 0, 0], "mass": [0, 0, 0, 600]}
+    call = make(300, 2200, kv=4, group=1, batch=1, **ways)
     out = attention_cuda(**call)
     torch.testing.assert_close(out, REFERENCE(*call.values()), rtol=1e-4, atol=1e-5)
 
