@@ -146,8 +146,9 @@ def configuration(
     if rows <= few_rows.ROWS:
         first = few_rows.Configuration(16, tile(in_features, most=256), 4, 5)
         second = few_rows.configuration(out_features, rank, 2)
-        programs = triton.cdiv(rank, first.block_n)
-        return Configuration(first._replace(splits=_splits(programs, count)), second)
+        splits = _splits(triton.cdiv(rank, first.block_n), count)
+        # More sums than two would not fit into shared memory beside the second weight.
+        return Configuration(first._replace(splits=splits), second, added=splits > 2)
     block_m = 64 if rows > 32 else 32
     cut = few_rows.Configuration(64, 64, 4, 4, 1, block_m)
     programs = triton.cdiv(rank, cut.block_n) * triton.cdiv(rows, block_m)

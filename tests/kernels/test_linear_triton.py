@@ -331,6 +331,9 @@ def test_low_rank_fills_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
             assert rank // c.first.block_n * c.first.splits * tiles >= at_least
             assert columns // c.second.block_n * tiles >= 64
             assert c.second.splits == 1
+        narrow = low_rank_triton.configuration(rows, 4096, 256, 4096, torch.device("cuda"))
+        assert narrow.first.splits > 1
+        assert narrow.added == (narrow.first.splits > 2)
 
 
 @DTYPES
