@@ -40,6 +40,7 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.activation.offload:Offload",
     "fxopt.passes.activation.packed_mask:PackedMask",
     "fxopt.passes.activation.approximate_backward:ApproximateBackward",
+    "fxopt.passes.activation.shared_norm:SharedNorm",
     "fxopt.passes.activation.quantized_saved:QuantizedSaved",
     "fxopt.passes.activation.quantized_offload:QuantizedOffload",
 )
