@@ -172,10 +172,6 @@ def test_a_weight_near_zero_is_refused_with_its_number() -> None:
 
 
 def test_only_what_follows_from_a_saved_output_is_offered() -> None:
-    class Other(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.first(x)).square().mean()  # no layer: the output is read as it is
-
     model, inputs = block("layer")
     assert offers_of((model, inputs))
 
