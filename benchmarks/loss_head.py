@@ -63,7 +63,8 @@ def main() -> None:
         weight = torch.randn(args.classes, args.features, **kind) / args.features**0.5
         labels = torch.randint(args.classes, (args.rows,), device=args.device)
     labels[::10] = -100
-    inputs = (*(t.to(kind["dtype"]).requires_grad_() for t in (hidden, weight)), labels)
+    hidden, weight = (t.to(kind["dtype"]).requires_grad_() for t in (hidden, weight))
+    inputs = hidden, weight, labels
 
     exact = in_float32(*inputs)
     found: dict[str, dict[str, Any]] = {}
