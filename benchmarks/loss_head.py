@@ -8,7 +8,9 @@ same rounds; `off` how far loss and gradients are from a float32 computation ove
 relative to their norms, the worst of them (`eager` shows what bf16 itself is off by). `compiled`
 is `torch.compile` of linear and cross-entropy, without and with Inductor's auto-chunker; other
 peers run where they are installed. `--sweep` adds chunk sizes and the loss a token, which makes
-logits twice. Inputs are random: speed and bytes, never quality.
+logits twice. Inputs are random: speed and bytes, never quality. `--trained 600` takes the head of a
+small model that is trained for so many steps first, as the share of classes that gradient filtering
+(`filtered`, cut-cross-entropy's default) leaves out is one of the data.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +32,9 @@ from torch import Tensor
 
 from fxopt.decide.verify import peak_live_bytes
 from fxopt.kernels.cut_cross_entropy import linear_cross_entropy
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trained_head import trained_head
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 """hidden [N, D], weight [V, D], labels [N] -> the mean loss."""
@@ -41,21 +49,29 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--trained", type=int, default=0, help="steps; 0: a random head")
+    parser.add_argument("--ways", nargs="*", help="run these alone, by the names of their lines")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     kind: dict[str, Any] = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-    hidden = torch.randn(args.rows, args.features, **kind).requires_grad_()
-    weight = (torch.randn(args.classes, args.features, **kind) / args.features**0.5).detach()
-    weight.requires_grad_()
-    labels = torch.randint(args.classes, (args.rows,), device=args.device)
+    shape = args.rows, args.features, args.classes
+    if args.trained:
+        hidden, weight, labels = trained_head(*shape, args.trained, args.device)
+    else:
+        hidden = torch.randn(args.rows, args.features, **kind)
+        weight = torch.randn(args.classes, args.features, **kind) / args.features**0.5
+        labels = torch.randint(args.classes, (args.rows,), device=args.device)
     labels[::10] = -100
+    hidden, weight = (t.to(kind["dtype"]).requires_grad_() for t in (hidden, weight))
     inputs = hidden, weight, labels
 
     exact = in_float32(*inputs)
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
     for name, way in ways(args.sweep).items():
+        if args.ways and name not in args.ways:
+            continue
         try:
             found[name] = {"way": name, **facts(way, inputs, exact)}
             steps[name] = step(way, inputs)
@@ -73,6 +89,7 @@ def ways(sweep: bool) -> dict[str, Way]:
         "compiled": torch.compile(plain),
         "compiled, auto-chunker": torch.compile(plain, options={"auto_chunker.enable": True}),
         "fxopt": linear_cross_entropy,
+        "fxopt, filtered": partial(linear_cross_entropy, filter_eps=2.0**-12),
     }
     if sweep:
         for chunk in (256, 512, 2048, 4096):

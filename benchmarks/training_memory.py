@@ -11,9 +11,12 @@ gradients included and no optimiser (the allocator's statistic on CUDA, storages
 loss and gradients are eager's bit for bit. Of fxopt `predicted` is the peak that its plan says and
 `added` the seconds beyond eager's, `planning` those until the module was there; `by` counts tensors
 by what happens to them. Peers: `checkpoint` each layer (`gradient_checkpointing_enable`),
-`selective` the same but that products and attention are saved, `compile` is `torch.compile` under
-each `activation_memory_budget` of `--stock`, `aot` the same without Inductor. What fails, or would
-end after `--time-limit`, is a line that says so. Random weights: speed and bytes, never quality.
+`selective` the same but that products and attention are saved, `selective-products` and
+`selective-attention` that one of them is, `compile` is `torch.compile` under each
+`activation_memory_budget` of `--stock`, `aot` the same without Inductor, `chunker` Inductor's
+auto-chunker; `liger` and `cce` are eager with the loss, and of Liger the MLPs and norms, of these
+packages. One that is not installed is a line with "absent"; what fails, or would end after
+`--time-limit`, is a line that says so. Random weights: speed and bytes, never quality.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +62,27 @@ def main() -> None:
     begun = time.monotonic()
     with torch.device(args.device):
         model = build(args).to(getattr(torch, args.dtype)).train()
-    ids = torch.randint(args.vocabulary, (args.batch, args.seq), device=args.device)
-    bench = Bench(model, {"input_ids": ids, "labels": ids}, args, begun)
-    bench.run("eager", {}, as_it_is)
-    for name, facts, way in ways(args):
-        bench.run(name, facts, way)
+    bench = Bench(model, batch(args), args, begun)
+    kind = torch.device(args.device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=args.autocast):
+        bench.run("eager", {}, as_it_is)
+        for name, facts, way in ways(args):
+            bench.run(name, facts, way)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["llama", "gpt2"], default="gpt2")
+    parser.add_argument("--model", choices=["llama", "gpt2", "vit"], default="gpt2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--mlp", type=int, help="width of a llama's MLP")
     parser.add_argument("--kv-heads", type=int, help="of a llama")
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--seq", type=int, default=256, help="of a ViT the width of an image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16")
     parser.add_argument("--memory", nargs="*", default=[], help="memory rows, as 6GiB")
     parser.add_argument("--shares", nargs="*", type=float, default=[], help="activations rows")
     parser.add_argument("--error", type=float, help="the relative_error row")
@@ -92,8 +98,15 @@ def arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> nn.Module:
-    """A causal language model; GPT-2 has dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    """A causal language model, of which GPT-2 has dropout, or a classifier of images."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        ViTConfig,
+        ViTForImageClassification,
+    )
 
     heads = max(1, args.hidden // 64)
     if args.model == "gpt2":
@@ -102,6 +115,12 @@ def build(args: argparse.Namespace) -> nn.Module:
             n_positions=args.seq, use_cache=False, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         return GPT2LMHeadModel(config)
+    if args.model == "vit":
+        images = ViTConfig(
+            hidden_size=args.hidden, intermediate_size=4 * args.hidden, image_size=args.seq,
+            num_hidden_layers=args.layers, num_attention_heads=heads, patch_size=16,
+        )  # fmt: skip
+        return ViTForImageClassification(images)
     llama = LlamaConfig(
         hidden_size=args.hidden, intermediate_size=args.mlp or args.hidden * 11 // 4,
         num_hidden_layers=args.layers, num_attention_heads=heads,
@@ -109,6 +128,14 @@ def build(args: argparse.Namespace) -> nn.Module:
         vocab_size=args.vocabulary, max_position_embeddings=args.seq,
     )  # fmt: skip
     return LlamaForCausalLM(llama)
+
+
+def batch(args: argparse.Namespace) -> dict[str, Tensor]:
+    if args.model == "vit":
+        pixels = torch.randn(args.batch, 3, args.seq, args.seq, device=args.device)
+        return {"pixel_values": pixels, "labels": pixels.new_zeros(args.batch).long()}
+    ids = torch.randint(args.vocabulary, (args.batch, args.seq), device=args.device)
+    return {"input_ids": ids, "labels": ids}
 
 
 def ways(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Way]]:
@@ -123,10 +150,7 @@ def ways(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Way]]:
             for share in args.stock:
                 yield peer, {"budget": share}, partial(compiled, share, backend)
         else:
-            yield peer, {}, {"checkpoint": checkpointed, "selective": selective}[peer]
-
-
-PEERS = ("checkpoint", "selective", "compile", "aot")
+            yield peer, {}, ALONE[peer]
 
 
 @contextmanager
@@ -138,13 +162,12 @@ def as_it_is(model: nn.Module) -> Generator[tuple[nn.Module, dict[str, Any]]]:
 def optimised(
     budget: dict[str, Any], args: argparse.Namespace, model: nn.Module
 ) -> Generator[tuple[nn.Module, dict[str, Any]]]:
-    ids = torch.randint(args.vocabulary, (args.batch, args.seq), device=args.device)
     begun = time.monotonic()
     try:
         opt: Any = fxopt.optimize(
             model,
             fxopt.Budget(**budget, relative_error=args.error),
-            {"input_ids": ids, "labels": ids},
+            batch(args),
             workload=fxopt.Train(args.batch, args.seq),
             rewrites=args.rewrites,
         )
@@ -172,15 +195,19 @@ def checkpointed(model: nn.Module, **more: Any) -> Generator[tuple[nn.Module, di
     yield twin, {}
 
 
-def selective(model: nn.Module) -> Any:
+def selective(model: nn.Module, saved: Sequence[str] = ("products", "attention")) -> Any:
+    """Checkpointing but for the results of `saved`."""
     aten = torch.ops.aten
     attention = [
-        getattr(aten, f"_scaled_dot_product_{kind}_attention").default
-        for kind in ("flash", "efficient", "cudnn")
-    ]
-    on_cpu = aten._scaled_dot_product_flash_attention_for_cpu.default
-    saved = [aten.mm.default, aten.addmm.default, on_cpu, *attention]
-    return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, saved))
+        getattr(aten, f"_scaled_dot_product_{kind}").default
+        for kind in (
+            "flash_attention", "efficient_attention", "cudnn_attention",
+            "flash_attention_for_cpu",
+        )
+    ]  # fmt: skip
+    products = [aten.mm.default, aten.addmm.default]
+    ops = [op for name in saved for op in {"products": products, "attention": attention}[name]]
+    return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, ops))
 
 
 @contextmanager
@@ -190,6 +217,39 @@ def compiled(
     torch.compiler.reset()
     with functorch.patch(activation_memory_budget=share):
         yield torch.compile(clone(model), backend=backend), {}  # pyright: ignore
+
+
+@contextmanager
+def chunker(model: nn.Module) -> Generator[tuple[nn.Module, dict[str, Any]]]:
+    torch.compiler.reset()
+    yield torch.compile(clone(model), options={"auto_chunker.enable": True}), {}  # pyright: ignore
+
+
+@contextmanager
+def liger(model: nn.Module) -> Generator[tuple[nn.Module, dict[str, Any]]]:
+    package: Any = import_module("liger_kernel.transformers.monkey_patch")
+    twin = clone(model)
+    package._apply_liger_kernel_to_instance(model=twin)
+    yield twin, {}
+
+
+@contextmanager
+def cce(model: nn.Module) -> Generator[tuple[nn.Module, dict[str, Any]]]:
+    package: Any = import_module("cut_cross_entropy.transformers")
+    yield package.cce_patch(clone(model)), {}
+
+
+ALONE: dict[str, Way] = {
+    "checkpoint": checkpointed,
+    "selective": selective,
+    "selective-products": partial(selective, saved=["products"]),
+    "selective-attention": partial(selective, saved=["attention"]),
+    "chunker": chunker,
+    "liger": liger,
+    "cce": cce,
+}
+"""Peers that take no budget."""
+PEERS = (*ALONE, "compile", "aot")
 
 
 class Bench:
@@ -210,6 +270,8 @@ class Bench:
         try:
             with until(left), way(self.model) as (module, facts):
                 line |= {"held_by_gradients": self.held, **self.facts(module), **facts}
+        except ImportError as error:
+            line["absent"] = str(error)
         except Exception as error:  # a peer that does not run here is a line as well
             line["failed"] = f"{type(error).__name__}: {error}"[:300]
         # what the error's frames held is gone by now

@@ -10,7 +10,7 @@ to that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,12 @@ ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
 
 
 class Epilogue(NamedTuple):
-    """What follows a product of shape [..., out]. `residual` is [..., out] too; `up` the second
-    weight, as its kernel takes the first one, and its bias."""
+    """What follows a product of shape [..., out]. `residual` is [..., out] too; `up` the tensors
+    of the second weight, as the op takes those of the first one, and last its bias."""
 
     activation: str = ""
     residual: Tensor | None = None
-    up: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    up: tuple[Any, ...] | None = None
 
 
 PLAIN = Epilogue()
@@ -87,3 +87,13 @@ def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
             return aten.threshold_backward(grad, x, 0)
         case _:
             return grad
+
+
+def product_gradients(
+    grad: Tensor, activation: str, y: Tensor, up: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the products y and, where there are two, up, from that of
+    activation(y) * up."""
+    if up is None:
+        return activate_backward(grad, y, activation), None
+    return activate_backward(grad * up, y, activation), grad * activate(y, activation)

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 _FRAGMENT = torch.library.Library("fxopt", "FRAGMENT")
 
 
@@ -25,13 +28,15 @@ def register(
     backward: Callable[..., Any] | None = None,
     autograd: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    casts: tuple[str, ...] = (),
 ) -> Any:
     """Make `torch.ops.fxopt.<name>` and return its default overload.
 
     `implementation` serves every device, but CUDA where `cuda` is given; `fake` makes an output
     of the same shape, dtype and strides; `backward` and `setup_context` are those of
     `torch.library.register_autograd`; `autograd` takes their place where what runs depends on
-    whether a gradient is wanted.
+    whether a gradient is wanted. Under autocast the arguments named in `casts` come in its dtype,
+    as those of `F.linear` do, and nothing else is cast.
     """
     op = f"fxopt::{name}"
     torch.library.define(op, schema)
@@ -43,7 +48,27 @@ def register(
         torch.library.register_autograd(op, backward, setup_context=setup_context)
     if autograd is not None:
         _FRAGMENT.impl(name, autograd, "Autograd")
-    return getattr(torch.ops.fxopt, name).default
+    registered = getattr(torch.ops.fxopt, name).default
+    for kind, key in _AUTOCAST.items() if casts else ():
+        _FRAGMENT.impl(name, _casting(registered, kind, casts), key)
+    return registered
+
+
+def _casting(op: Any, kind: str, names: tuple[str, ...]) -> Callable[..., Any]:
+    """`op` on a device of `kind` under autocast."""
+    named = [argument.name in names for argument in op._schema.arguments]
+
+    def call(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(kind)
+        with torch._C._DisableAutocast():  # pyright: ignore[reportPrivateUsage]
+            return op(
+                *(
+                    a.to(dtype) if cast and isinstance(a, Tensor) and a.dtype in _CAST else a
+                    for a, cast in zip(args, named, strict=False)
+                )
+            )
+
+    return call
 
 
 def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +76,7 @@ def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
-        first = next((a for a in given if isinstance(a, torch.Tensor) and a.is_cuda), None)
+        first = next((a for a in given if isinstance(a, Tensor) and a.is_cuda), None)
         if first is None or first.get_device() == torch.cuda.current_device():
             return cuda(*args, **kwargs)
         with torch.cuda.device_of(first):

@@ -36,15 +36,18 @@ REWRITES: tuple[str, ...] = (
     "fxopt.passes.activation.chunked:Chunked",
     "fxopt.passes.activation.last_logits:LastLogits",
     "fxopt.passes.activation.cut_cross_entropy:CutCrossEntropy",
+    "fxopt.passes.activation.filtered_cross_entropy:FilteredCrossEntropy",
     "fxopt.passes.activation.recompute:Recompute",
     "fxopt.passes.activation.offload:Offload",
     "fxopt.passes.activation.packed_mask:PackedMask",
     "fxopt.passes.activation.approximate_backward:ApproximateBackward",
+    "fxopt.passes.activation.shared_norm:SharedNorm",
     "fxopt.passes.activation.quantized_saved:QuantizedSaved",
     "fxopt.passes.activation.quantized_offload:QuantizedOffload",
 )
 ON_REQUEST = frozenset(
     {
+        "activation.filtered_cross_entropy",
         "activation.offload",
         "activation.quantized_offload",
         "linear.channel_pruned",

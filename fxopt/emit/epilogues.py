@@ -1,5 +1,5 @@
-"""What follows a product with integer or Monarch weights as part of its call: the kernel that
-stores the product does it.
+"""What follows the product of a rewritten linear layer as part of its call: the kernel that stores
+the product does it.
 
     y = gated(quantized_linear(x, gate), quantized_linear(x, up), "silu")
     y = residual + gelu(quantized_linear(x, weight))
@@ -28,10 +28,14 @@ _CALLS: dict[str, tuple[Any, dict[str, str]]] = {
     "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
     "relu": (aten.relu.default, {}),
 }
-_INTEGER, _MONARCH = "fxopt.quantized_linear.default", "fxopt.monarch_linear.default"
-_PRODUCTS = (_INTEGER, _MONARCH)
-"""What takes an activation and a residual; the first also a second weight."""
-_UP = ("up_packed", "up_scale", "up_zero", "up_bias")
+_SECOND: dict[str, tuple[str, ...]] = {
+    "fxopt.quantized_linear.default": ("up_packed", "up_scale", "up_zero", "up_bias"),
+    "fxopt.low_rank_linear.default": ("second_down", "second_up", "second_bias"),
+    "fxopt.fp8_linear.default": ("up_weight", "up_scale", "up_bias"),
+    "fxopt.monarch_linear.default": (),
+}
+"""Products that take an activation and a residual, and their arguments of a second weight, in the
+order in which those of the first one follow x."""
 
 
 def fuse_epilogues(graph: fx.Graph) -> None:
@@ -66,10 +70,11 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return new
 
     y, activation = call(node.target, *node.args), given.get("activation", "")
-    if "up_packed" in given:
-        weight = (given.get(name) for name in _UP)
-        up = call(node.target, node.args[0], *weight, *node.args[5:])
-        up.meta |= _of_weight(node, str(given["up_packed"].target))
+    names = _SECOND[str(node.target)]
+    if names and names[0] in given:
+        weight = (given.get(name) for name in names)
+        up = call(node.target, node.args[0], *weight, *node.args[1 + len(names) :])
+        up.meta |= _of_weight(node, str(given[names[0]].target))
         y = call(gated, y, up, activation)
     elif activation:
         target, kwargs = _CALLS[activation]
@@ -85,26 +90,31 @@ def _of_weight(node: fx.Node, target: str) -> dict[str, str]:
 
 
 def _products(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if _is_product(node, *_PRODUCTS)]
+    return [node for node in graph.nodes if _is_product(node)]
 
 
-def _is_product(node: Any, *names: str) -> bool:
+def _is_product(node: Any) -> bool:
     # By name: an op is registered by the rewrite that calls it.
-    return isinstance(node, fx.Node) and str(node.target) in names
+    return isinstance(node, fx.Node) and str(node.target) in _SECOND
 
 
 def _are_alike(gate: Any, up: Any) -> bool:
     """Whether two products are of one x with weights of one kind, and read by the gate alone."""
     both = gate is not up and all(
-        _is_product(node, _INTEGER) and not node.kwargs and len(node.users) == 1
-        for node in (gate, up)
+        _is_product(node) and not node.kwargs and len(node.users) == 1 for node in (gate, up)
     )
-    return both and gate.args[0] is up.args[0] and gate.args[5:] == up.args[5:]
+    if not both or gate.target is not up.target:
+        return False
+    names = _SECOND[str(gate.target)]
+    rest = 1 + len(names)
+    return bool(names) and gate.args[0] is up.args[0] and gate.args[rest:] == up.args[rest:]
 
 
 def _join(graph: fx.Graph, node: fx.Node, gate: fx.Node, up: fx.Node, activation: Any) -> None:
     """One call in the place of the gate, which belongs to the module that has both weights."""
-    second = {name: value for name, value in zip(_UP, up.args[1:5], strict=True) if value}
+    names = _SECOND[str(gate.target)]
+    weight = zip(names, up.args[1 : 1 + len(names)], strict=True)
+    second = {name: value for name, value in weight if value}
     with graph.inserting_before(node):
         new = graph.call_function(
             gate.target,  # pyright: ignore[reportArgumentType]

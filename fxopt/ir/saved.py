@@ -44,6 +44,9 @@ class Image:
     With `replaces` x does not come back at all: `unpack(gradient, part, *unpack_arguments)` takes
     the place of the one op of the backward that reads it. `pack` returns the one part alone.
 
+    With `shares` nothing waits at all: x is made of other tensors that the step saves,
+    `unpack(*tensors, *unpack_arguments)`, which the step knows (`Step.shared`).
+
     With a `carrier` the parts wait elsewhere; so does x itself where nothing packs it.
     """
 
@@ -53,4 +56,5 @@ class Image:
     unpack_arguments: tuple[Any, ...] = ()
     rounding: float = 0.0
     replaces: bool = False
+    shares: bool = False
     carrier: Carrier | None = None

@@ -126,12 +126,30 @@ class Derivative:
 
 
 @dataclass(frozen=True)
+class NormInfo:
+    """A norm whose output, in `dtype`, the step saves, and of which a tensor can be made again.
+
+    `weight`, `bias`, `rstd` and `mean` say which of them that takes. `least` is the least magnitude
+    of the weight, `most` the sum of the largest of weight and bias; 1 where there is none.
+    """
+
+    dtype: torch.dtype
+    weight: bool
+    bias: bool
+    rstd: bool
+    mean: bool
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
 class SavedInfo:
     """A tensor that the forward of a training step makes and its backward reads.
 
     `output` is its place among the results of its op. `bytes` of its memory, which is that of this
     tensor alone where `whole`; `calls` are the ops that make it again from what else is saved,
     `blocked` says why they cannot run twice. `derivative` is what alone reads it, if that is one.
+    `norm` is the one of which it is the input, or that normalises it, if the step saves the output.
     """
 
     shape: tuple[int, ...]
@@ -144,6 +162,7 @@ class SavedInfo:
     blocked: str | None = None
     calls: tuple[OpCall, ...] = field(default=(), compare=False, repr=False)
     derivative: Derivative | None = None
+    norm: NormInfo | None = None
 
 
 @dataclass(frozen=True)

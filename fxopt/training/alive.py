@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import fx
 
-from .forms import OUTWARD, State, states
+from .forms import OUTWARD, State
 from .lifetimes import touched, unread
 
 if TYPE_CHECKING:
@@ -107,9 +107,6 @@ def _at(runs: np.ndarray, places: Mapping[fx.Node, int], owner: fx.Node) -> int:
 def _touched(laid: Schedule, item: Item) -> list[Key]:
     """The memory that an inserted call reads or makes."""
     if item.kind not in ("run", "again"):
-        return [(item.node, state) for state in states(laid.images[item.node].image, item.kind)]
+        return laid.touched(item)
     # a view of kept memory may be taken again: the memory is the first run's
-    return [
-        (owner, "again" if owner in laid.again or owner in laid.images else "first")
-        for owner in touched(laid.step, item.node)
-    ]
+    return [(owner, laid.backward_state(owner)) for owner in touched(laid.step, item.node)]

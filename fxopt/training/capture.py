@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from ..ir.errors import CaptureError
 from ..ir.site import Site
 from ..passes.activation.cut_cross_entropy import LOSS, scale_in_place
-from .heads import Heads
+from .heads import Cut, Heads
 from .huggingface import value_free_masks
 from .random import eager_dropout
 
@@ -56,12 +56,10 @@ class Joint:
 
 
 @contextmanager
-def joint(
-    model: nn.Module, inputs: Mapping[str, Any], cut: Mapping[str, int] | None = None
-) -> Generator[Joint]:
+def joint(model: nn.Module, inputs: Mapping[str, Any], cut: Cut | None = None) -> Generator[Joint]:
     """Trace one step of `model(**inputs)` in the modes that its modules are in.
 
-    Heads whose keys are in `cut` have their loss computed without logits, so many rows at a time.
+    Heads whose keys are in `cut` have their loss computed without logits, as it says.
     `Joint.build` works inside the context only. CaptureError when the step cannot be traced:
     values decide what is run, say, or an input that needs a gradient is changed in place.
     """
@@ -117,9 +115,7 @@ class _Step(nn.Module):
     as the logits.
     """
 
-    def __init__(
-        self, model: nn.Module, constants: Mapping[str, Any], cut: Mapping[str, int]
-    ) -> None:
+    def __init__(self, model: nn.Module, constants: Mapping[str, Any], cut: Cut) -> None:
         super().__init__()
         self.model = model
         self.constants = constants

@@ -103,6 +103,8 @@ def _taken(offer: Offer, bytes_: int) -> str:
     form, seconds = offer.treatment, _time(offer.cost.seconds)
     if not isinstance(form, Form):
         return f"{_size(bytes_)} less to save; alone it takes {seconds} to run again"
+    if form.image.shares:
+        return f"{_size(bytes_)} less to save: in {seconds} it is made of what the norm returned"
     if form.host:
         where, what = f"{_size(form.host)} wait in host memory", "standing still for copies"
         if form.image.pack:

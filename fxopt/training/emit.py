@@ -73,16 +73,21 @@ def _write(graph: fx.Graph, scheduled: Schedule, written: _Written) -> None:
             if item.kind == "again":
                 written.copies[item.node] = _copy(graph, item.node, written.copies)
             else:
-                _image(graph, item, scheduled.images[item.node].image, written)
+                _image(graph, item, scheduled, written)
         while (made := made.next) is not item.before:
             made.meta[POINT] = point
 
 
-def _image(graph: fx.Graph, item: Item, image: Image, written: _Written) -> None:
+def _image(graph: fx.Graph, item: Item, scheduled: Schedule, written: _Written) -> None:
     """Insert one of the calls that make, or read, an image."""
     node = item.node
+    image = scheduled.images[node].image
     if item.kind == "pack":
         written.packed[node] = written.parts[node] = _pack(graph, node, image)
+    elif image.shares:
+        given = (written.copies.get(n, n) if n else None for n in scheduled.step.shared[node])
+        arguments = (*given, *image.unpack_arguments)
+        written.copies[node] = _like(graph, node, image.unpack, arguments)
     elif item.kind == "unpack":
         parts = written.back[node] if image.carrier else written.parts[node]
         arguments = (*parts, *image.unpack_arguments)

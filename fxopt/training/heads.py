@@ -23,16 +23,27 @@ from ..ir.site import LossHeadInfo, Site
 from .logits import MATMUL, RESHAPES, VIEWS, WRITES, Head, Logits, follow, operands_of
 
 Loss = Callable[..., Tensor]
-"""`linear_cross_entropy(hidden, weight, labels, bias, *, ignore_index, ..., chunk)`."""
+"""`linear_cross_entropy(hidden, weight, labels, bias, *, ignore_index, ..., chunk,
+filter_eps)`."""
 NEAR = 1e-6
 """A factor that is this near to 1 is 1."""
 
 
 class HeadCut(NamedTuple):
-    """Rows at a time of a loss without logits, and the seconds that it adds to a step."""
+    """Rows at a time of a loss without logits, and the seconds that it adds to a step.
+
+    With `filter_eps` the backward leaves out the classes whose gradient is smaller. Probabilities
+    below it have squares that add up to less than it, where the label's gradient is about 1: all
+    gradients are expected to be off by `error`, its root.
+    """
 
     chunk: int
     seconds: float = 0.0
+    filter_eps: float = 0.0
+
+    @property
+    def error(self) -> float:
+        return self.filter_eps**0.5
 
 
 Cut = Mapping[str, HeadCut]
@@ -40,10 +51,10 @@ Cut = Mapping[str, HeadCut]
 
 
 class Heads(TorchFunctionMode):
-    """Finds heads in what runs under it; losses of those that `cut` names, with the rows that are
-    to be taken at a time, are computed by `loss`."""
+    """Finds heads in what runs under it; losses of those that `cut` names are computed by `loss`,
+    as it says."""
 
-    def __init__(self, cut: Mapping[str, int], loss: Loss, module: Callable[[], str]) -> None:
+    def __init__(self, cut: Cut, loss: Loss, module: Callable[[], str]) -> None:
         super().__init__()
         self._cut, self._loss, self._module = cut, loss, module
         self._known: dict[int, tuple[Tensor, Logits]] = {}
@@ -120,7 +131,7 @@ class Heads(TorchFunctionMode):
         head.cut = True
         return self._computed(logits, said, self._cut[key])
 
-    def _computed(self, logits: Logits, said: dict[str, Any], chunk: int) -> Tensor:
+    def _computed(self, logits: Logits, said: dict[str, Any], cut: HeadCut) -> Tensor:
         head, target = logits.head, said["target"]
         hidden, weight, bias = head.operands()
         scale = logits.scale
@@ -142,7 +153,8 @@ class Heads(TorchFunctionMode):
                 label_smoothing=said["label_smoothing"],
                 softcap=logits.cap,
                 reduction=said["reduction"],
-                chunk=chunk,
+                chunk=cut.chunk,
+                filter_eps=cut.filter_eps,
             )
         return loss.to(dtype).reshape(target.shape if said["reduction"] == "none" else ())
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..ir.evidence import Holder
 from ..ir.saved import Image
 from ..passes.activation.cut_cross_entropy import EARLY
-from .forms import OUTWARD, Call, State, states
+from .forms import OUTWARD, Call, State
 from .schedule import Schedule
 from .step import Step, storage_of
 
@@ -115,8 +115,7 @@ def _touched(laid: Schedule, i: int) -> Iterator[Piece]:
     """The memory that an item reads or makes; of the placeholders only gradients count."""
     item, step = laid.items[i], laid.step
     if item.kind not in ("run", "again"):
-        for state in states(laid.images[item.node].image, item.kind):
-            yield item.node, state
+        yield from laid.touched(item)
         return
     in_backward = item.kind == "again" or item.node not in step.inside
     for source in (*step.reads[item.node], item.node):
@@ -127,8 +126,7 @@ def _touched(laid: Schedule, i: int) -> Iterator[Piece]:
             yield owner, "image"
             continue
         # a view of kept memory may be taken again: the memory is the first run's
-        again = in_backward and (owner in laid.again or owner in laid.images)
-        yield owner, "again" if again else "first"
+        yield owner, laid.backward_state(owner) if in_backward else "first"
 
 
 def _replaced(laid: Schedule, owner: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from ..ir.plan import KEEP, Alternative, Decision
 from ..ir.rewrite import element_size
 from ..ir.site import LossHeadInfo, Site
 from ..ir.units import format_value
+from ..passes.activation.cut_cross_entropy import filter_eps
 from .planned import Layout
 
 
@@ -33,12 +34,15 @@ def head_notes(layout: Layout) -> list[str]:
 def _cut(layout: Layout, site: Site) -> Decision:
     head, info = layout.cut[site.key], _info(site)
     proposals = layout.saved.proposed(site.key)
-    chosen = next(p for p in proposals if _chunk(p) == head.chunk)
+    wanted = head.chunk, head.filter_eps
+    chosen = next(p for p in proposals if (_chunk(p), filter_eps(p.candidate)) == wanted)
     reason = (
         f"{_size(_bytes(info))} of logits are not stored, nor their gradient: "
         f"{head.chunk} of {info.rows} rows at a time; within rounding of the original"
     )
     reason += "; the step returns None in place of the logits" if info.returned else ""
+    if head.filter_eps:
+        reason += f"; classes whose gradient is below {head.filter_eps:.2g} share one product"
     others = [_alternative(p, "slower, or too large") for p in proposals if p is not chosen]
     keep = Alternative(
         rewrite=KEEP,
@@ -54,7 +58,7 @@ def _cut(layout: Layout, site: Site) -> Decision:
         label=chosen.candidate.label,
         parameters=dict(chosen.candidate.parameters),
         cost=Cost(seconds=head.seconds, temporary_bytes=_workspace(chosen)),
-        error=0.0,
+        error=layout.scale * head.error,
         reason=reason,
         alternatives=[keep, *others],
     )

@@ -130,6 +130,29 @@ def peak(module: nn.Module, inputs: Inputs) -> int:
         return peak_live_bytes(lambda: step(module, inputs), device_of(module))
 
 
+def libraries(module: nn.Module, inputs: Inputs) -> int:
+    """Bytes that a step leaves to the libraries it called: on CUDA cuBLAS keeps a workspace for
+    each stream and thread that multiplied matrices on it. 0 on a CPU."""
+    device = device_of(module)
+    if device.type != "cuda":
+        return 0
+    with untouched(module):
+        give_back(device)
+        before = torch.cuda.memory_allocated(device)
+        step(module, inputs)
+        _clear(module)
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.memory_allocated(device) - before)
+
+
+def give_back(device: torch.device) -> None:
+    """Free the workspaces that libraries keep, of streams and threads that are used no more too;
+    the next product on each makes its own again."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportPrivateUsage]
+
+
 def watched(module: nn.Module, inputs: Inputs, probe: Probe) -> None:
     """One more step, op by op, of which `probe` remembers how many bytes were alive when."""
     with untouched(module), probe.watching(device_of(module)):

@@ -53,12 +53,12 @@ def optimize(
 ) -> TrainingModule:
     """A module whose training step on inputs like `example` keeps `budget`, as measured.
 
-    `memory` is parameters and buffers plus the most bytes that a step ever has alive beyond
-    them: activations, temporaries, gradients (`.grad` empty before) and the outputs, which the
-    caller holds. `activations` is that peak without the bytes of all gradients. With a
-    `relative_error` row the backward may read rounded tensors: the norm of what the gradients of
-    all parameters are off by, relative to theirs in eager, on the example. Raises BudgetError (with
-    `.best`) naming the op at the peak when no plan is small enough.
+    `memory` is parameters and buffers, on CUDA what libraries keep from call to call, plus the most
+    bytes that a step ever has alive beyond them: activations, temporaries, gradients (`.grad` empty
+    before) and the outputs, which the caller holds. `activations` is that peak without the bytes of
+    all gradients. With a `relative_error` row the backward may read rounded tensors: the norm of
+    what the gradients of all parameters are off by, relative to theirs in eager, on the example.
+    Raises BudgetError (with `.best`) naming the op at the peak when no plan is small enough.
     """
     session = _Session(model, budget, example, workload, keep, rewrites, time_limit, stage)
     return session.optimize()
@@ -129,6 +129,7 @@ class _Session:
         self.gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self.notes: list[str] = []
         self._stage = stage
+        self.libraries = 0
         self.before = self._original()
         self.reserve = 1.0
         self.scale = 1.0
@@ -137,7 +138,9 @@ class _Session:
         """The peak of the original's step, None where the device cannot hold it."""
         try:
             with self._stage("measuring"):
-                return measure.peak(self.model, self.inputs)
+                peak = measure.peak(self.model, self.inputs)
+                self.libraries = measure.libraries(self.model, self.inputs)
+                return peak
         except torch.OutOfMemoryError:
             if self.budget.relative_error:
                 raise FxoptError(
@@ -146,7 +149,19 @@ class _Session:
                     "or plan for a smaller batch"
                 ) from None
             self.notes.append("the original's step does not fit the device: nothing to compare")
+            self.libraries = self._of_a_product()
             return None
+
+    def _of_a_product(self) -> int:
+        """What libraries keep of one layer, where the model's own step cannot be run."""
+        like = next(self.model.parameters())
+        layer = nn.Linear(16, 16, device=like.device, dtype=like.dtype)
+        return measure.libraries(layer, {"input": torch.ones_like(layer.weight)})
+
+    @property
+    def held(self) -> int:
+        """Bytes that are there before a step: parameters, buffers, what libraries keep."""
+        return self.weights + self.libraries
 
     def planned(self, error: float | None = None) -> tuple[Run, Layout]:
         """The fastest step within the rows by what is known so far, or that may err so much."""
@@ -223,6 +238,7 @@ class _Session:
         ceiling = max(self.limit, float(layout.plan.peak))
         module = TrainingModule(self.model, Further(self.request, ceiling, self.error, layout.cut))
         module.adopt(self.inputs, run)
+        measure.give_back(measure.device_of(self.model))  # of the streams that ops were timed on
         notes = [*self.notes, *head_notes(layout)]
         measured: dict[str, float] = {"peak": measure.peak(module, self.inputs)}
         if self.before is not None:
@@ -256,7 +272,8 @@ class _Session:
         error = eager.gradient_error(found)
         if rounded:
             worst, by = eager.difference(found)
-            return f"the backward reads rounded tensors: {worst} is off most, by {by:.2g}", error
+            what = "reads rounded tensors" if layout.plan.images else "leaves out small gradients"
+            return f"the backward {what}: {worst} is off most, by {by:.2g}", error
         if off == 0.0:
             return "outputs, gradients, buffers and random state are bit-equal to eager's", error
         return f"{name} differs most from eager's, by a relative {off:.2g}", error
@@ -265,7 +282,7 @@ class _Session:
         """What the rows say of a step's peak beyond parameters and buffers."""
         if peak is None:
             return [(name, None) for name in ROWS]
-        return list(zip(ROWS, (self.weights + peak, peak - self.gradients), strict=True))
+        return list(zip(ROWS, (self.held + peak, peak - self.gradients), strict=True))
 
     def plan_of(self, layout: Layout, measured: Mapping[str, float]) -> Plan:
         """The plan of a layout; `measured` has "peak", "relative_error", "before" and "latency"
@@ -286,12 +303,12 @@ class _Session:
                 RowResult("latency", None, slow, measured["latency"], "s", measured["before"])
             )
         made = plan_of(layout, self.request.workload, self.budget, rows, self.model, self.notes)
-        made.memory = memory_of(layout, self.weights, *self._allowed())
+        made.memory = memory_of(layout, self.held, *self._allowed())
         return made
 
     def _allowed(self) -> tuple[float, str]:
         """What the tightest byte row allows beyond parameters and buffers, and its name."""
-        more = dict(zip(ROWS, (-self.weights, self.gradients), strict=True))
+        more = dict(zip(ROWS, (-self.held, self.gradients), strict=True))
         return min((limit + more[n], n) for n, limit in self.limits.items() if n in more)
 
     def _too_small(
@@ -303,7 +320,7 @@ class _Session:
             f"no plan keeps {worst.name}: the smallest measured "
             f"{format_value(worst.measured, 'bytes')}, the limit is "
             f"{format_value(worst.limit, 'bytes')}. Its peak stands at {layout.widest}, with "
-            f"{format_value(self.weights, 'bytes')} of parameters and buffers and "
+            f"{format_value(self.held, 'bytes')} of parameters, buffers and workspaces and "
             f"{format_value(self.gradients, 'bytes')} of gradients beside the "
             f"activations; give more memory{more} or a smaller batch. "
             "The smallest plan is in .best",

@@ -96,7 +96,7 @@ def planned(
                 step.temporary = workspaces(step, device_of(model))
             saved = saved_tensors(
                 step, costs, request.rewrites, request.workload, request.keep, costs.prior,
-                heads=traced.heads, cut=cut,
+                heads=traced.heads, cut=cut, weights=dict(model.named_parameters()),
             )  # fmt: skip
             saved.host = HOST_SHARE * host_memory()
             costs.save()
@@ -107,7 +107,7 @@ def planned(
         found.append(Layout(saved, plan, calls, widest, structure, probe, cut))
         return partition(graph, calls, count)
 
-    with joint(model, inputs, {key: head.chunk for key, head in cut.items()}) as traced:
+    with joint(model, inputs, cut) as traced:
         run = traced.build(halves, partial(executable, probe=probe))
     return run, found[0]
 

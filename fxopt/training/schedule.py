@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from . import alive
-from .forms import Call, Form
+from .forms import Call, Form, State, states
 from .lifetimes import is_part
 from .link import Copies, copies
 from .step import Step
@@ -64,6 +64,18 @@ class Schedule:
     def live(self) -> np.ndarray:
         """Bytes alive at each node of the unchanged step, in its order; see `alive.live`."""
         return alive.live(self)
+
+    def touched(self, item: Item) -> list[tuple[fx.Node, State]]:
+        """The memory that a call for an image reads or makes."""
+        image = self.images[item.node].image
+        if not image.shares:
+            return [(item.node, state) for state in states(image, item.kind)]  # pyright: ignore
+        read = (self.step.owner[n] for n in made_of(self.step, item.node) if n.op != "placeholder")
+        return [(item.node, "again"), *((owner, self.backward_state(owner)) for owner in read)]
+
+    def backward_state(self, owner: fx.Node) -> State:
+        """Which memory of an owner the backward reads: what it made again, or the forward's."""
+        return "again" if owner in self.again or owner in self.images else "first"
 
     def runs_again(self) -> list[fx.Node]:
         """The ops that are paid for a second time; views and parts of results are free."""
@@ -117,6 +129,7 @@ def schedule(
 
     extras = _packs(step, images)
     replaced = {owner for owner, form in images.items() if form.image.replaces}
+    shared = {owner for owner, form in images.items() if form.image.shares}
     made: set[fx.Node] = set()
     place = step.lifetimes.place
     needs: dict[fx.Node, list[fx.Node]] = {}
@@ -130,10 +143,13 @@ def schedule(
             needed.add(source)
             if source not in images:
                 waiting += reads[source]
+            elif source in shared:
+                waiting += made_of(step, source)
         _with_parts(needed, lambda n: made_again(n) and n not in images)
         made |= needed
         if needed:
-            needs[node] = sorted(needed, key=place.__getitem__)
+            # after what it is made of, which the forward makes later
+            needs[node] = sorted(needed, key=lambda n: (step.owner.get(n) in shared, place[n]))
     wait = 0.0
     if any(form.image.carrier for form in images.values()):
         placed = _copies(step, extras, needs, images)
@@ -168,7 +184,7 @@ def _packs(step: Step, images: Mapping[fx.Node, Form]) -> Extras:
     known = step.lifetimes
     following = (*step.forward[1:], step.backward[0])
     extras: Extras = {}
-    for owner in images:
+    for owner in (o for o, form in images.items() if not form.image.shares):
         maker = step.maker(owner)
         # other results of the op are taken before
         near = [known.place[u] for u in maker.users if is_part(u, maker)]
@@ -188,8 +204,13 @@ def _back(form: Form | None) -> tuple[Kind, ...]:
     """The calls that make memory again; the copies of an image began before."""
     if form is None:
         return ("again",)
-    packed: tuple[Kind, ...] = ("unpack",) if form.image.pack else ()
+    packed: tuple[Kind, ...] = ("unpack",) if form.image.unpack else ()
     return ("arrive", *packed) if form.image.carrier else packed
+
+
+def made_of(step: Step, owner: fx.Node) -> list[fx.Node]:
+    """The nodes that an owner is made of in the backward if it waits as nothing of its own."""
+    return [node for node in step.shared[owner] if node is not None]
 
 
 def _with_parts(needed: set[fx.Node], made_again: Callable[[fx.Node], bool]) -> None:

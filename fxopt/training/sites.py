@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,12 +19,13 @@ from ..ir.errors import PlanError
 from ..ir.names import select
 from ..ir.rewrite import Rewrite
 from ..ir.saved import AGAIN, MARK, Image
-from ..ir.site import SavedInfo, Site
+from ..ir.site import NormInfo, SavedInfo, Site
 from ..ir.workload import Train, scenarios
 from ..passes.activation.cut_cross_entropy import EARLY
 from .derivatives import derivative_of, whole
 from .forms import Form, Treatment, parts_of, waiting
 from .heads import Cut
+from .norms import norms_of
 from .pricing import op_call
 from .schedule import schedule
 from .step import Step, node_key
@@ -95,11 +96,13 @@ def saved_tensors(
     *,
     heads: Sequence[Site] = (),
     cut: Cut | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Saved:
     """Price the forward's ops and ask every rewrite about every saved tensor and head.
 
     In a step with heads that are `cut` a name in `keep` may be that of a tensor which is no more.
-    `prior` prices the ops that nobody would run again, which need not be timed.
+    `prior` prices the ops that nobody would run again, which need not be timed. `weights` are the
+    model's parameters by name; without them no norm divides by its own.
     """
     calls = {n: op_call(n) for n in schedule(step, step.saved).runs_again()}
     seconds = {node: _seconds(model, [call]) for node, call in calls.items()}
@@ -109,7 +112,10 @@ def saved_tensors(
     owners = dict(list(keyed.items())[: len(step.saved)])
     others = dict(list(keyed.items())[len(step.saved) :])
     again = {k: [] if step.blocked(step.maker(o)) else _runs(step, o) for k, o in owners.items()}
-    sites = {k: _site(step, k, o, [calls[n] for n in again[k]]) for k, o in owners.items()}
+    norms = norms_of(step, weights or {})
+    sites = {
+        k: _site(step, k, o, [calls[n] for n in again[k]], norms.get(o)) for k, o in owners.items()
+    }
     alone = {key: sum(seconds[n] for n in nodes) for key, nodes in again.items()}
     asked = [*sites.values(), *heads]
     keep = [name for name in keep if not cut or _is_one(name, [site.key for site in asked])]
@@ -148,7 +154,9 @@ def _runs(step: Step, owner: fx.Node) -> list[fx.Node]:
     return schedule(step, [owner]).runs_again()
 
 
-def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site:
+def _site(
+    step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall], norm: NormInfo | None
+) -> Site:
     value: Tensor = owner.meta["val"]
     info = SavedInfo(
         tuple(map(int, value.shape)),
@@ -161,6 +169,7 @@ def _site(step: Step, key: str, owner: fx.Node, calls: Sequence[OpCall]) -> Site
         step.blocked(step.maker(owner)),
         tuple(calls),
         derivative_of(step, owner),
+        norm,
     )
     # gradients that wait for the backward to begin are read first thing: nothing else pays
     early = info.blocked if step.maker(owner).target is EARLY else None
@@ -204,6 +213,11 @@ def _form(
     saved bytes rounded alike gives gradients that are off by as much as the tensors.
     """
     value: Tensor = owner.meta["val"]
+    share = step.bytes[owner] / sum(step.bytes[o] for o in step.saved)
+    error = share * image.rounding**2
+    if image.shares:
+        beside = max(call.temporary_bytes for call in calls)
+        return Form(image, label, 0, 0, int(beside), _seconds(model, calls), error)
     host, here = 0, 0
     for part in waiting(image, value):
         size = part.untyped_storage().nbytes()
@@ -213,7 +227,6 @@ def _form(
     work = [call for call in calls if not call.host_bytes]
     runs = work if value.device.type == "cpu" else []
     packing, unpacking = map(_workspace, runs) if runs else (0, 0)
-    share = step.bytes[owner] / sum(step.bytes[o] for o in step.saved)
     return Form(
         image,
         label,
@@ -221,7 +234,7 @@ def _form(
         packing,
         unpacking,
         _seconds(model, work),
-        share * image.rounding**2,
+        error,
         host,
         _seconds(model, copies) / 2,
         sum(part.nbytes for part in parts_of(image, value)) if image.pack else 0,

@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 from ..ir.errors import CaptureError
 from ..passes.activation.cut_cross_entropy import EARLY, workspace_of
 from .capture import module_of
+from .casts import merge_casts
 from .lifetimes import Lifetimes, storage_of
 from .link import Clock
+from .norms import Sources, sources
 from .random import dropout_noise, is_random
 
 aten = torch.ops.aten
@@ -50,6 +52,7 @@ class Step:
         results = _results(graph)
         forward = _ancestors(results[:num_fwd_outputs])
         forward |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in forward}
+        merge_casts(graph, forward, set(results))
         _postpone(graph, forward)
         calls = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         owner = _owners(graph)
@@ -75,6 +78,11 @@ class Step:
         for node in self.backward:
             wanted |= {self.owner[n] for n in node.all_input_nodes if n in inside}
         return tuple(n for n in self.forward if n in wanted - self.outputs)
+
+    @cached_property
+    def shared(self) -> dict[fx.Node, Sources]:
+        """What owners can be made of again, from the output of a norm."""
+        return sources(self)
 
     @cached_property
     def readers(self) -> dict[fx.Node, list[fx.Node]]:

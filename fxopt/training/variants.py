@@ -7,6 +7,7 @@ taken.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from ..ir.plan import Plan
 from ..ir.site import LossHeadInfo
 from ..ir.units import format_value
 from ..ir.workload import Train, scenarios
-from ..passes.activation.cut_cross_entropy import OPS, rechunk
+from ..passes.activation.cut_cross_entropy import OPS, filter_eps, rechunk
 from .heads import Cut, HeadCut
 from .module import Inputs, Run
 from .planned import Layout, Request, as_decided, costs_of, fastest, planned
@@ -47,23 +48,24 @@ def fastest_step(
     begun = time.monotonic()
     whole = planned(model, inputs, request, fastest(limit, error), {})
     saved, plan = whole[1].saved, whole[1].plan
-    offers = {key: found for key in saved.heads if (found := saved.proposed(key))}
+    offers = {key: found for key in saved.heads if (found := _within(saved.proposed(key), error))}
     if not offers or (plan.peak <= limit and not plan.seconds):
         return whole
     if request.time_limit is not None:
         left = begun + request.time_limit - time.monotonic()
         request = replace(request, time_limit=max(left, 1e-3))
     costs = costs_of(model)
-    pick = _Chunks(_chunk_seconds(offers, costs, request.workload), limit, error)
-    first = {key: HeadCut(min(pick.seconds)) for key in offers}
+    eps = max(filter_eps(p.candidate) for found in offers.values() for p in found)
+    seconds = _chunk_seconds(offers, costs, request.workload)
+    first = {key: HeadCut(min(seconds), filter_eps=eps) for key in offers}
+    pick = _Chunks(seconds, limit, _left(error, first))
     run, layout = planned(model, inputs, request, pick, first)
     other = _others(saved.step, layout.saved.step, costs)
     costs.save()
     # never a gain: bits and logits are given up for bytes alone
     added = max(0.0, pick.seconds[pick.chosen] + other)
-    cut = {key: HeadCut(pick.chosen, added / len(offers)) for key in offers}
-    plan = replace(layout.plan, seconds=layout.plan.seconds + added)
-    without = run, replace(layout, plan=plan, cut=cut)
+    cut = {key: HeadCut(pick.chosen, added / len(offers), eps) for key in offers}
+    without = run, replace(layout, plan=_with_heads(layout.plan, cut), cut=cut)
     margin = WORTH * sum(saved.seconds.values())
     return whole if _suffices(whole[1].plan, without[1].plan, limit, margin) else without
 
@@ -72,14 +74,37 @@ def decided_step(model: nn.Module, inputs: Inputs, request: Request, plan: Plan)
     """The step that `plan` describes, without a search."""
     names = {r.name for r in request.rewrites if getattr(r, "groups", "") == LossHeadInfo.kind}
     cut = {
-        d.key: HeadCut(int(d.parameters["chunk"]), d.cost.seconds)
+        d.key: HeadCut(
+            int(d.parameters["chunk"]), d.cost.seconds, float(d.parameters.get("filter_eps", 0.0))
+        )
         for d in plan.rewritten
         if d.rewrite in names
     }
     run, layout = planned(model, inputs, request, as_decided(plan), cut)
+    return run, replace(layout, plan=_with_heads(layout.plan, cut))
+
+
+def _within(proposals: list[Proposal], error: float) -> list[Proposal]:
+    """The candidates for a head that leave out small gradients, where that was asked for and no
+    more than `error` is expected of it; else the exact ones."""
+    filtered = [p for p in proposals if (eps := filter_eps(p.candidate)) and eps <= error**2]
+    return filtered or [p for p in proposals if not filter_eps(p.candidate)]
+
+
+def _heads_error(cut: Cut) -> float:
+    return max((head.error for head in cut.values()), default=0.0)
+
+
+def _left(error: float, cut: Cut) -> float:
+    """What tensors may add to the error of heads; squares add up."""
+    return max(0.0, error**2 - _heads_error(cut) ** 2) ** 0.5
+
+
+def _with_heads(plan: StepPlan, cut: Cut) -> StepPlan:
+    """A plan with the seconds that its heads add, and their error."""
     added = sum(head.seconds for head in cut.values())
-    counted = replace(layout.plan, seconds=layout.plan.seconds + added)
-    return run, replace(layout, plan=counted)
+    error = math.hypot(plan.error, _heads_error(cut))
+    return replace(plan, seconds=plan.seconds + added, error=error)
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,7 @@ class Further:
     cut: Cut = field(default_factory=dict[str, HeadCut])
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Run:
-        pick = fastest(self.limit, self.error)
+        pick = fastest(self.limit, _left(self.error, self.cut))
         run, layout = planned(model, inputs, self.request, pick, self.cut)
         if layout.plan.peak > self.limit:
             shapes = {n: tuple(t.shape) for n, t in inputs.items() if isinstance(t, torch.Tensor)}

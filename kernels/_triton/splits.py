@@ -61,12 +61,14 @@ def _added(b_y, partial, o_y, m_y, first, M, N, SPLITS):
 def _sum_kernel(
     partial, bias, up_bias, residual, y, M, N, SPLITS,
     HAS_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PAIRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WAITS: tl.constexpr, STARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = partial [SPLITS, M, N] added in order, and what follows the product.
 
     PAIRED, `partial` has the parts of the second product behind those of the first.
     """
+    start_dependents(STARTS)
     o_y = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_y = o_y < M * N
     b_y = _bias(bias, o_y, m_y, N, HAS_BIAS)
@@ -81,11 +83,16 @@ def _sum_kernel(
     tl.store(y + o_y, b_y, mask=m_y)
 
 
-def add(partial: Tensor, bias: Tensor | None, y: Tensor, after: Epilogue = PLAIN) -> Tensor:
+def add(
+    partial: Tensor, bias: Tensor | None, y: Tensor, after: Epilogue = PLAIN, starts: bool = False
+) -> Tensor:
     """Fill y [..., N] with the sum of partial [splits, rows, N], always in the same order, and what
-    is done to it after. With `after.up` there are as many sums of the second product behind."""
+    is done to it after. With `after.up` there are as many sums of the second product behind.
+
+    `starts`: the next kernel waits for this one by itself, and so may start early.
+    """
     parts, rows, columns = partial.shape
-    up_bias = None if after.up is None else after.up[3]
+    up_bias = None if after.up is None else after.up[-1]
     block = 256 if partial[0].numel() <= 1 << 16 else 1024
     overlap = overlaps(y.device)
     _sum_kernel[(triton.cdiv(rows * columns, block),)](
@@ -93,7 +100,7 @@ def add(partial: Tensor, bias: Tensor | None, y: Tensor, after: Epilogue = PLAIN
         parts if after.up is None else parts // 2,
         HAS_BIAS=bias is not None, HAS_UP_BIAS=up_bias is not None, ACTIVATION=after.activation,
         PAIRED=after.up is not None, HAS_RESIDUAL=after.residual is not None,
-        WAITS=overlap, BLOCK=block, num_warps=block // 128,
+        WAITS=overlap, STARTS=starts and overlap, BLOCK=block, num_warps=block // 128,
         launch_pdl=overlap,
     )  # fmt: skip
     return y

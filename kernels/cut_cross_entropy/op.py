@@ -14,7 +14,7 @@ from fxopt.kernels._register import register
 
 from . import reference
 
-OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss"
+OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss, float filter_eps"
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 CHUNK = 1024
 """Rows whose logits exist at once: at 128k classes in 16 bits a quarter of a GiB."""
@@ -84,7 +84,7 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
         grad_loss, grad_lse, hidden, weight, bias, labels, lse, *ctx.options, needs, ctx.chunk
     )
     wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
-    return (*wanted, *[None] * 6)
+    return (*wanted, *[None] * 7)
 
 
 cut_cross_entropy = register(
@@ -126,7 +126,7 @@ def _sum_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     return (
         *(scaled(g, scale) if need else None for g, need in zip(gradients, needs, strict=True)),
-        *[None] * 8,
+        *[None] * 9,
     )
 
 
@@ -176,6 +176,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
     z_loss: float = 0.0,
+    filter_eps: float = 0.0,
     reduction: str = "mean",
     chunk: int = CHUNK,
 ) -> Tensor:
@@ -188,6 +189,10 @@ def linear_cross_entropy(
     the scale that a loss scaler brings, the backward makes them a second time. Under autocast
     operands are cast as those of `linear` are. On CUDA a label that is no class makes the loss
     nan.
+
+    With `filter_eps` (2^-12, say) gradients are approximate: a class whose gradient is smaller in
+    every row of a chunk takes no part in the two products of the backward (`filtered.py`). The host
+    waits once a chunk to know how many classes are left.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
@@ -196,7 +201,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    options = (ignore_index, label_smoothing, softcap, z_loss)
+    options = (ignore_index, label_smoothing, softcap, z_loss, filter_eps)
     needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     again = reduction == "none" or hidden.dtype == torch.float16
     if again or not torch.is_grad_enabled() or not any(needs):

@@ -128,13 +128,15 @@ def cut_cross_entropy(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
+    filter_eps: float,
     chunk: int,
     kernel: RowsKernel = rows,
 ) -> tuple[Tensor, Tensor]:
     """Loss [N] and log-sum-exp [N] of hidden [N, D], weight [V, D], bias [V], labels [N].
 
     Both in float32, or float64 if hidden is; logits are made in hidden's dtype, `chunk` rows at a
-    time.
+    time. `filter_eps` is of the backward: classes whose gradient in a chunk is nowhere as much,
+    times the largest that reaches a loss there, take no part in its products (`filtered.py`).
     """
     check(hidden, weight, bias, labels, chunk)
     options = Options(ignore_index, label_smoothing, softcap, z_loss)
@@ -154,6 +156,7 @@ def cut_cross_entropy_sum(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
+    filter_eps: float,
     needs: Sequence[bool],
     chunk: int,
     kernel: RowsKernel = rows,
@@ -169,11 +172,11 @@ def cut_cross_entropy_sum(
     loss, lse = _per_token(hidden), _per_token(hidden)
     count = (labels != ignore_index).sum().to(loss.dtype)
     upstream = _mean(count, lse) if mean else None
-    sums = Sums(hidden, weight, needs, chunk)
+    sums = _sums(hidden, weight, needs, chunk, filter_eps)
     for part, logits in _logits(hidden, weight, bias, chunk):
         reach = None if upstream is None else Upstream(*(t[part] for t in upstream))
         kernel(Rows(logits, labels[part], lse[part], loss[part], reach), options, any(needs))
-        sums.add(part, logits)
+        sums.add(part, logits, _least(reach, filter_eps))
     total = loss.sum() / count if mean else loss.sum()
     return total, count, *sums.gradients()
 
@@ -196,18 +199,36 @@ def cut_cross_entropy_backward(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
+    filter_eps: float,
     needs: Sequence[bool],
     chunk: int,
     kernel: RowsKernel = rows,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from those of loss and lse [N]; logits made again."""
     options = Options(ignore_index, label_smoothing, softcap, z_loss)
-    sums = Sums(hidden, weight, needs, chunk)
+    sums = _sums(hidden, weight, needs, chunk, filter_eps)
     for part, logits in _logits(hidden, weight, bias, chunk):
         upstream = Upstream(grad_loss[part], grad_lse[part])
         kernel(Rows(logits, labels[part], lse[part], None, upstream), options, True)
-        sums.add(part, logits)
+        sums.add(part, logits, _least(upstream, filter_eps))
     return sums.gradients()
+
+
+def _sums(
+    hidden: Tensor, weight: Tensor, needs: Sequence[bool], chunk: int, filter_eps: float
+) -> Sums:
+    if not filter_eps:
+        return Sums(hidden, weight, needs, chunk)
+    from .filtered import FilteredSums
+
+    return FilteredSums(hidden, weight, needs, chunk)
+
+
+def _least(upstream: Upstream | None, filter_eps: float) -> Tensor | float:
+    """What a gradient of a chunk's logits must be for its class to count."""
+    if upstream is None or not filter_eps:
+        return filter_eps
+    return filter_eps * upstream.loss.abs().amax()
 
 
 class Sums:
@@ -216,6 +237,8 @@ class Sums:
     def __init__(self, hidden: Tensor, weight: Tensor, needs: Sequence[bool], chunk: int) -> None:
         self.needs = needs
         self._operands = hidden, weight
+        self._begun = False
+        """Whether the weight's gradient holds anything yet."""
         wide = torch.float32 if narrow(hidden.dtype) else hidden.dtype
         many = wide_sum(len(hidden), chunk, hidden.dtype)
         # The weight's gradient has the weight's strides, as autograd wants to keep it.
@@ -227,13 +250,16 @@ class Sums:
         if len(hidden) == 0:
             self.weight.zero_()
 
-    def add(self, part: slice, gradient: Tensor) -> None:
-        """Take in the gradient [n, V] of the logits of the rows in `part`."""
+    def add(self, part: slice, gradient: Tensor, least: Tensor | float = 0.0) -> None:
+        """Take in the gradient [n, V] of the logits of the rows in `part`; `least` is of those that
+        leave out smaller ones."""
+        del least
         hidden, weight = self._operands
         if self.needs[0]:
             torch.mm(gradient, weight, out=self.hidden[part])
         if self.needs[1]:
-            _add_product(self.weight, gradient.t(), hidden[part], int(part.start > 0))
+            add_product(self.weight, gradient.t(), hidden[part], int(self._begun))
+            self._begun = True
         if self.needs[2]:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 
@@ -243,7 +269,7 @@ class Sums:
         return self.hidden, self.weight, self.bias
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     """total = beta total + a @ b, summed in the dtype of `total`; beta 0 does not read it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)
@@ -291,6 +317,7 @@ def workspace(
     softcap: float,
     needs: Sequence[bool],
     chunk: int,
+    filter_eps: float = 0.0,
 ) -> int:
     """Bytes that an op takes beside its results; tensors of N elements are not counted.
 
@@ -302,9 +329,15 @@ def workspace(
     many = needs[1] and wide_sum(len(hidden), chunk, hidden.dtype)
     wide = 4 if narrow(hidden.dtype) else hidden.element_size()
     found += len(weight) * wide * needs[2]
+    beside = 0
     if not hidden.is_cuda:
         copies = narrow(hidden.dtype) + bool(softcap and any(needs))
-        found += logits * wide * max(copies, int(many))
+        beside = logits * wide * max(copies, int(many))
+    if filter_eps:
+        from .filtered import filtered_bytes
+
+        beside = max(beside, filtered_bytes(hidden, weight, needs, chunk))
+    found += beside
     if not many:
         return found
     # the result is made from the wide sum when the chunks are done

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._epilogue import PLAIN, Epilogue
 from fxopt.kernels._triton import few_rows
 from fxopt.kernels._triton.common import overlaps
-from fxopt.kernels._triton.few_rows import Chain
+from fxopt.kernels._triton.epilogue import finished
+from fxopt.kernels._triton.few_rows import Chain, Other
 from fxopt.kernels._triton.splits import start_dependents
 
 from .reference import DTYPE, LARGEST, LEAST
@@ -56,25 +58,22 @@ def quantize_rows(x: Tensor, starts: bool = False) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _vector_kernel(
-    x, w, scale, bias, y, N, K,
-    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_ALL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y [N] = x [K] @ (w [N, K] * scale [N]).T, x rounded as `_quantize_rows_kernel` does.
-
-    Every program finds the scale of x anew, while its first bytes of w are on their way.
-    """
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r_n = tl.minimum(o_n, N - 1).to(tl.int64)
-    o_k = tl.arange(0, BLOCK_K)
+def _step(w, r_n, i_k, K, BLOCK_K: tl.constexpr):
+    """Columns from `i_k` on of rows `r_n` of w; zeros from K on."""
+    o_k = i_k + tl.arange(0, BLOCK_K)
     p_w = w + r_n[:, None] * K + o_k[None, :]
-    p_x = x + o_k[None, :]
     # Eight at once, as of x: both then lie in the same threads.
-    b_w = tl.load(tl.max_contiguous(p_w, [1, 8]), mask=(o_k < K)[None, :], other=0.0)
-    o_all = tl.arange(0, BLOCK_ALL)
-    b_all = tl.load(x + o_all, mask=o_all < K, other=0.0).to(tl.float32)
-    b_scale = tl.maximum(tl.max(tl.abs(b_all), 0) / LARGEST, LEAST)
+    return tl.load(tl.max_contiguous(p_w, [1, 8]), mask=(o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _product(
+    x, w, b_w, b_scale, r_n, K, LARGEST: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `r_n` of w [N, K] times x [K] over `b_scale`, rounded; `b_w` is the first step of w."""
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = x + o_k[None, :]
     b_y = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     for i_k in range(0, K, BLOCK_K):
         if EVEN:
@@ -84,13 +83,45 @@ def _vector_kernel(
             b_x = b_x.to(tl.float32) / b_scale
         b_x = tl.minimum(tl.maximum(b_x, -LARGEST), LARGEST).to(w.dtype.element_ty)
         b_product = b_w.to(tl.float32) * b_x.to(tl.float32)
-        m_w = (i_k + BLOCK_K + o_k < K)[None, :]
-        b_w = tl.load(tl.max_contiguous(p_w + i_k + BLOCK_K, [1, 8]), mask=m_w, other=0.0)
+        b_w = _step(w, r_n, i_k + BLOCK_K, K, BLOCK_K)
         b_y += tl.sum(tl.reshape(b_product, (BLOCK_N, BLOCK_K // 8, 8)), 2)
-    b_out = tl.sum(b_y, 1) * b_scale * tl.load(scale + r_n)
+    return tl.sum(b_y, 1)
+
+
+@triton.jit
+def _vector_kernel(
+    x, w, scale, bias, up_w, up_scale, up_bias, residual, y, N, K,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [N] = x [K] @ (w [N, K] * scale [N]).T, x rounded as `_quantize_rows_kernel` does, and what
+    follows the product.
+
+    Every program finds the scale of x anew, while its first bytes of w are on their way. PAIRED,
+    the rows of the second weight are read after those of the first.
+    """
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r_n = tl.minimum(o_n, N - 1).to(tl.int64)
+    b_w = _step(w, r_n, 0, K, BLOCK_K)
+    o_all = tl.arange(0, BLOCK_ALL)
+    b_all = tl.load(x + o_all, mask=o_all < K, other=0.0).to(tl.float32)
+    b_scale = tl.maximum(tl.max(tl.abs(b_all), 0) / LARGEST, LEAST)
+    b_y = _product(x, w, b_w, b_scale, r_n, K, LARGEST, EVEN, BLOCK_N, BLOCK_K)
+    b_y *= b_scale * tl.load(scale + r_n)
     if HAS_BIAS:
-        b_out += tl.load(bias + r_n).to(tl.float32)
-    tl.store(y + o_n, b_out.to(y.dtype.element_ty), mask=o_n < N)
+        b_y += tl.load(bias + r_n).to(tl.float32)
+    b_up = b_y
+    if PAIRED:
+        b_w = _step(up_w, r_n, 0, K, BLOCK_K)
+        b_up = _product(x, up_w, b_w, b_scale, r_n, K, LARGEST, EVEN, BLOCK_N, BLOCK_K)
+        b_up *= b_scale * tl.load(up_scale + r_n)
+        if HAS_UP_BIAS:
+            b_up += tl.load(up_bias + r_n).to(tl.float32)
+    m_n = o_n < N
+    dtype: tl.constexpr = y.dtype.element_ty
+    b_y = finished(b_y, b_up, residual + o_n, m_n, dtype, ACTIVATION, PAIRED, HAS_RESIDUAL)
+    tl.store(y + o_n, b_y, mask=m_n)
 
 
 class Vector(NamedTuple):
@@ -106,7 +137,12 @@ LONGEST = 16384
 
 
 def one_row(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, chosen: Vector | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    chosen: Vector | None = None,
+    after: Epilogue = PLAIN,
 ) -> Tensor:
     """As the reference, for one row of up to LONGEST elements, in one launch.
 
@@ -117,18 +153,36 @@ def one_row(
     block_k = min(1024, triton.next_power_of_2(max(in_features, 16)))
     v = chosen or Vector(4 if in_features <= 8192 else 8, block_k)
     y = x.new_empty((*x.shape[:-1], out_features))
+    residual, up = _contiguous(after)
     _vector_kernel[(triton.cdiv(out_features, v.block_n),)](
-        x.contiguous(), weight.contiguous(), scale.contiguous(), bias, y, out_features,
+        x.contiguous(), weight.contiguous(), scale.contiguous(), bias, *up,
+        y if residual is None else residual, y, out_features,
         in_features, LARGEST=LARGEST, LEAST=LEAST, HAS_BIAS=bias is not None,
-        EVEN=in_features % v.block_k == 0, BLOCK_ALL=triton.next_power_of_2(in_features),
+        HAS_UP_BIAS=up[2] is not None, ACTIVATION=after.activation, PAIRED=after.up is not None,
+        HAS_RESIDUAL=residual is not None, EVEN=in_features % v.block_k == 0,
+        BLOCK_ALL=triton.next_power_of_2(in_features),
         BLOCK_N=v.block_n, BLOCK_K=v.block_k, num_warps=v.warps,
     )  # fmt: skip
     return y
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, after: Epilogue = PLAIN
+) -> Tensor:
     """As the reference, for up to 16 rows of x, on devices that have e4m3."""
     rows, own = quantize_rows(x.reshape(-1, x.shape[-1]), starts=True)
     y = x.new_empty((*x.shape[:-1], len(weight)))
-    scales = own, scale.contiguous()
-    return few_rows.linear(rows, weight.contiguous(), bias, y, Chain(waits=True), scales)
+    scales, waits = (own, scale.contiguous()), Chain(waits=True)
+    residual, (up, up_scale, up_bias) = _contiguous(after)
+    other = None if up is None else Other(up, up_bias, rows, up_scale)
+    after = Epilogue(after.activation, residual)
+    return few_rows.linear(
+        rows, weight.contiguous(), bias, y, waits, scales, after=after, other=other
+    )
+
+
+def _contiguous(after: Epilogue) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """The residual and the tensors of the second weight, None where there is none."""
+    tensors = (after.residual, *(after.up or (None, None, None)))
+    residual, *up = (None if t is None else t.contiguous() for t in tensors)
+    return residual, tuple(up)

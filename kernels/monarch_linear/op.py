@@ -75,7 +75,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_right, needs_left, needs_bias = needs[:4]
     x, right, left, *bias = ctx.saved_tensors
     grad_residual = grad if needs[5] else None
-    x = x.to(right.dtype)  # under autocast they differ
     if bias:
         product = monarch_linear(x, right, left, *bias)
         grad = activate_backward(grad.to(product.dtype), product, ctx.activation)
@@ -103,4 +102,5 @@ monarch_linear = register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    casts=("x", "right", "left", "bias"),
 )

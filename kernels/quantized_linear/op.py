@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._epilogue import activate, activate_backward, apart, out_dtype
+from fxopt.kernels._epilogue import apart, out_dtype, product_gradients
 from fxopt.kernels._register import register
-from fxopt.kernels.gated import ACTIVATIONS, gated
+from fxopt.kernels.gated import follow
 
 from . import reference
 
@@ -55,30 +55,26 @@ def _cuda(
         after, residual = apart(x.dtype, after)
         y = triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size, after=after)
         return y if residual is None else (y + residual).contiguous()
-    activation, residual, up = after
-    y = _product(x, packed, scale, zero, bias, bits, group_size)
-    if up is not None and activation in ACTIVATIONS:
-        y = gated(y, _product(x, *up, bits, group_size), activation)
-    else:
-        y = activate(y, activation)
-        y = y if up is None else y * _product(x, *up, bits, group_size)
-    return y if residual is None else (y + residual).contiguous()
+    y = _product(bits, group_size, x, packed, scale, zero, bias)
+    up = None if after.up is None else _product(bits, group_size, x, *after.up)
+    return follow(y, after.activation, up, after.residual)
 
 
 def _product(
+    bits: int,
+    group_size: int,
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
     zero: Tensor,
     bias: Tensor | None,
-    bits: int,
-    group_size: int,
 ) -> Tensor:
     from . import triton
 
     if x.numel() <= FUSED_ROWS * x.shape[-1]:
         return triton.quantized_linear(x, packed, scale, zero, bias, bits, group_size)
-    return F.linear(x, triton.dequantize(packed, scale, zero, bits, group_size), bias).contiguous()
+    weight = triton.dequantize(packed, scale, zero, bits, group_size)
+    return F.linear(x, weight.to(x.dtype), bias).contiguous()
 
 
 def _fake(
@@ -113,17 +109,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_up_bias = None
     if again:
         x, bias, *up = again
-        x = x.to(scale.dtype)  # under autocast they differ, as do products and outputs
         y = quantized_linear(x, packed, scale, zero, bias, *grid)
-        grad = grad.to(y.dtype)
-        if up[0] is not None:
-            grad_up = grad * activate(y, ctx.activation)
-            grad = grad * quantized_linear(x, *up, *grid)
+        other = None if up[0] is None else quantized_linear(x, *up, *grid)
+        grad, grad_up = product_gradients(grad.to(y.dtype), ctx.activation, y, other)
+        if grad_up is not None and up[0] is not None:
             if needs[0]:
                 weight = reference.dequantize(up[0], up[1], up[2], *grid)
                 grad_x = grad_up.to(scale.dtype) @ weight
             grad_up_bias = _of_bias(grad_up) if needs[12] else None
-        grad = activate_backward(grad, y, ctx.activation)
     if needs[0]:
         product = grad.to(scale.dtype) @ reference.dequantize(packed, scale, zero, *grid)
         grad_x = product if grad_x is None else grad_x + product
@@ -144,4 +137,5 @@ quantized_linear = register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    casts=("x", "bias", "up_bias"),
 )

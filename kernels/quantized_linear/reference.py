@@ -98,10 +98,11 @@ def quantized_linear(
     """
     after = epilogue(activation, residual, up_packed, up_scale, up_zero, up_bias)
     check(x, packed, scale, bits, group_size, after)
-    weight = dequantize(packed, scale, zero, bits, group_size)
+    # Under autocast x differs from the scale.
+    weight = dequantize(packed, scale, zero, bits, group_size).to(x.dtype)
     y = activate(F.linear(x, weight, bias), activation)
     if up_packed is not None and up_scale is not None and up_zero is not None:
-        weight = dequantize(up_packed, up_scale, up_zero, bits, group_size)
+        weight = dequantize(up_packed, up_scale, up_zero, bits, group_size).to(x.dtype)
         y = y * F.linear(x, weight, up_bias)
     return (y if residual is None else y + residual).contiguous()
 

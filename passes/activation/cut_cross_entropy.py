@@ -35,7 +35,7 @@ from fxopt.kernels.cut_cross_entropy.op import cut_cross_entropy_backward, scale
 from fxopt.kernels.cut_cross_entropy.reference import workspace
 from fxopt.passes.activation.unchanged import Unchanged
 
-__all__ = ["LOSS", "CutCrossEntropy", "rechunk", "scale_in_place", "workspace_of"]
+__all__ = ["LOSS", "CutCrossEntropy", "filter_eps", "rechunk", "scale_in_place", "workspace_of"]
 
 OPS = (cut_cross_entropy, cut_cross_entropy_sum, cut_cross_entropy_backward)
 EARLY = cut_cross_entropy_sum
@@ -99,7 +99,7 @@ class CutCrossEntropy(Unchanged):
                 flops=2.0 * products * info.rows * info.features * info.classes,
                 bytes_read=float(passes * products * weight + 4 * logits),
                 bytes_written=float(2 * logits),
-                temporary_bytes=workspace(of, head, 0.0, needs, chunk),
+                temporary_bytes=workspace(of, head, 0.0, needs, chunk, filter_eps(candidate)),
                 launches=passes * (products + 1),
                 run=_runner(info, chunk),
             )
@@ -120,6 +120,11 @@ def _info(match: Match) -> LossHeadInfo:
 
 def _chunk(candidate: Candidate) -> int:
     return int(candidate.parameters["chunk"])
+
+
+def filter_eps(candidate: Candidate) -> float:
+    """The least gradient of a loss by a logit that counts; 0: all do."""
+    return float(candidate.parameters.get("filter_eps", 0.0))
 
 
 def _runner(info: LossHeadInfo, chunk: int) -> Any:
@@ -147,9 +152,10 @@ def workspace_of(node: fx.Node) -> int:
         return 0
     values: list[Any] = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
     start = 2 if node.target is cut_cross_entropy_backward else 0
-    needs = [False] * 3 if node.target is cut_cross_entropy else values[-2]
-    softcap = values[-3] if node.target is cut_cross_entropy else values[-4]
-    return workspace(values[start], values[start + 1], softcap, needs, values[-1])
+    needs, eps, softcap = values[-2], values[-3], values[-5]
+    if node.target is cut_cross_entropy:
+        needs, eps, softcap = [False] * 3, 0.0, values[-4]
+    return workspace(values[start], values[start + 1], softcap, needs, values[-1], eps)
 
 
 def rechunk(graph: fx.Graph, chunk: int) -> None:

@@ -81,7 +81,8 @@ def following(opt: OptimizedModule) -> Counter[str]:
 
 
 def product_kwargs(node: Any) -> dict[str, Any]:
-    ops = ("fxopt.quantized_linear.default", "fxopt.monarch_linear.default")
+    kinds = ("quantized", "monarch", "low_rank", "fp8")
+    ops = {f"fxopt.{kind}_linear.default" for kind in kinds}
     return node.kwargs if str(node.target) in ops else {}
 
 
@@ -132,7 +133,15 @@ def test_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(parameter.grad, wanted[name])
 
 
-@pytest.mark.parametrize("chosen", [("linear.quantized", "int4"), ("linear.monarch",)])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("linear.quantized", "int4"),
+        ("linear.quantized", "fp8"),
+        ("linear.monarch",),
+        ("linear.low_rank",),
+    ],
+)
 def test_autocast_computes_the_same(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,15 +185,39 @@ def test_a_low_rank_part_is_added_by_the_product_beside_it() -> None:
     assert len(apart.nodes) == len(opt.program.graph.nodes) + len(chosen)
 
 
-def test_monarch_layers_activate_and_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, example = gpt2()
-    opt, _ = everywhere("linear.monarch", model, example)
-    assert following(opt) == {"activation": 3, "residual": 6}
+OTHERS = {
+    "monarch": ("linear.monarch",),
+    "low_rank": ("linear.low_rank",),
+    "fp8": ("linear.quantized", "fp8"),
+}
+SECOND = {
+    "monarch": {},
+    "low_rank": {"second_down": 2, "second_up": 2},
+    "fp8": {"up_weight": 2, "up_scale": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_other_layers_call_one_kernel(
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two weights at once where the op takes them."""
+    (rewrite, *label), (model, example) = OTHERS[kind], MODELS[name]()
+    opt, _ = everywhere(rewrite, model, example, *label)
+    activations = {"gpt2": 3, "llama": 2 if SECOND[kind] else 0}[name]
+    second = SECOND[kind] if name == "llama" else {}
+    added = {"residual": {"gpt2": 6, "llama": 2}[name]}
+    assert following(opt) == Counter(activation=activations, **second, **added)
     with monkeypatch.context() as patch:
         patch.setattr(emission, "fuse_epilogues", lambda graph: None)
-        apart, _ = everywhere("linear.monarch", model, example)
+        apart, _ = everywhere(rewrite, model, example, *label)
+    opt.save(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(opt(**example).logits, apart(**example).logits)
+        assert torch.equal(load(tmp_path / "out")(**example).logits, opt(**example).logits)
+    lowered = (inlined(each.program.graph) for each in (opt, apart))
+    assert len({tuple(sorted(str(node.target) for node in g.nodes)) for g in lowered}) == 1
 
 
 def test_onnx_files_have_calls_of_their_own(

@@ -118,7 +118,7 @@ def test_gradcheck_with_the_log_sum_exp() -> None:
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
 
     def per_token(*operands: Tensor) -> Any:
-        return cut_cross_entropy(*operands, labels, -100, 0.1, 2.0, 0.01, 3)
+        return cut_cross_entropy(*operands, labels, -100, 0.1, 2.0, 0.01, 0.0, 3)
 
     assert torch.autograd.gradcheck(per_token, leaves)
     lse = per_token(*leaves)[1]
@@ -176,6 +176,7 @@ def test_a_turned_weight_keeps_its_strides() -> None:
         0.0,
         0.0,
         0.0,
+        0.0,
         [True, True, True],
         10,
     )
@@ -197,7 +198,7 @@ def test_tied_weights_add_up() -> None:
 
 def test_frozen_operands_cost_no_product() -> None:
     hidden, weight, bias, labels = draw()
-    options = (labels, False, -100, 0.0, 0.0, 0.0)
+    options = (labels, False, -100, 0.0, 0.0, 0.0, 0.0)
     _, _, for_hidden, *others = cut_cross_entropy_sum(
         hidden, weight, bias, *options, [True, False, False], 10
     )
@@ -258,7 +259,7 @@ def test_workspace_is_what_is_alive(
 
     def call() -> Any:
         return cut_cross_entropy_sum(
-            hidden, weight, bias, labels, True, -100, 0.0, softcap, 0.0, needs, chunk
+            hidden, weight, bias, labels, True, -100, 0.0, softcap, 0.0, 0.0, needs, chunk
         )
 
     results = sum(t.nbytes for t in call())
@@ -301,7 +302,7 @@ def test_the_backward_makes_no_second_gradient_of_the_weight() -> None:
 def test_registration_and_compilation() -> None:
     hidden, weight, bias, labels = draw(17, 8, 33)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-    options = (-100, 0.1, 2.0, 0.01)
+    options = (-100, 0.1, 2.0, 0.01, 0.0)
     torch.library.opcheck(cut_cross_entropy, (*leaves, labels, *options, 5))
     arguments = (hidden, weight, None, labels, True, *options, [True, True, False], 5)
     torch.library.opcheck(cut_cross_entropy_sum, arguments)

@@ -126,50 +126,89 @@ def test_factors_that_do_not_chain_are_errors(name: str) -> None:
         op(x, first, second[..., :-1], None)
 
 
-@pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh", "relu"])
-def test_what_follows_monarch(activation: str) -> None:
+ACTIVATIONS = {
+    "": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_follows(name: str, activation: str) -> None:
     """To the bit what calls of their own give, with their gradients."""
-    first, second, bias = (factor / 4 for factor in factors("monarch", torch.float64))
-    x, residual = torch.randn(3, 63).double(), torch.randn(42, 3).double().T
+    op = OPS[name][0]
+    first, second, bias = (factor / 4 for factor in factors(name, torch.float64))
+    x, residual = torch.randn(3, 63).double(), torch.randn(SHAPES[name][3], 3).double().T
     inputs = [tensor.requires_grad_() for tensor in (x, first, second, bias, residual)]
+    calls = ACTIVATIONS[activation](op(x, first, second, bias)) + residual
+    assert_same(op(*inputs[:4], activation, residual), calls, inputs)
 
-    def call(*given: Tensor) -> Tensor:
-        return monarch_linear(*given[:4], activation, given[4])
 
-    product = monarch_linear(x, first, second, bias)
-    known = {"": lambda y: y, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-    active = (known.get(activation) or getattr(F, activation))(product)
-    assert torch.equal(call(*inputs), active + residual)
-    assert torch.autograd.gradcheck(call, inputs)
-    given = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    torch.library.opcheck(OPS["monarch"][1], (*given[:4], activation, given[4]))
+@pytest.mark.parametrize("activation", ["", "silu", "relu"])
+@pytest.mark.parametrize("added", [False, True])
+def test_two_weights_of_low_rank(activation: str, added: bool) -> None:
+    """The second of another rank."""
+    first, other = factors("low_rank", torch.float64), factors("low_rank", torch.float64)
+    down, up = torch.randn(7, 63).double(), torch.randn(50, 7).double()
+    x, residual = torch.randn(3, 63).double(), torch.randn(3, 50).double() if added else None
+    inputs = [(t / 4).requires_grad_() for t in (x, *first, down, up, other[2])]
+    gate, up_product = low_rank_linear(*inputs[:4]), low_rank_linear(inputs[0], *inputs[4:])
+    calls = ACTIVATIONS[activation](gate) * up_product
+    calls = calls if residual is None else calls + residual
+    out = low_rank_linear(*inputs[:4], activation, residual, *inputs[4:])
+    assert_same(out, calls, inputs)
+
+
+def assert_same(out: Tensor, calls: Tensor, inputs: list[Tensor]) -> None:
+    assert torch.equal(out, calls)
+    assert out.is_contiguous()
+    grad = torch.randn(out.shape, dtype=out.dtype)
+    found, wanted = (torch.autograd.grad(y, inputs, grad) for y in (out, calls))
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck_of_what_follows(name: str) -> None:
+    first, second, bias = (t.requires_grad_() for t in factors(name))
+    x, residual = torch.randn(3, 63), torch.randn(SHAPES[name][3], 3).T
+    again = (first, second, bias) if name == "low_rank" else ()
+    torch.library.opcheck(OPS[name][1], (x, first, second, bias, "silu", residual, *again))
 
 
 @pytest.mark.parametrize("activation", ["", "gelu"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_residual_of_another_dtype_promotes(activation: str, autocast: bool) -> None:
-    dtype = torch.float32 if autocast else torch.bfloat16
-    first, second, _ = factors("monarch", dtype)
-    x, residual = torch.randn(3, 63).bfloat16(), torch.randn(3, 42)
+def test_a_residual_of_another_dtype_promotes(name: str, activation: str) -> None:
+    op, width = OPS[name][0], SHAPES[name][3]
+    first, second, _ = factors(name, torch.bfloat16)
+    x, residual = torch.randn(3, 63).bfloat16(), torch.randn(3, width)
     inputs = [tensor.requires_grad_() for tensor in (x, first, second, residual)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = monarch_linear(x, first, second, None, activation, residual)
-        product = monarch_linear(x, first, second, None)
-        calls = (F.gelu(product) if activation else product) + residual
+    out = op(x, first, second, None, activation, residual)
+    product = op(x, first, second, None)
+    calls = (F.gelu(product) if activation else product) + residual
     assert (product.dtype, out.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(out, calls)
     found = torch.autograd.grad(out.square().sum(), inputs)
-    assert all(torch.isfinite(gradient).all() for gradient in found)
-    if not autocast:
-        wanted = torch.autograd.grad(calls.square().sum(), inputs)
-        assert all(map(torch.equal, found, wanted))
-        torch.library.opcheck(OPS["monarch"][1], (x, first, second, None, activation, residual))
+    wanted = torch.autograd.grad(calls.square().sum(), inputs)
+    assert all(map(torch.equal, found, wanted))
 
 
-def test_what_cannot_follow_monarch_is_an_error() -> None:
-    first, second, bias = factors("monarch")
+def test_what_cannot_follow_is_an_error(name: str) -> None:
+    op, width = OPS[name][0], SHAPES[name][3]
+    first, second, bias = factors(name)
     x = torch.randn(3, 63)
-    with pytest.raises(ValueError, match="monarch_linear: activation must be empty, silu"):
-        monarch_linear(x, first, second, bias, "tanh")
-    with pytest.raises(ValueError, match=r"monarch_linear: the residual is \[1, 42\]"):
-        monarch_linear(x, first, second, bias, "", torch.randn(1, 42))
+    with pytest.raises(ValueError, match=f"{name}_linear: activation must be empty, silu"):
+        op(x, first, second, bias, "tanh")
+    with pytest.raises(ValueError, match=rf"{name}_linear: the residual is \[1, {width}\]"):
+        op(x, first, second, bias, "", torch.randn(1, width))
+
+
+def test_second_weights_of_low_rank_that_do_not_fit_are_errors() -> None:
+    first, second, bias = factors("low_rank")
+    x, plain = torch.randn(3, 63), ("silu", None)
+    with pytest.raises(ValueError, match="a second weight is second_down and second_up"):
+        low_rank_linear(x, first, second, bias, *plain, first, None)
+    with pytest.raises(ValueError, match=r"down \[9, 63\] and up \[50, 8\] do not chain"):
+        low_rank_linear(x, first, second, bias, *plain, first, second[:, 1:])
+    with pytest.raises(ValueError, match="the second weight has 49 outputs, the first 50"):
+        low_rank_linear(x, first, second, bias, *plain, first, second[1:])

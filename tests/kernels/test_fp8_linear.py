@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.kernels._epilogue import Epilogue
 from fxopt.kernels.fp8_linear import REFERENCE, dequantize, fp8_linear, quantize, row_scale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +80,9 @@ def test_registration_and_compilation() -> None:
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for x in (torch.randn(3, 48), torch.randn(2, 3, 48, requires_grad=True)):
         torch.library.opcheck(fp8_linear, (x, weight, scale, torch.randn(16)), test_utils=utils)
+    following = ("silu", torch.randn(3, 16).double(), weight, scale, torch.randn(16))
+    given = (torch.randn(3, 48, requires_grad=True), weight, scale, None, *following)
+    torch.library.opcheck(fp8_linear, given, test_utils=utils)
     compiled = torch.compile(lambda x: fp8_linear(x, weight, scale, None) + 1, fullgraph=True)
     x = torch.randn(5, 48)
     torch.testing.assert_close(compiled(x), REFERENCE(x, weight, scale, None) + 1)
@@ -94,6 +101,65 @@ def test_arguments_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fp8_linear(torch.zeros(x), torch.zeros(16, 48).to(dtype), torch.ones(scale), None)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_follows_the_product(activation: str, paired: bool) -> None:
+    """To the bit what calls of their own give, with their gradients."""
+    first, second = (stored(torch.randn(16, 48) / 8) for _ in range(2))
+    x, residual = torch.randn(3, 48), torch.randn(16, 3).T
+    inputs = [t.requires_grad_() for t in (x, residual, torch.randn(16), torch.randn(16))]
+
+    def call(x: Tensor, residual: Tensor, bias: Tensor, up_bias: Tensor) -> Tensor:
+        up = (*second, up_bias) if paired else ()
+        return fp8_linear(x, *first, bias, activation, residual, *up)
+
+    def calls(x: Tensor, residual: Tensor, bias: Tensor, up_bias: Tensor) -> Tensor:
+        y = ACTIVATIONS[activation](fp8_linear(x, *first, bias))
+        return (y * fp8_linear(x, *second, up_bias) if paired else y) + residual
+
+    out, wanted = call(*inputs), calls(*inputs)
+    assert torch.equal(out, wanted)
+    assert out.is_contiguous()
+    grad, trained = torch.randn(3, 16), inputs if paired else inputs[:3]
+    for found, want in zip(
+        torch.autograd.grad(out, trained, grad), torch.autograd.grad(wanted, trained, grad),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(found, want)
+
+
+def test_a_residual_of_another_dtype_promotes() -> None:
+    weight, residual = stored(torch.randn(16, 48)), torch.randn(3, 16)
+    x = torch.randn(3, 48).bfloat16().requires_grad_()
+    out = fp8_linear(x, *weight, None, "relu", residual)
+    calls = F.relu(fp8_linear(x, *weight, None)) + residual
+    assert out.dtype == torch.float32
+    assert torch.equal(out, calls)
+    found, want = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, calls))
+    torch.testing.assert_close(found, want)
+
+
+def test_what_cannot_follow_is_an_error() -> None:
+    x, weight = torch.randn(3, 48), stored(torch.randn(16, 48))
+    with pytest.raises(ValueError, match="activation must be empty, silu"):
+        fp8_linear(x, *weight, None, "tanh")
+    with pytest.raises(ValueError, match=r"the residual is \[1, 16\]"):
+        fp8_linear(x, *weight, None, "", torch.randn(1, 16))
+    with pytest.raises(ValueError, match="a second weight is up_weight and up_scale"):
+        fp8_linear(x, *weight, None, "silu", None, weight[0])
+    with pytest.raises(ValueError, match=r"weight \[15, 48\]"):
+        fp8_linear(x, *weight, None, "silu", None, weight[0][1:], weight[1][1:])
 
 
 class Layer(nn.Module):
@@ -155,6 +221,34 @@ def test_kernel_of_few_rows(rows: int) -> None:
             assert (own - y).float().norm() <= 0.01 * y.float().norm()
 
 
+@pytest.mark.parametrize("activation", ["", "silu", "gelu"])
+@pytest.mark.parametrize(("paired", "added"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_kernels_do_what_follows(rows: int, activation: str, paired: bool, added: bool) -> None:
+    """What calls of their own give to the products of the same kernels."""
+    pytest.importorskip("triton")
+    from fxopt.kernels.fp8_linear import triton
+
+    dtype = torch.float16  # the interpreter truncates to bfloat16
+    x, bias = torch.randn(rows, 96, device=DEVICE).to(dtype), torch.randn(50, device=DEVICE)
+    residual = torch.randn(50, rows, device=DEVICE).to(dtype).T if added else None
+    weights = [
+        (*stored(torch.randn(50, 96, device=DEVICE) / 8), b.to(dtype)) for b in (bias, -bias)
+    ]
+    kernels: list[Any] = [triton.fp8_linear, *([triton.one_row] if rows == 1 else [])]
+    for kernel in kernels:
+        after = Epilogue(activation, residual, weights[1] if paired else None)
+        out = kernel(x, *weights[0], after=after)
+        y, up = (kernel(x, *weight) for weight in weights)
+        calls, exact = ACTIVATIONS[activation](y), ACTIVATIONS[activation](y.double())
+        if paired:
+            calls, exact = calls * up, exact * up.double()
+        if residual is not None:
+            calls, exact = calls + residual, exact + residual.double()
+        assert out.is_contiguous()
+        assert (out.double() - exact).norm() <= 1.01 * (calls.double() - exact).norm() + 1e-6
+
+
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
@@ -171,8 +265,12 @@ def build(kernel, signature, **constants):
 
 signature = dict(x="*bf16", y="*fp8e4nv", scale="*fp32", K="i32")
 build(_quantize_rows_kernel, signature, STARTS=True, BLOCK_K=256)
-signature = dict(x="*bf16", w="*fp8e4nv", scale="*fp32", bias="*bf16", y="*bf16", N="i32", K="i32")
-build(_vector_kernel, signature, HAS_BIAS=True, EVEN=True, BLOCK_ALL=4096, BLOCK_N=4, BLOCK_K=2048)
+p, f, q = "*bf16", "*fp32", "*fp8e4nv"
+signature = dict(x=p, w=q, scale=f, bias=p, up_w=q, up_scale=f, up_bias=p, residual=p, y=p)
+signature |= dict(N="i32", K="i32")
+for both in (False, True):
+    build(_vector_kernel, signature, HAS_BIAS=True, HAS_UP_BIAS=both, ACTIVATION="silu",
+          PAIRED=both, HAS_RESIDUAL=both, EVEN=True, BLOCK_ALL=4096, BLOCK_N=4, BLOCK_K=2048)
 """
 
 
@@ -185,7 +283,7 @@ def test_kernel_compiles_ahead_of_time_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line) for line in done.stdout.splitlines()]
-    assert len(sizes) == 2
+    assert len(sizes) == 3
     assert all(size > 0 for size in sizes)
 
 

@@ -48,7 +48,7 @@ def test_runs_are_lines_and_lines_a_drawing(
     def broken(_: Any) -> Any:
         raise torch.OutOfMemoryError("no room for a peer")
 
-    monkeypatch.setattr(bench, "selective", broken)
+    monkeypatch.setitem(bench.ALONE, "selective", broken)
     peers = ["--shares", "0.7", "0.01", "--peers", "selective", "checkpoint"]
     run(bench, monkeypatch, *SIZE.split(), *peers, "--out", str(out))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -68,6 +68,33 @@ def test_runs_are_lines_and_lines_a_drawing(
     rings = [c for c in root.iter(f"{SVG}circle") if c.get("class") == "ring"]
     # four that were measured; of two a prediction, and the ring that explains them
     assert (len(circles), len(rings)) == (4, 3)
+
+
+def test_a_peer_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    bench, out = loaded("training_memory", monkeypatch), tmp_path / "lines.jsonl"
+    for package in ("liger_kernel", "cut_cross_entropy"):
+        monkeypatch.setitem(sys.modules, package, None)
+    run(bench, monkeypatch, *SIZE.split(), "--peers", "liger", "cce", "--out", str(out))
+    _, liger, cce = [json.loads(line) for line in out.read_text().splitlines()]
+    assert "liger_kernel" in liger["absent"]
+    assert "cut_cross_entropy" in cce["absent"]
+
+
+@pytest.mark.slow
+def test_policies_of_checkpointing_save_what_they_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    bench, out = loaded("training_memory", monkeypatch), tmp_path / "lines.jsonl"
+    peers = ["--peers", "selective-products", "selective-attention"]
+    run(bench, monkeypatch, *SIZE.split(), *peers, "--out", str(out))
+    _, products, attention = [json.loads(line) for line in out.read_text().splitlines()]
+    assert products["equal"]
+    assert attention["equal"]
+    assert products["peak"] > attention["peak"]
 
 
 def test_what_would_end_too_late_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fxopt.kernels.cut_cross_entropy import linear_cross_entropy
 from fxopt.training import TrainingModule, measure
 from fxopt.training.capture import joint
 from fxopt.training.emit import executable, partition
-from fxopt.training.heads import Heads
+from fxopt.training.heads import HeadCut, Heads
 from fxopt.training.module import Inputs
 from fxopt.training.schedule import schedule
 from fxopt.training.step import Step
@@ -117,7 +117,7 @@ def without_logits(
             found.append(Step.of(graph.graph, count))
             return partition(graph, schedule(found[0], ()), count)
 
-        with joint(inner, given, {key: chunk}) as traced:
+        with joint(inner, given, {key: HeadCut(chunk)}) as traced:
             assert [site.blocked for site in traced.heads if site.key == key] == [None]
             return traced.build(halves, executable)
 
@@ -242,7 +242,7 @@ REFUSED: list[tuple[Loss, str]] = [
 def test_what_is_not_matched_says_why(loss: Loss, reason: str) -> None:
     inputs = batch()
     inputs["labels"].clamp_min_(0)
-    with joint(Plain(loss).train(), inputs, {"head.logits": 32}) as traced:
+    with joint(Plain(loss).train(), inputs, {"head.logits": HeadCut(32)}) as traced:
         (site,) = traced.heads
         assert "cut_cross_entropy" not in str(traced.graph.graph)
     assert site.key == "head.logits"

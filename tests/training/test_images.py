@@ -26,6 +26,7 @@ from fxopt.passes.activation.packed_mask import PackedMask
 from fxopt.passes.activation.quantized_offload import QuantizedOffload
 from fxopt.passes.activation.quantized_saved import QuantizedSaved
 from fxopt.passes.activation.recompute import Recompute
+from fxopt.passes.activation.shared_norm import SharedNorm
 from fxopt.training import measure
 from fxopt.training.capture import joint
 from fxopt.training.emit import executable, partition
@@ -61,7 +62,7 @@ class RoundedAnywhere(QuantizedOffload):
 
 REWRITES: tuple[Any, ...] = (
     Recompute(), Anywhere(), PackedMask(), ApproximateBackward(), QuantizedSaved(),
-    RoundedAnywhere(),
+    RoundedAnywhere(), SharedNorm(),
 )  # fmt: skip
 
 
@@ -70,9 +71,10 @@ def priced(call: OpCall) -> Cost:
     return Cost(1e-6 + 1e-9 * (call.bytes_read + call.bytes_written) + 1e-10 * call.flops)
 
 
-def saved_of(step: Step) -> Saved:
+def saved_of(step: Step, model: nn.Module | None = None) -> Saved:
+    weights = dict(model.named_parameters()) if model else None
     with _disable_current_modes(), no_python_dispatcher():
-        return saved_tensors(step, priced, REWRITES, fxopt.Train(1, 1), ())
+        return saved_tensors(step, priced, REWRITES, fxopt.Train(1, 1), (), weights=weights)
 
 
 def treated(example: Example, choose: Any) -> tuple[nn.Module, StepPlan, Saved]:
@@ -82,7 +84,7 @@ def treated(example: Example, choose: Any) -> tuple[nn.Module, StepPlan, Saved]:
     def plan_step(inner: nn.Module, batch: dict[str, Any]) -> Any:
         def cut(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
             step = Step.of(graph.graph, count)
-            saved = saved_of(step)
+            saved = saved_of(step, inner)
             plan = StepPlan(choose(saved), frozenset()).counted(step, saved.seconds)
             found[:] = [plan, saved]
             return partition(graph, schedule(step, plan.dropped, (), plan.images), count)

@@ -212,3 +212,75 @@ def test_on_the_device() -> None:
     assert opt.plan.find("lm_head.logits").rewritten
     assert rows["activations"].predicted == pytest.approx(rows["activations"].measured, rel=0.1)
     assert opt(**inputs).logits is None
+
+
+class Peaked(nn.Module):
+    """Of 2000 classes 100 are likely, as a trained model's few are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 31), nn.Linear(31, 2000, bias=False)
+        with torch.no_grad():
+            self.head.weight[:100].normal_(0.0, 0.6)
+            self.head.weight[100:].normal_(0.0, 0.02)
+            self.head.weight[100:, 0] = -4.0
+            self.body.bias[0] = 1.5
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.body(x)), labels)
+
+
+FILTERED = ["activation.cut_cross_entropy", "activation.filtered_cross_entropy"]
+
+
+def peaked_step(error: float, rewrites: list[str] = FILTERED) -> tuple[Example, fxopt.Plan]:
+    model = Peaked()
+    inputs = {"x": torch.randn(400, 16), "labels": torch.randint(100, (400,))}
+    opt: Any = fxopt.optimize(
+        model,
+        fxopt.Budget(activations="30%", relative_error=error),
+        inputs,
+        workload=fxopt.Train(batch=400, seq=16),
+        rewrites=rewrites,
+    )
+    mine, eager = measure.outcome(opt, inputs), measure.outcome(model, inputs)
+    row = {r.name: r for r in opt.plan.totals}["relative_error"]
+    assert row.measured == pytest.approx(eager.gradient_error(mine), abs=1e-6)
+    assert eager.difference(mine, gradients=False)[1] < 1e-5  # the loss is exact
+    return (model, inputs), opt.plan
+
+
+def test_small_gradients_are_left_out_where_asked_for_and_allowed(tmp_path: Path) -> None:
+    (model, inputs), plan = peaked_step(0.05)
+    head = plan.find("head.logits")
+    assert head.rewrite == "activation.filtered_cross_entropy"
+    assert head.parameters["filter_eps"] == 2.0**-12
+    assert "below 0.00024" in head.reason
+    assert head.error == pytest.approx(2.0**-6)
+    row = {r.name: r for r in plan.totals}["relative_error"]
+    assert 1e-5 < row.measured < 0.05
+    assert row.predicted == pytest.approx(2.0**-6, rel=0.01)
+    assert any("leaves out small gradients" in note for note in plan.notes)
+    stored = fxopt.Plan.load(plan.save(tmp_path / "plan.json"))
+    again = fxopt.apply(model, stored, example_inputs=inputs)
+    assert again.plan.find("head.logits").parameters == head.parameters
+    once_more = measure.outcome(model, inputs).gradient_error(measure.outcome(again, inputs))
+    assert once_more == pytest.approx(row.measured, rel=1e-3)
+
+
+def test_small_gradients_stay_where_the_error_row_is_tighter() -> None:
+    _, plan = peaked_step(0.01)
+    assert plan.find("head.logits").rewrite == "activation.cut_cross_entropy"
+    assert not plan.find("head.logits").error
+
+
+def test_small_gradients_need_a_row_of_their_error() -> None:
+    model, inputs = Peaked(), {"x": torch.randn(400, 16), "labels": torch.zeros(400).long()}
+    with pytest.raises(fxopt.FxoptError, match=r"filtered_cross_entropy.*relative_error"):
+        fxopt.optimize(
+            model,
+            fxopt.Budget(activations="30%"),
+            inputs,
+            workload=fxopt.Train(batch=400, seq=16),
+            rewrites=FILTERED[1:],
+        )

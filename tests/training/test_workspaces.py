@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxopt.training import workspaces
+import fxopt
+from fxopt.training import measure, workspaces
 from fxopt.training.alive import live
 from fxopt.training.holders import held
 from fxopt.training.schedule import schedule
@@ -97,3 +99,82 @@ def test_random_numbers_of_the_user_are_not_drawn(runs: list[str]) -> None:
     state = torch.get_rng_state()
     workspaces.workspaces(step, CPU)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Device:
+    """The allocator and cuBLAS of a GPU: a workspace for each thread that multiplied."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held: dict[str, int] = {"another stream": TAKEN}
+        self.other = 12345
+        monkeypatch.setattr(measure, "device_of", lambda module: torch.device("cuda"))
+        monkeypatch.setattr(measure, "untouched", lambda module: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        allocated = lambda device: self.other + sum(self.held.values())  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
+        clear = "_cuda_clearCublasWorkspaces"
+        monkeypatch.setattr(torch._C, clear, lambda: self.held.clear(), raising=False)
+
+    def product(self, thread: str) -> None:
+        self.held[thread] = TAKEN
+
+
+class Multiplies(nn.Module):
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+        self.device = device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.device.product("forward")
+        y = x @ self.weight
+        y.register_hook(lambda gradient: self.device.product("backward"))
+        return y
+
+
+def test_what_libraries_keep_is_that_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One workspace for each thread of the step, whatever was there before, and none twice."""
+    device = Device(monkeypatch)
+    model, inputs = Multiplies(device), {"x": torch.ones(2, 3)}
+    for _ in range(2):
+        assert measure.libraries(model, inputs) == 2 * TAKEN
+        assert set(device.held) == {"forward", "backward"}
+        assert model.weight.grad is None
+
+
+def test_on_a_cpu_libraries_keep_nothing() -> None:
+    assert measure.libraries(nn.Linear(2, 2), {"input": torch.ones(2, 2)}) == 0
+
+
+def test_the_memory_row_counts_what_libraries_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a plan is concerned it is there as parameters are; `activations` knows nothing of
+    it."""
+    monkeypatch.setattr(measure, "libraries", lambda module, inputs: TAKEN)
+    model, inputs = nn.Sequential(nn.Linear(8, 8)), {"input": torch.randn(4, 8)}
+    more = fxopt.plan(model, fxopt.Budget(memory="2MiB"), inputs, workload=fxopt.Train(4, 8))
+    monkeypatch.undo()
+    plain = fxopt.plan(model, fxopt.Budget(memory="2MiB"), inputs, workload=fxopt.Train(4, 8))
+    for (name, counted), (_, without) in zip(rows(more), rows(plain), strict=True):
+        extra = TAKEN if name == "memory" else 0
+        assert counted == [value + extra for value in without]
+
+
+def rows(plan: fxopt.Plan) -> list[tuple[str, list[float]]]:
+    return [(row.name, [row.predicted, row.before]) for row in plan.totals]
+
+
+@pytest.mark.gpu
+def test_the_memory_row_is_what_the_process_holds() -> None:
+    layers = [layer for _ in range(4) for layer in (nn.Linear(1024, 1024), nn.GELU())]
+    model = nn.Sequential(*layers).cuda()
+    inputs = {"input": torch.randn(4096, 1024, device="cuda")}
+    opt = fxopt.optimize(
+        model, fxopt.Budget(memory="90%"), inputs, workload=fxopt.Train(4096, 1024)
+    )
+    torch.cuda.reset_peak_memory_stats()
+    measure.step(opt, inputs)
+    torch.cuda.synchronize()
+    held = torch.cuda.max_memory_allocated() - inputs["input"].nbytes
+    row = {row.name: row for row in opt.plan.totals}["memory"]
+    assert held == pytest.approx(row.measured, rel=0.01)
+    assert held == pytest.approx(row.predicted, rel=0.02)
