@@ -241,7 +241,7 @@ def test_onnx_chooses_the_same_tiles(number: int) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     batch = 2 if number == 2 else 1
-    call = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in case(number).items()}
+    call = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in case(number, batch=2).items()}
     call["mask"] = torch.ones(2, call["k"].shape[2], dtype=torch.int64)
     dynamic, names = torch.export.Dim.DYNAMIC, ["q", "k", "v", "mask"]
     sizes = {0: dynamic, 2: dynamic}
