@@ -219,7 +219,7 @@ def test_the_head_whose_far_values_last_gets_it_and_the_other_is_kept() -> None:
     data = [planted_inputs() for _ in range(3)]
     plan = fxopt.plan(
         Planted().eval(), fxopt.Budget(relative_error=0.18), data[0], calibration=data,
-        rewrites=["attention"],
+        rewrites=["attention.window", "attention.block_topk"],
     )  # fmt: skip
     first, second = plan.decisions
     assert first.label == "w512+s16+d64"
