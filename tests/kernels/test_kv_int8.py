@@ -19,7 +19,11 @@ from fxopt.kernels.kv_attention import allocate, parse
 from fxopt.kernels.kv_attention.device import ranks
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
-from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
+from fxopt.kernels.kv_attention.mutating import (
+    attend_image,
+    blocks_used,
+    cached_attention_mutating,
+)
 from fxopt.kernels.kv_int8 import launch
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
@@ -51,6 +55,17 @@ def filled(
     return split_state(parse(layout), kv, state)[0][2], fmt
 
 
+def soil(part: dict[str, Tensor]) -> None:
+    """Fill what no block in use holds with numbers that show wherever they are read."""
+    used = blocks_used(part)
+    for x in (x for x in part.values() if x.dim() == 5):
+        unused = x[:, :, used:]
+        if x.is_floating_point() and x.itemsize > 1:
+            unused.fill_(torch.nan)
+        else:
+            unused.view(torch.uint8).fill_(0x7F)
+
+
 def error(
     layout: str, group: int, dims: tuple[int, int], length: int, *, kv: int = 1, queries: int = 1,
     hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int | None = 3,
@@ -65,6 +80,8 @@ def error(
     mask[:, :hidden] = 0
     arguments = Arguments(q, None, *rest)
     assert serves(arguments, new, part, fmt)
+    if splits is None:
+        soil(part)
     rank = ranks(mask) if hidden else None
     start = torch.tensor(length, device=DEVICE)
     out = decode_packed(arguments, new, part, start, rank, fmt, splits, exact_shares=exact).joined()
