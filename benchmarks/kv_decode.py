@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fxopt.emit.registry import register_ops
 from fxopt.ir.ops import mix_channels, rotate, rotate_both
 from fxopt.kernels._triton.common import processors
 from fxopt.kernels.attention.reference import attention_reference
@@ -321,6 +322,7 @@ def whole_step(layout: str, batch: int, length: int) -> None:
 
 def rotations(batch: int) -> None:
     """Queries and keys of one token turned, and mixed, by a call each and by one of both."""
+    register_ops()
     q, k = (
         torch.randn(batch, 1, heads, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         for heads in (HEADS, KV)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 
@@ -181,7 +182,9 @@ class GraphEditor:
         if self._fake is None:
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-        with self._fake, torch.no_grad():
+        # Composite ops as Python decomposes them: in C++ some read sizes as numbers (`aten.linear`
+        # on CUDA in torch 2.11), which would fix the sizes of the trace.
+        with self._fake, torch.no_grad(), enable_python_dispatcher():
             target: Any = node.target
             node.meta["val"] = target(*args, **kwargs)
 

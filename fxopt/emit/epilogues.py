@@ -19,7 +19,7 @@ from ..ir.ops import gated
 from .facts import tensor_facts
 from .gates import activation_of
 from .norms import erase
-from .targets import mutates
+from .targets import is_quiet
 
 aten = torch.ops.aten
 _CALLS: dict[str, tuple[Any, dict[str, str]]] = {
@@ -43,7 +43,7 @@ def fuse_epilogues(graph: fx.Graph) -> None:
     nothing else reads what is in between."""
     for node in graph.find_nodes(op="call_function", target=gated):
         gate, up, activation = node.args
-        if _are_alike(gate, up) and _is_quiet(gate, node) and _is_quiet(up, node):
+        if _are_alike(gate, up) and is_quiet(gate, node) and is_quiet(up, node):
             _join(graph, node, gate, up, activation)
     for node in _products(graph):
         _take_activation(graph, node)
@@ -142,7 +142,7 @@ def _take_residual(graph: fx.Graph, node: fx.Node) -> None:
     other = total.args[1] if total.args[0] is node else total.args[0]
     known = tensor_facts(node)
     fits = known is not None and tensor_facts(other) == known == tensor_facts(total)
-    if fits and isinstance(other, fx.Node) and other < node and _is_quiet(node, total):
+    if fits and isinstance(other, fx.Node) and other < node and is_quiet(node, total):
         node.kwargs = {**node.kwargs, "residual": other}
         _stand_for(graph, node, total)
 
@@ -155,13 +155,3 @@ def _stand_for(graph: fx.Graph, node: fx.Node, user: fx.Node) -> None:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_quiet(first: fx.Node, last: fx.Node) -> bool:
-    """Whether no call from `first` to `last` writes to a tensor, which one of them may read."""
-    node = first
-    while node is not last:
-        if mutates(node):
-            return False
-        node = node.next
-    return True

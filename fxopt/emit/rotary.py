@@ -15,6 +15,7 @@ from torch import fx
 from ..ir.ops import arguments_of_attend, attend, mix_channels, rotate, rotate_both
 from .facts import tensor_facts
 from .norms import erase, put
+from .targets import is_quiet
 
 aten = torch.ops.aten
 
@@ -28,9 +29,10 @@ def fuse_rotary(graph: fx.Graph) -> None:
 
 class _Side(NamedTuple):
     """Queries or keys: what is turned by `angles` (cos and sin, or nothing), and then mixed by
-    `matrix`, if there is one, in `heads` of how many there are."""
+    `matrix`, if there is one, in `heads` of how many there are; `first` reads x."""
 
     result: fx.Node
+    first: fx.Node
     x: fx.Node
     angles: tuple[Any, ...]
     matrix: Any
@@ -52,14 +54,14 @@ def fuse_both(graph: fx.Graph) -> None:
 
 
 def _side(node: Any) -> _Side | None:
-    x, matrix, heads, angles = node, None, (), ()
+    x, first, matrix, heads, angles = node, node, None, (), ()
     if _is(x, mix_channels) and len(x.args) == 2:
         (x, matrix), heads = x.args, tuple(x.kwargs.items())
         if len(node.users) > 1 or (_is(x, rotate) and len(x.users) > 1):
             return None
     if _is(x, rotate):
-        x, *angles = x.args
-    found = _Side(node, x, tuple(angles), matrix, heads)
+        first, (x, *angles) = x, x.args
+    found = _Side(node, first, x, tuple(angles), matrix, heads)
     return None if x is node else found
 
 
@@ -67,6 +69,8 @@ def _join(graph: fx.Graph, q: _Side, k: _Side) -> None:
     """One call in the place of the later one, before all that reads either."""
     place = max(q.result, k.result)
     if any(user <= place for side in (q, k) for user in side.result.users):
+        return
+    if q.result is k.result or not is_quiet(min(q.first, k.first), place):
         return
     angles = q.angles or (None, None)
     arguments: tuple[Any, ...] = (q.x, k.x, *angles, q.matrix, k.matrix)

@@ -47,6 +47,16 @@ def mutates(node: fx.Node) -> bool:
     )
 
 
+def is_quiet(first: fx.Node, last: fx.Node) -> bool:
+    """Whether no call from `first` to `last` writes to a tensor, which one of them may read."""
+    node = first
+    while node is not last:
+        if mutates(node):
+            return False
+        node = node.next
+    return True
+
+
 def written(graph: fx.Graph) -> frozenset[str]:
     """Names of the buffers that running `graph` writes to, in place or through views."""
     found = (root(node.args[0]) for node in graph.nodes if mutates(node) and node.args)

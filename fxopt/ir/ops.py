@@ -165,9 +165,10 @@ def rotate_both(
     key_mix, both or neither. On a GPU it is one kernel, whose results are contiguous and, without
     matrices, to the bit those of the two calls.
     """
-    given = [t for t in (q, k, cos, sin) if t is not None]
-    matrices = [t.detach() for t in (query_mix, key_mix) if t is not None]
-    if _is_one_kernel(*given, *matrices):
+    # Matrices are parameters of the module, but none that it trains.
+    query_mix, key_mix = (t if t is None else t.detach() for t in (query_mix, key_mix))
+    given = [t for t in (q, k, cos, sin, query_mix, key_mix) if t is not None]
+    if _is_one_kernel(*given):
         return torch.ops.fxopt.rotate_both.default(
             q, k, cos, sin, query_mix, key_mix, heads, kv_heads
         )

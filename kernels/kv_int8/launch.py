@@ -11,17 +11,20 @@ MOST_SPLITS = 127
 # Estimates, not measured: blocks that a program reads in the time of the tokens that are stored
 # exactly, and the shares of these from which on the longest is no shorter.
 LONG, MOST_EXACT = 4, 4
-# Where all blocks are read at a time, each by a program of its own: warps of it, which are there
-# anyway, and tokens that are stored exactly, read at a time. Estimates as well. Triton multiplies
-# tiles of more rows by another instruction with four warps, and fails to compile that.
-FEW_WARPS, FEW_TILE, FEW_ROWS = 4, 64, 4
+# Where blocks are so few that each is read by a program of its own: warps of it, which are there
+# anyway, tokens that are stored exactly, read at a time, and programs a multiprocessor up to which
+# that was measured to be faster. Triton multiplies tiles of more rows by another instruction with
+# four warps, and fails to compile that.
+FEW_WARPS, FEW_TILE, FEW_ROWS, FEW_PROGRAMS = 4, 32, 4, 2.25
 
 
-def few(heads: int, blocks: int, rows: int, count: int) -> bool:
+def few(fmt: Blocks, heads: int, blocks: int, rows: int, count: int) -> bool:
     """Whether `count` multiprocessors run a program of `FEW_WARPS` for each of the `blocks` of each
-    KV head at a time, and those of the exact tokens. Then how long one takes is all that counts."""
+    KV head about at a time, and those of the exact tokens: then how long one takes is all that
+    counts. With 2 bits on a side four warps took 1.5 times as long as one."""
     programs = heads * (blocks + MOST_EXACT)
-    return rows <= FEW_ROWS and programs <= WARPS // FEW_WARPS * count
+    wide = 2 not in (fmt.key_bits, fmt.value_bits)
+    return wide and rows <= FEW_ROWS and programs <= FEW_PROGRAMS * count
 
 
 def warps(fmt: Blocks, rows: int) -> int:

@@ -343,7 +343,7 @@ def decode_packed(
     listed, listed_count = kept or (start, start)
     read = min(blocks, listed.shape[1]) if kept else blocks
     every = windows is None and kept is None
-    if every and splits is None and launch.few(batch * heads, blocks, rows, count):
+    if every and splits is None and launch.few(fmt, batch * heads, blocks, rows, count):
         splits, num_stages = blocks, num_stages or 1
         num_warps, exact_tile = num_warps or launch.FEW_WARPS, exact_tile or launch.FEW_TILE
     num_warps, num_stages = num_warps or launch.warps(fmt, rows), num_stages or STAGES

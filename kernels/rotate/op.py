@@ -62,7 +62,7 @@ def _both_cuda(
     key_mix: Tensor | None, heads: Sequence[int], kv_heads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     angles = [t for t in (cos, sin) if t is not None]
-    served = _served([q, k], angles)
+    served = _served([q, k], angles) and q.shape[::2] == k.shape[::2]
     if query_mix is not None and key_mix is not None:
         served = served and q.dtype != torch.float64 and q.shape[3] <= MOST_CHANNELS
         query_mix, key_mix = query_mix.contiguous(), key_mix.contiguous()

@@ -113,7 +113,8 @@ def rotation_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
     """The new queries and keys of one KV head times a matrix of its channels each.
 
     As a launch of its own, though it is part of the one that computes rotary embeddings where there
-    are any: at most that is priced too much.
+    are any: at most that is priced too much. The queries and keys of cross-attention are a product
+    each.
     """
     rows = scenario.batch * scenario.queries
     keys = 0 if info.cross and scenario.past else rows
@@ -121,12 +122,13 @@ def rotation_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
     size, square = info.dtype.itemsize, info.head_dim**2
     moved = (queries + keys) * info.head_dim * size
     return OpCall(
-        op="fxopt::rotate_both",
+        op="aten::bmm" if info.cross else "fxopt::rotate_both",
         key=f"kv_rotation/{_signature(info, None, scenario, 0)}",
         flops=2.0 * (queries + keys) * square,
         bytes_read=moved + 2 * square * size,
         bytes_written=moved,
         weight_bytes=2 * square * size,
+        launches=2 if info.cross and keys else 1,
         share=info.num_kv_heads,
         family=f"kv_rotation/{_family(info, None, 0)}",
         run=_rotator(info, scenario, bool(keys)),
@@ -145,9 +147,10 @@ def _rotator(
             for heads in (info.num_heads, info.num_kv_heads)
         )
         matrices = random(info.num_kv_heads, info.head_dim, info.head_dim)
-        if with_keys:
-            return lambda: rotate_both(q, k, query_mix=matrices, key_mix=matrices)
-        return lambda: [mix_channels(q, matrices)]
+        if info.cross:
+            sides = (q, k) if with_keys else (q,)
+            return lambda: [mix_channels(side, matrices) for side in sides]
+        return lambda: rotate_both(q, k, query_mix=matrices, key_mix=matrices)
 
     return run
 

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import capture
+from fxopt.capture.shapes import static_dims
 from fxopt.emit.editor import Edit, GraphEditor, check_legal
 from fxopt.emit.module import emit
 from fxopt.ir.errors import FxoptError
@@ -58,6 +59,21 @@ def test_replacing_changes_only_the_copy(pair):
     assert new.meta["fqn"] == "second"
     assert tuple(new.meta["val"].shape)[1:] == (6,)
     assert new.meta["val"].shape[0] == source.meta["val"].shape[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_new_call_leaves_the_sizes_open(device):
+    """`aten.linear` on CUDA in torch 2.11 reads those of a batch of rows as numbers."""
+    model = nn.Sequential(nn.Linear(16, 16, bias=False)).to(device, torch.bfloat16).eval()
+    captured = capture(model, torch.randn(2, 11, 16, device=device, dtype=torch.bfloat16))
+    assert static_dims(captured.graph.graph) == ()
+    site = next(site for site in captured.sites if site.family == "linear")
+    editor = GraphEditor(captured)
+    weight = editor.tensor(site, "weight", torch.ones(16, 16, device=device, dtype=torch.bfloat16))
+    arguments = (editor.node(site).args[0], weight)
+    editor.replace(site, editor.call(site, torch.ops.aten.linear.default, arguments, {}))
+    assert static_dims(editor.finish().graph) == ()
+    captured.arguments(torch.ones(3, 5, 16, device=device, dtype=torch.bfloat16))
 
 
 def test_records_tell_what_happened_in_order(pair):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -271,6 +272,40 @@ def bound(found: Any, ids: Tensor) -> dict[str, Any]:
     return {
         n: given.get(n) for n in (p.target for p in found.graph.graph.find_nodes(op="placeholder"))
     }
+
+
+class Crossed(nn.Module):
+    """Turned queries and keys of lengths of their own; with `writes`, what both are read from is
+    changed between them."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        self.project = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # [3, B, heads, N, 8], of which q, k and v are views
+        parts = self.project(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        q = self.turned(parts[0] if self.writes else parts[0, :, :, :3], cos, sin)
+        if self.writes:
+            parts.mul_(2.0)
+        k = self.turned(parts[1], cos, sin)
+        return F.scaled_dot_product_attention(q, k, parts[2])
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_queries_and_keys_are_turned_at_once_only_where_that_is_the_same(writes: bool) -> None:
+    model = Crossed(writes).eval()
+    inputs = {
+        "x": torch.randn(2, 5, 16), "cos": torch.randn(1, 1, 1, 8), "sin": torch.randn(1, 1, 1, 8)
+    }  # fmt: skip
+    found = capture(model, inputs)
+    opt = emit(found, GraphEditor(found), model)
+    assert ("rotate_both(" in opt.source) is not writes
+    torch.testing.assert_close(opt(**inputs), model(**inputs))
 
 
 class Turned(nn.Module):

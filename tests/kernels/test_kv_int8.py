@@ -19,7 +19,11 @@ from fxopt.kernels.kv_attention import allocate, parse
 from fxopt.kernels.kv_attention.device import ranks
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import Blocks, split_state
-from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
+from fxopt.kernels.kv_attention.mutating import (
+    attend_image,
+    blocks_used,
+    cached_attention_mutating,
+)
 from fxopt.kernels.kv_int8 import launch
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
 
@@ -51,6 +55,17 @@ def filled(
     return split_state(parse(layout), kv, state)[0][2], fmt
 
 
+def soil(part: dict[str, Tensor]) -> None:
+    """Fill what no block in use holds with numbers that show wherever they are read."""
+    used = blocks_used(part)
+    for x in (x for x in part.values() if x.dim() == 5):
+        unused = x[:, :, used:]
+        if x.is_floating_point() and x.itemsize > 1:
+            unused.fill_(torch.nan)
+        else:
+            unused.view(torch.uint8).fill_(0x7F)
+
+
 def error(
     layout: str, group: int, dims: tuple[int, int], length: int, *, kv: int = 1, queries: int = 1,
     hidden: int = 0, window: int = 0, softcap: float = 0.0, crop: int = 0, splits: int | None = 3,
@@ -65,6 +80,8 @@ def error(
     mask[:, :hidden] = 0
     arguments = Arguments(q, None, *rest)
     assert serves(arguments, new, part, fmt)
+    if splits is None:
+        soil(part)
     rank = ranks(mask) if hidden else None
     start = torch.tensor(length, device=DEVICE)
     out = decode_packed(arguments, new, part, start, rank, fmt, splits, exact_shares=exact).joined()
@@ -101,7 +118,7 @@ def error(
         ("k4v4g64r64s0", 2, (64, 64), 190, {"exact": 7, "hidden": 100}),
         # a program for each block of the room, in use or not
         ("k4v4g64r8s4", 4, (64, 64), 301, {"splits": None}),
-        ("k2v2g128r8s4", 2, (128, 64), 301, {"splits": None, "hidden": 37, "softcap": 3.0}),
+        ("k8v4g128r8s4", 2, (128, 64), 301, {"splits": None, "hidden": 37, "softcap": 3.0}),
         ("k8v8g32r8s0", 1, (64, 64), 125, {"splits": None, "kv": 2, "crop": 50}),
         ("kf8vf8g64r8s4", 2, (64, 64), 205, {"splits": None, "queries": 2}),
         ("k4v4g64r64s4", 2, (64, 64), 60, {"splits": None}),
@@ -156,18 +173,21 @@ def test_shares_fill_an_h100(heads: int, blocks: int, at_once: int, splits: int)
 
 
 @pytest.mark.parametrize(
-    ("heads", "blocks", "rows", "few"),
+    ("bits", "heads", "blocks", "rows", "few"),
     [
-        (8, 17, 4, True),  # 2,048 tokens and room for 256
-        (8, 29, 4, True),
-        (8, 30, 4, False),  # more than run at a time
-        (16, 17, 4, False),
-        (8, 17, 5, False),  # tiles that another instruction would multiply
-        (1, 250, 1, True),
+        ("k4v4", 8, 17, 4, True),  # 2,048 tokens and room for 256
+        ("k8v8", 8, 33, 4, True),
+        ("k4v4", 8, 34, 4, False),  # more than was measured
+        ("k4v4", 16, 17, 4, False),
+        ("k4v4", 8, 17, 5, False),  # tiles that another instruction would multiply
+        ("k4v2", 8, 17, 4, False),
+        ("kf8vf8", 1, 250, 1, True),
     ],
 )
-def test_few_blocks(heads: int, blocks: int, rows: int, few: bool) -> None:
-    assert launch.few(heads, blocks, rows, 132) is few
+def test_few_blocks(bits: str, heads: int, blocks: int, rows: int, few: bool) -> None:
+    fmt = parse(f"{bits}g128r64s4").classes[0].format
+    assert fmt is not None
+    assert launch.few(fmt, heads, blocks, rows, 132) is few
 
 
 @pytest.mark.parametrize(

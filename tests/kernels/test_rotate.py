@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.ir.ops import mix_channels
 from fxopt.ir.ops import rotate as called
 from fxopt.ir.ops import rotate_both as both_called
 from fxopt.kernels.rotate import REFERENCE, rotate, rotate_both
+from fxopt.kernels.rotate.op import _both_cuda  # pyright: ignore[reportPrivateUsage]
 
 pytest.importorskip("triton")
 
@@ -98,6 +99,28 @@ def test_mixed_channels_are_those_of_two_products(
         group_size = x.shape[1] // kv
         of = [h for h in range(x.shape[1]) if h // group_size not in (heads or range(kv))]
         assert torch.equal(out[:, of], before[:, of])
+
+
+def test_sides_of_other_lengths_are_turned_whole() -> None:
+    """One kernel takes its sizes from the queries."""
+    q, k = (draw(torch.float32, (2, 2, n, 16), 1)[0] for n in (5, 9))
+    cos, sin = torch.randn(2, 1, 1, 1, 16, device=DEVICE)
+    found = _both_cuda(q, k, cos, sin, None, None, (), 0)
+    for side, x in zip(found, (q, k), strict=True):
+        torch.testing.assert_close(side, REFERENCE(x, cos, sin))
+
+
+def test_matrices_that_are_parameters_ask_for_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one kernel, which has no derivative."""
+    q, k = (draw(torch.float32, (1, 2, 3, 16), 1)[0] for _ in range(2))
+    mixes = [nn.Parameter(torch.randn(2, 16, 16, device=DEVICE)) for _ in range(2)]
+    monkeypatch.setattr(
+        "fxopt.ir.ops._is_one_kernel", lambda *given: not any(t.requires_grad for t in given)
+    )
+    found = both_called(q, k, None, None, *mixes)
+    assert not any(side.requires_grad for side in found)
 
 
 @pytest.mark.parametrize("heads", [(), (1,)])
