@@ -24,7 +24,7 @@ from fxopt.kernels._triton.few_rows import Configuration as Few
 from fxopt.kernels.low_rank_linear import triton as low_rank
 from fxopt.kernels.low_rank_linear.triton import Configuration, Cut, Vector
 
-ROWS = (1, 4, 16, 64, 256)
+ROWS = (1, 2, 4, 16, 64, 256)
 BEST = 4
 """So many cuts of each product are combined."""
 
@@ -43,10 +43,11 @@ def firsts(rows: int) -> list[Cut]:
             if m < 2 * rows and (m + n) * k < 256 * 128
         ]
     few: list[Cut] = [
-        *(Few(16, 256, 4, 5, s) for s in (1, 2, 4)),
+        *(Few(32, 256, 4, 4, s) for s in (2, 4)),
+        Few(16, 256, 4, 5, 2),
+        *(Few(16, 256, 4, 5, s) for s in (1, 4)),
         *(Few(16, 512, 4, 4, s) for s in (1, 2)),
         *(Few(32, 128, 4, 6, s) for s in (1, 2, 4)),
-        *(Few(32, 256, 4, 4, s) for s in (2, 4)),
         Few(64, 128, 4, 4, 4),
         Few(8, 256, 4, 5),
         Few(8, 512, 4, 4),
@@ -66,8 +67,8 @@ def seconds(rows: int) -> list[Cut]:
         return [Few(n, 64, warps, 4, 1, m) for m, n, warps in tiles if m < 2 * rows]
     few: list[Cut] = [
         Few(16, 128, 4, 6),
+        *(Few(32, 128, 4, stages) for stages in (7, 4)),
         Few(16, 256, 4, 4),
-        *(Few(32, 128, 4, stages) for stages in (4, 7)),
         Few(32, 64, 4, 6),
         *(Few(64, k, 4, 4) for k in (64, 128)),
         Few(128, 64, 8, 4),

@@ -105,8 +105,9 @@ BF16_PRODUCT = tl.constexpr("{ .reg .b32 n; mov.b32 n, 0x80008000; fma.rn.bf16x2
 
 @triton.jit
 def scaled(w, scale, ASM: tl.constexpr):
-    """w * scale, rounded to their dtype once; the interpreter cannot multiply bfloat16."""
-    if ASM and w.dtype == tl.bfloat16:
+    """w * scale, rounded to w's dtype once; the interpreter cannot multiply bfloat16. The scale may
+    be of another dtype, whose range float16 does not have."""
+    if ASM and w.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             BF16_PRODUCT, "=r,r,r", [w, scale], dtype=tl.bfloat16, is_pure=True, pack=2
         )

@@ -108,14 +108,14 @@ def _vector_kernel(
     b_all = tl.load(x + o_all, mask=o_all < K, other=0.0).to(tl.float32)
     b_scale = tl.maximum(tl.max(tl.abs(b_all), 0) / LARGEST, LEAST)
     b_y = _product(x, w, b_w, b_scale, r_n, K, LARGEST, EVEN, BLOCK_N, BLOCK_K)
-    b_y *= b_scale * tl.load(scale + r_n)
+    b_y = b_y * b_scale * tl.load(scale + r_n)
     if HAS_BIAS:
         b_y += tl.load(bias + r_n).to(tl.float32)
     b_up = b_y
     if PAIRED:
         b_w = _step(up_w, r_n, 0, K, BLOCK_K)
         b_up = _product(x, up_w, b_w, b_scale, r_n, K, LARGEST, EVEN, BLOCK_N, BLOCK_K)
-        b_up *= b_scale * tl.load(up_scale + r_n)
+        b_up = b_up * b_scale * tl.load(up_scale + r_n)
         if HAS_UP_BIAS:
             b_up += tl.load(up_bias + r_n).to(tl.float32)
     m_n = o_n < N

@@ -22,9 +22,14 @@ SCHEMA = (
     "(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation='', Tensor? residual=None,"
     " Tensor? second_down=None, Tensor? second_up=None, Tensor? second_bias=None) -> Tensor"
 )
-FUSED_ROWS = 16
-"""Up to these rows two kernels read the factors; more are two products of the library. Those for
-more rows are in `benchmarks/linear.py`, not chosen before they are measured."""
+# Up to these rows two kernels read factors of any size: one row on an H200 takes 1.57 times the
+# speed of two calls of cuBLAS at 4096 x 4096 and half the parameters, 1.13 at 4096 x 14336 and 1.26
+# at 14336 x 4096.
+VECTOR_ROWS = 2
+# Up to these rows they read factors of fewer numbers than LARGE: 16 rows take 1.26 times the speed
+# for the first shape's 8.4 million, 0.99 and 0.95 for 29.5 million of the others. 64 rows took 1.07
+# for the first, in a single configuration and with more shared memory than many devices have.
+FUSED_ROWS, LARGE = 16, 1 << 24
 MULTIPLE = 8
 """What rank and input features are multiples of where rows can be read 16 bytes at once."""
 
@@ -32,7 +37,7 @@ MULTIPLE = 8
 def _cuda(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *following: Any) -> Tensor:
     after = reference.epilogue(*following)
     reference.check(x, down, up, after)
-    if _fused(x, down, up, after):
+    if _fused(x, down, up, bias, after):
         from . import triton
 
         after, residual = apart(x.dtype, after)
@@ -43,13 +48,17 @@ def _cuda(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *following: 
     return follow(y, after.activation, second, after.residual)
 
 
-def _fused(x: Tensor, down: Tensor, up: Tensor, after: Epilogue) -> bool:
-    """Whether the kernels serve a call: few rows in half precision, two weights of one rank."""
-    factors = (down, up, *(() if after.up is None else after.up[:2]))
-    ranks = {len(factor) for factor in factors[::2]}
-    fits = all(side % MULTIPLE == 0 for side in down.shape)
-    few = x.numel() <= FUSED_ROWS * x.shape[-1]
-    return _triton.AVAILABLE and x.itemsize == 2 and len(ranks) == 1 and fits and few
+def _fused(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, after: Epilogue) -> bool:
+    """Whether the kernels serve a call: few rows in half precision, two weights of one rank, sizes
+    at which they are faster. Dtypes that differ are left to the reference to refuse."""
+    second = (None, None, None) if after.up is None else after.up
+    one_rank = second[0] is None or len(second[0]) == len(down)
+    dtypes = {t.dtype for t in (x, down, up, bias, *second) if t is not None}
+    fits = all(side > 0 and side % MULTIPLE == 0 for side in down.shape)
+    most = FUSED_ROWS if down.numel() + up.numel() < LARGE else VECTOR_ROWS
+    few = x.numel() <= most * x.shape[-1]
+    alike = dtypes <= {x.dtype} and x.itemsize == 2
+    return _triton.AVAILABLE and alike and one_rank and fits and few
 
 
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *following: Any) -> Tensor:

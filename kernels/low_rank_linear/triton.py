@@ -131,28 +131,30 @@ class Configuration(NamedTuple):
 
 
 def configuration(
-    rows: int, in_features: int, rank: int, out_features: int, device: torch.device
+    rows: int,
+    in_features: int,
+    rank: int,
+    out_features: int,
+    device: torch.device,
+    paired: bool = False,
 ) -> Configuration:
-    """Enough programs to fill the device; not measured yet: `benchmarks/linear.py --sweep low-rank`
-    compares others."""
+    """For up to 16 rows. With one row, and with 16 where the op takes the kernels, within 2 % of
+    the fastest that were found on an H200; `benchmarks/linear.py --sweep low-rank` compares others.
+
+    A program of the second launch has half as many rows of each of two weights, `paired`, or where
+    it has two rows of x: its registers are those of one then.
+    """
     count = processors(device)
     if rows <= 2:
-        first, second = (
-            Vector(4, tile(depth, most=2048 if depth > 8192 else 1024))
-            for depth in (in_features, rank)
-        )
-        programs = triton.cdiv(rank, first.block_n)
-        return Configuration(first._replace(splits=2 if programs < 2 * count else 1), second)
-    if rows <= few_rows.ROWS:
-        first = few_rows.Configuration(16, tile(in_features, most=256), 4, 5)
-        second = few_rows.configuration(out_features, rank, 2)
-        splits = _splits(triton.cdiv(rank, first.block_n), count)
-        # More sums than two would not fit into shared memory beside the second weight.
-        return Configuration(first._replace(splits=splits), second, added=splits > 2)
-    block_m = 64 if rows > 32 else 32
-    cut = few_rows.Configuration(64, 64, 4, 4, 1, block_m)
-    programs = triton.cdiv(rank, cut.block_n) * triton.cdiv(rows, block_m)
-    return Configuration(cut._replace(splits=_splits(programs, 2 * count)), cut, added=True)
+        split = in_features > 8192 or triton.cdiv(rank, 4) < 2 * count
+        first = Vector(2, 1024, splits=2) if split else Vector(4, 1024)
+        second = Vector(8 if rows == 1 and not paired else 4, tile(rank, most=1024))
+        return Configuration(first._replace(block_k=tile(in_features, most=1024)), second)
+    first = few_rows.Configuration(32, tile(in_features, most=256), stages=4)
+    splits = _splits(triton.cdiv(rank, first.block_n), count)
+    second = few_rows.configuration(out_features, rank, 2)
+    # Parts of sums, in float32, would not fit into shared memory beside the second weight.
+    return Configuration(first._replace(splits=splits), second, added=splits > 1)
 
 
 def _splits(programs: int, wanted: int) -> int:
@@ -172,19 +174,23 @@ def low_rank_linear(
     `after`. The factors of a second weight have the shapes of the first's, and are read in the same
     two launches."""
     (rank, in_features), out_features = down.shape, len(up)
-    rows = x.reshape(-1, in_features).contiguous()
+    # The second kernel reads weights before it waits: no copy may run between the launches.
+    rows, down, up = x.reshape(-1, in_features).contiguous(), down.contiguous(), up.contiguous()
+    after = _contiguous(after)
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel() == 0:
         return y
     count = len(rows)
-    c = chosen or configuration(count, in_features, rank, out_features, x.device)
+    c = chosen or configuration(
+        count, in_features, rank, out_features, x.device, after.up is not None
+    )
     downs = (down, *(after.up[:1] if after.up else ()))
     parts = c.first.splits
     # For each weight the sums of each split.
     hidden = x.new_empty(
         (len(downs), parts, count, rank), dtype=torch.float32 if parts > 1 else x.dtype
     )
-    both = None if after.up is None else Other(after.up[0].contiguous())
+    both = None if after.up is None else Other(after.up[0])
     _launch(c.first, rows, down, None, hidden, Chain(starts=True), other=both)
     if c.added and parts > 1:
         sums, hidden = hidden, x.new_empty((len(downs), 1, count, rank))
@@ -192,11 +198,16 @@ def low_rank_linear(
             partial_sums.add(partial, None, whole[0], starts=True)
         parts = 1
     if after.up is not None:
-        both = Other(after.up[1].contiguous(), after.up[2], hidden[1])
-    if after.residual is not None:
-        after = after._replace(residual=after.residual.contiguous())
+        both = Other(after.up[1], after.up[2], hidden[1])
     _launch(c.second, hidden[0], up, bias, y, Chain(waits=True), after, parts, both)
     return y
+
+
+def _contiguous(after: Epilogue) -> Epilogue:
+    residual, up = after.residual, after.up
+    if up is not None:
+        up = (*(factor.contiguous() for factor in up[:2]), up[2])
+    return after._replace(residual=None if residual is None else residual.contiguous(), up=up)
 
 
 def _launch(
@@ -210,9 +221,10 @@ def _launch(
     parts: int = 1,
     other: Other | None = None,
 ) -> None:
-    """y = x @ w.T for x [..., rows, depth], `parts` sums of which are added, and what follows."""
+    """y = x @ w.T for x [..., rows, depth], `parts` sums of which are added, and what follows; all
+    contiguous."""
     columns, depth = w.shape
-    rows, w = x.numel() // parts // depth, w.contiguous()
+    rows = x.numel() // parts // depth
     if isinstance(cut, few_rows.Configuration):
         read, written = Layout(0, depth, rows * depth), Layout(rows * columns, columns)
         few_rows.launch(

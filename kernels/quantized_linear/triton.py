@@ -76,7 +76,7 @@ def _product(
             b_x = tl.load(p_x + i_g * GROUP + i_p * PLANE + i_k, mask=m_x, other=0.0)
             b_w = centred(b_byte, b_zero, b_x.dtype, BITS, i_p, ASM)
             if SCALE_FIRST:
-                b_w = scaled(b_w, b_scale.to(b_w.dtype), ASM)
+                b_w = scaled(b_w, b_scale, ASM)
             b_step = dot(b_w, b_x, b_step, UPCAST) if SWAPPED else dot(b_x, b_w, b_step, UPCAST)
         if SCALE_FIRST:
             b_y = b_step

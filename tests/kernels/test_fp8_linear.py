@@ -221,6 +221,25 @@ def test_kernel_of_few_rows(rows: int) -> None:
             assert (own - y).float().norm() <= 0.01 * y.float().norm()
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_scales_whose_product_is_no_float32(paired: bool) -> None:
+    """The sum, which is large, is multiplied by one after the other."""
+    pytest.importorskip("triton")
+    from fxopt.kernels.fp8_linear import triton
+
+    x, weight = torch.randn(1, 96, device=DEVICE), torch.randn(50, 96, device=DEVICE)
+    small, ones = stored(weight * 2.0**-64), stored(weight)
+    bias = torch.ones(50, device=DEVICE) if paired else None
+    # A gate of ones, or one product alone.
+    first, after = small, Epilogue()
+    if paired:
+        first, after = (torch.zeros_like(ones[0]), ones[1]), Epilogue("", None, (*small, None))
+    out = triton.one_row(x * 2.0**-72, *first, bias, after=after)
+    wanted = triton.one_row(x, *ones, None) * 2.0**-72 * 2.0**-64
+    assert wanted.any()
+    assert (out.double() - wanted.double()).norm() <= 1e-3 * wanted.double().norm()
+
+
 @pytest.mark.parametrize("activation", ["", "silu", "gelu"])
 @pytest.mark.parametrize(("paired", "added"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("rows", [1, 3])

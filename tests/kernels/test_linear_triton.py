@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -65,6 +66,17 @@ def test_quantized(dtype: torch.dtype, bits: int, group: int, rows: int) -> None
     out = quantized_triton.quantized_linear(x, packed, scale, zero, bias, bits, group)
     exact = dequantize(packed, scale.double(), zero.double(), bits, group)
     assert_close(out, x, exact, bias)
+
+
+@pytest.mark.parametrize("cut", ["whole", "transposed"])
+def test_scales_beyond_the_range_of_x(cut: str) -> None:
+    """As under autocast: float32 scales of which float16 keeps few bits are not rounded to it."""
+    rows, chosen = CUTS[cut]
+    c = chosen._replace(scale_first=True)
+    packed, scale, zero = quantize(1e-4 * torch.randn(51, 640, device=DEVICE), 8, 64)
+    x = draw(rows, 640, dtype=torch.float16)
+    out = quantized_triton.quantized_linear(x, packed, scale, zero, None, 8, 64, c)
+    assert_close(out, x, dequantize(packed, scale.double(), zero.double(), 8, 64), None)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 63), (8, 126), (4, 42), (4, 126)])
@@ -327,18 +339,91 @@ def test_low_rank_by_what_is_launched(
     assert not launched
 
 
-def test_low_rank_fills_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+HALVES = ((4096, 1024, 4096), (4096, 1600, 14336), (14336, 1600, 4096))
+"""Inputs, rank and outputs where two factors have half of a weight's parameters."""
+
+
+def test_an_h200_gets_the_cuts_of_low_rank_that_were_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank_triton, "processors", lambda _: 132)
-    for rows, at_least in ((1, 256), (16, 100), (64, 128), (256, 128)):
-        for depth, rank, columns in ((4096, 1024, 4096), (4096, 1600, 14336), (14336, 1600, 4096)):
-            c = low_rank_triton.configuration(rows, depth, rank, columns, torch.device("cuda"))
-            tiles = 1 if rows <= 16 else rows // getattr(c.first, "block_m", 16)
-            assert rank // c.first.block_n * c.first.splits * tiles >= at_least
-            assert columns // c.second.block_n * tiles >= 64
-            assert c.second.splits == 1
-        narrow = low_rank_triton.configuration(rows, 4096, 256, 4096, torch.device("cuda"))
-        assert narrow.first.splits > 1
-        assert narrow.added == (narrow.first.splits > 2)
+    cuda, cut = torch.device("cuda"), low_rank_triton.Vector
+    found = [low_rank_triton.configuration(1, *sizes, cuda) for sizes in HALVES]
+    assert [c.first for c in found] == [cut(2, 1024, 4, 2), cut(4, 1024), cut(2, 1024, 4, 2)]
+    assert all(c[1:] == (cut(8, 1024), False) for c in found)
+    c = low_rank_triton.configuration(16, *HALVES[0], cuda)
+    first, second = few_rows.Configuration(32, 256, 4, 4, 4), few_rows.Configuration(32, 128, 4, 7)
+    assert c == (first, second, True)
+    for rows, paired in ((2, False), (1, True)):
+        assert low_rank_triton.configuration(rows, *HALVES[0], cuda, paired).second.block_n == 4
+
+
+@pytest.mark.parametrize("processors", [40, 132])
+@pytest.mark.parametrize("rank", [8, 256, 1024, 1600, 2048, 4096])
+def test_tensor_cores_read_sums_that_were_added(
+    processors: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of sums in float32 would need more shared memory than most devices have."""
+    monkeypatch.setattr(low_rank_triton, "processors", lambda _: processors)
+    for rows, columns in ((3, 1024), (16, 4096), (16, 14336)):
+        c = low_rank_triton.configuration(rows, 4096, rank, columns, torch.device("cuda"))
+        assert c.added == (c.first.splits > 1)
+        assert c.second.splits == 1
+    assert c.first.splits > 1 or rank >= 1024
+
+
+def test_large_factors_and_several_rows_are_left_to_the_library() -> None:
+    for rows, sizes, fused in (
+        (1, HALVES[2], True), (2, HALVES[1], True), (3, HALVES[1], False),
+        (16, HALVES[2], False), (16, HALVES[0], True), (17, HALVES[0], False),
+    ):  # fmt: skip
+        k, rank, n = sizes
+        x, down, up = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+            for shape in ((rows, k), (rank, k), (n, rank))
+        )
+        assert low_rank_op._fused(x, down, up, None, Epilogue()) == fused  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("odd", ["x", "down", "up", "bias", "second_up", "second_bias"])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16])
+def test_low_rank_of_several_dtypes_is_an_error(odd: str, other: torch.dtype) -> None:
+    shapes = {"x": (2, 64), "down": (8, 64), "up": (51, 8), "bias": (51,)}
+    given = {n: draw(*s, dtype=torch.float16) for n, s in shapes.items()}
+    given |= {f"second_{n}": draw(*shapes[n], dtype=torch.float16) for n in ("down", "up", "bias")}
+    given[odd] = given[odd].to(other)
+    second = [given.pop(f"second_{n}") for n in ("down", "up", "bias")]
+    with pytest.raises(RuntimeError, match="dtype"):
+        low_rank_op._cuda(*given.values(), "silu", None, *second)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(("depth", "rank"), [(64, 0), (0, 8)])
+def test_low_rank_of_nothing_is_the_bias(depth: int, rank: int) -> None:
+    x, bias = draw(3, depth, dtype=torch.float16), draw(51, dtype=torch.float16)
+    factors = draw(rank, depth, dtype=torch.float16), draw(51, rank, dtype=torch.float16)
+    out = low_rank_op._cuda(x, *factors, bias)  # pyright: ignore[reportPrivateUsage]
+    assert torch.equal(out, bias.expand(3, 51))
+
+
+def test_no_copy_comes_between_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second kernel reads its weight before it waits for the one before it."""
+    done: list[str] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.clone.default:
+                done.append("copy")
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(low_rank_triton, "_launch", lambda *_, **__: done.append("launch"))
+    first, second = (
+        (draw(320, 40, dtype=torch.float16).T, draw(40, 51, dtype=torch.float16).T, None)
+        for _ in range(2)
+    )
+    x, residual = draw(320, 1, dtype=torch.float16).T, draw(51, 2, dtype=torch.float16)[:, :1].T
+    with Copies():
+        low_rank_triton.low_rank_linear(x, *first, after=Epilogue("silu", residual, second))
+    assert done == ["copy"] * 5 + ["launch"] * 2
 
 
 @DTYPES
@@ -403,7 +488,8 @@ def build(kernel, pointers, options={}, **constants):
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.check_output(command, text=True)
     stack = usage.partition("STACK:")[2].split()[0]
-    print(kernel.__name__, stack, built.asm["ttgir"].count("ttg.local_alloc %"))
+    copies = built.asm["ttgir"].count("ttg.local_alloc %")
+    print(kernel.__name__, stack, copies, built.metadata.shared)
 
 p, f, q = "*bf16", "*fp32", "*fp8e4nv"
 tile = dict(UPCAST=False, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64)
@@ -423,6 +509,9 @@ for bits in (4, 8):
         build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=False,
               SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
               **tile | dict(BLOCK_N=64), **after)
+        build(quantized._product_kernel, pointers | dict(scale=f, up_scale=f), BITS=bits, GROUP=128,
+              HAS_BIAS=True, SPLIT=False, SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1,
+              SWAPPED=True, **tile | dict(BLOCK_N=64), **after)
         build(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
               CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048, **after)
 pointers = dict(packed="*u8", scale=p, zero=p, w=p)
@@ -442,6 +531,15 @@ for x, y, how in ((p, f, either), (f, p, summed | gelu), (f, p, summed | pair)):
     pointers |= dict.fromkeys(("scale_m", "scale_n", "up_scale"), f)
     build(few_rows._few_rows_kernel, pointers, dict(num_stages=5), HAS_SCALE=False, EVEN=True,
           **how, **tile | dict(BLOCK_K=128))
+low_rank.processors = lambda _: 132
+for rank, columns in ((1024, 4096), (2048, 1024), (2048, 4096), (1024, 8192)):
+    c = low_rank.configuration(16, 4096, rank, columns, None)
+    parts = 1 if c.added else c.first.splits
+    of_parts = pointers | dict.fromkeys(("x", "up_x"), p if parts == 1 else f)
+    how = summed | pair | dict(PARTS=parts)
+    for cut, given, so in ((c.first, pointers | dict(x=p), either), (c.second, of_parts, how)):
+        build(few_rows._few_rows_kernel, given, dict(num_stages=cut.stages), HAS_SCALE=False,
+              EVEN=True, **so, UPCAST=False, BLOCK_M=16, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k)
 pointers = dict(partial=f, bias=p, up_bias=p, residual=p, y=p)
 for after in (plain, pair, gelu):
     build(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, STARTS=True, BLOCK=256,
@@ -462,11 +560,13 @@ def test_compile_ahead_of_time_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     built = [line.split() for line in done.stdout.splitlines()]
-    assert len(built) == 31
-    spilled = {name for name, stack, _ in built if int(stack) > 0}
+    assert len(built) == 45
+    spilled = {name for name, stack, *_ in built if int(stack) > 0}
     assert spilled <= {"_product_kernel"}  # two 4-bit weights whose sums are split: 8 bytes
     # Weights reach the products from where they were copied to, not through a second copy.
-    assert all(int(copies) == 0 for _, _, copies in built)
+    assert all(int(copies) == 0 for _, _, copies, _ in built)
+    # What devices of capability 8.6 and 8.9 have.
+    assert all(int(shared) <= 99 * 1024 for *_, shared in built)
 
 
 @pytest.mark.gpu
