@@ -305,7 +305,8 @@ def test_tiles_skipped_by_their_maximum_lose_more_than_kept_tiles_cost(model: An
     from tiny_lm_data import heldout_windows
 
     rewrite, worse = SkipSoftmax(), 0
-    candidate = Candidate(rewrite.name, "skip70%", {"skipped": 700})
+    # 70 % of the tiles that are visited, of which 91 % may be left out.
+    candidate = Candidate(rewrite.name, "skip76.9%", {"skipped": 769})
     fit, text = (_attended(model, row[None]) for row in heldout_windows(4096)[[10, 0]])
     for before, now in zip(fit, text, strict=True):
         given, inputs = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -135,8 +136,18 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def _skips_in_kernel(call: Attention) -> bool:
-    """Tiles of 128 float32 queries of more channels do not fit a multiprocessor."""
-    return call.q.element_size() == 2 or max(call.q.shape[3], call.v.shape[3]) <= 128
+    """Its tiles have one size on all devices, and not every multiprocessor has room for them."""
+    from .triton import skip_bytes
+
+    needed = skip_bytes(call.q.shape[3], call.v.shape[3], call.q.element_size())
+    return needed <= _shared_bytes(call.q.device)
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:

@@ -33,6 +33,18 @@ def count(length: int, tile: int) -> int:
     return (length + tile - 1) // tile + int(torch.compiler.is_exporting())
 
 
+def tiles(queries: int, keys: int, window: int = 0) -> tuple[int, int]:
+    """Key tiles that the last `queries` of `keys` tokens visit in a head, one count for each tile
+    of queries, and how many of these may be left out. Without padding and sink tokens."""
+    visited = may = 0
+    for start in range(keys - queries, keys, QUERY_TILE):
+        last = min(start + QUERY_TILE, keys) - 1
+        begin, low = (max(0, at - window + 1) if window else 0 for at in (start, last))
+        visited += last // KEY_TILE + 1 - begin // KEY_TILE
+        may += max((start + 1) // KEY_TILE - -(-low // KEY_TILE) - 1, 0)
+    return visited, may if queries > LEAST_QUERIES else 0
+
+
 def limits(skip: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Of each query head in nats, infinite where nothing is left out, [H]."""
     values = [UNIT * s if s else math.inf for s in skip]

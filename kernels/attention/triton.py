@@ -291,6 +291,14 @@ def skip_tiles(chosen: dict[str, int]) -> dict[str, int]:
     return sizes | {"num_warps": 8 if wide else 4, "num_stages": 2}
 
 
+def skip_bytes(dim: int, value_dim: int, element_size: int) -> int:
+    """Shared memory of a program that leaves tiles out: its queries, one tile of keys, one of
+    values, and the weights of a tile. What Triton 3.6 allots without tensor descriptors."""
+    high, wide = skipping.QUERY_TILE, skipping.KEY_TILE
+    block_d, block_v = tile(dim, most=1024), tile(value_dim, most=1024)
+    return element_size * (high * block_d + wide * (block_d + block_v) + high * wide)
+
+
 def with_positive_scale(call: Attention) -> Attention:
     """The kernel takes the maximum before it scales."""
     if call.scale > 0:

@@ -25,8 +25,9 @@ from fxopt.kernels.hip import reference as halved
 
 SHARE_STEP = 10
 """Per mille of the tiles, in steps of which what is expected to be kept is timed."""
-PLANTED, PLANTED_LIMIT = 60.0, 2000
-"""Nats that tiles to be left out lie below others where they are timed, and the limit for that."""
+PLANTED, SPREAD = 60.0, 0.01
+"""Nats that tiles to be left out lie below others where they are timed, without a cap on the
+scores, and what is left of the spread of random scores there: any cap is wider."""
 CORRECTION_LAUNCHES = 10
 """The asked rows, their lists of tiles, and what they add."""
 
@@ -190,8 +191,8 @@ def looked_at(queries: int, length: int, top: int) -> int:
 
 
 def skipping_call(info: AttentionInfo, scenario: Scenario, density: float) -> OpCall:
-    """One KV head whose query heads compute all scores and weigh the part `density` of the tiles;
-    see `attend`.
+    """One KV head whose query heads compute all scores, and of the tiles that may be left out weigh
+    the part `density`; see `attend`.
 
     Short calls are dense ones. What is timed is a call of which that part is left, in steps of one
     per cent.
@@ -201,14 +202,21 @@ def skipping_call(info: AttentionInfo, scenario: Scenario, density: float) -> Op
         return dense
     percent = max(1, round(100 * density))
     kept = f"skip{100 - percent}" + (f"w{info.window}" if info.window else "")
-    products = info.head_dim + info.value_dim * density
     return replace(
         dense,
         key=_key(info, scenario, kept),
-        flops=dense.flops * products / (info.head_dim + info.value_dim),
+        flops=dense.flops * skipping_products(info, scenario, density),
         family=_family(info, kept),
         run=_runner(info, scenario, info.window, 0, left=percent),
     )
+
+
+def skipping_products(info: AttentionInfo, scenario: Scenario, density: float) -> float:
+    """Part of the products of dense attention that is made where of the tiles that may be left out
+    the part `density` is left."""
+    visited, may = skips.tiles(scenario.queries, scenario.length, info.window)
+    out = (1 - density) * may / visited
+    return 1 - out * info.value_dim / (info.head_dim + info.value_dim)
 
 
 def neighborhood_call(
@@ -325,14 +333,18 @@ def visible_pairs(queries: int, length: int, causal: bool, window: int, sink_tok
     return up_to(length) - up_to(length - queries)
 
 
-def _plant(q: Tensor, k: Tensor, left: int) -> None:
+def _plant(q: Tensor, k: Tensor, left: int, softcap: float = 0.0) -> int:
     """Have about `left` per cent of the key tiles score far above the others, in random scores of
-    queries [B, H, N, D] and keys."""
+    queries [B, H, N, D] and keys, at a scale of D ** -0.5. Returns the limit, in hundredths of a
+    nat, that lies between them."""
     tiles = torch.arange(-(-k.shape[2] // skips.KEY_TILE), device=k.device)
     high = tiles * left % 100 < left  # evenly spread, the first among them
     keys = high.repeat_interleave(skips.KEY_TILE)[: k.shape[2]]
+    q *= SPREAD
     q[..., 0] = math.sqrt(PLANTED) * q.shape[3] ** 0.25
     k[..., 0] = torch.where(keys, math.sqrt(PLANTED) * q.shape[3] ** 0.25, 0.0).to(k.dtype)
+    highest = softcap * math.tanh(PLANTED / softcap) if softcap else PLANTED
+    return max(1, round(highest / 2 / skips.UNIT))
 
 
 def _runner(
@@ -358,15 +370,14 @@ def _runner(
         q = random(batch, heads, queries, info.head_dim)
         k = random(batch, kv_heads, length, info.head_dim)
         v = random(batch, kv_heads, length, info.value_dim)
-        if left:
-            _plant(q, k, left)
+        limit = _plant(q, k, left, info.softcap) if left else 0
         sinks = random(heads) if info.has_sinks else None
         bias = random(1, heads, queries, length) if info.has_bias else None
         scale = 1.0 / math.sqrt(info.head_dim)
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near], [dilation], [hip], [mass], [PLANTED_LIMIT if left else 0],
+            info.grid, [near], [dilation], [hip], [mass], [limit],
         )  # fmt: skip
 
     return run

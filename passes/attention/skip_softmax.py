@@ -31,12 +31,15 @@ from fxopt.passes.attention.corrected import prompt_of
 
 @dataclass(frozen=True)
 class SkipSoftmax:
-    """`shares` are per mille of the key tiles before a query, which the limits of calibration leave
-    out; one is offered where what is left takes less than the dense time at `slower`, the time of
-    the kernel that leaves out over that of the library's, both without a mask."""
+    """`shares` are per mille of the key tiles that may be left out, which the limits of calibration
+    leave out; one is offered where what is left of the longest prompt takes less than the dense
+    time at `slower`, the time of the kernel that leaves out over that of the library's, both
+    without a mask. Of a head in which calibration shows fewer than `least` such tiles, or the share
+    lies below nothing, nothing is left out."""
 
     shares: tuple[int, ...] = (300, 500)
     slower: float = 1.2
+    least: int = 100
 
     name: ClassVar[str] = "attention.skip_softmax"
     family: ClassVar[Family] = "attention"
@@ -59,63 +62,86 @@ class SkipSoftmax:
         return Match(site)
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
-        if calls.longest_prompt(scenarios) is None:
+        prompt = calls.longest_prompt(scenarios)
+        if prompt is None:
             return []
         info = calls.attention_info(match)
         return [
             Candidate(self.name, f"skip{share / 10:g}%", {"skipped": share})
             for share in sorted(self.shares)
-            if self._time(info, share) < 1.0
+            if self._time(info, prompt, share) < 1.0
         ]
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
         """Why there is no candidate for these scenarios, in numbers; None if there are some."""
         if self.candidates(match, scenarios):
             return None
-        if calls.longest_prompt(scenarios) is None:
+        prompt = calls.longest_prompt(scenarios)
+        if prompt is None:
             queries = max((scenario.queries for scenario in scenarios), default=0)
             return (
                 f"no call of the workload brings more than {queries} tokens, and calls of at most "
                 f"{skips.LEAST_QUERIES} leave nothing out"
             )
         info, most = calls.attention_info(match), max(self.shares)
+        visited, may = skips.tiles(prompt.queries, prompt.length, info.window)
+        products = calls.skipping_products(info, prompt, 1 - most / 1000)
         return (
-            f"without {most / 10:g}% of its tiles, of which the scores are computed all the same, "
-            f"attention makes {_products(info, 1 - most / 1000):.0%} of its products, in a kernel "
-            f"that takes {self.slower:g} times the library's time: "
-            f"{self._time(info, most):.2f} of the dense time"
+            f"{may} of the {visited} tiles of the longest prompt may be left out: without "
+            f"{most / 10:g}% of them, of which the scores are computed all the same, attention "
+            f"makes {products:.0%} of its products, in a kernel that takes "
+            f"{self._slower(info):g} times the time of dense calls: "
+            f"{self._time(info, prompt, most):.2f} of the dense time"
         )
 
-    def _time(self, info: AttentionInfo, share: int) -> float:
-        """What is left of the dense time, where dense calls are the library's if it has them."""
-        library = not (info.softcap or info.has_sinks or info.window)
-        return (self.slower if library else 1.0) * _products(info, 1 - share / 1000)
+    def _slower(self, info: AttentionInfo) -> float:
+        """Dense calls are the library's if it has them."""
+        return 1.0 if info.softcap or info.has_sinks or info.window else self.slower
+
+    def _time(self, info: AttentionInfo, prompt: Scenario, share: int) -> float:
+        """What is left of the dense time."""
+        return self._slower(info) * calls.skipping_products(info, prompt, 1 - share / 1000)
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
-        """Prompts by all scores and the products with the values of what is expected to be left;
-        decoding is dense."""
+        """Prompts by all scores and the products with the values of what is expected to be left,
+        without calibration all; decoding is dense."""
         info = calls.attention_info(match)
-        density = float(match.extra.get("density", 1 - _share(candidate)))
+        density = float(match.extra.get("density", 1.0))
         return [calls.skipping_call(info, scenario, density)]
 
     def varies(self, candidate: Candidate) -> bool:
         return True
 
     def density(self, match: Match, candidate: Candidate, inputs: Mapping[str, Any]) -> Tensor:
-        """The part of the key tiles before the queries of the recorded prompts that is not left
-        out: [KV], the mean of a KV head's query heads."""
-        found, every = _found(inputs)
-        limit = _limits(found, every, _share(candidate))
-        out = torch.stack([(gap > s / 100).sum() for gap, s in zip(found, limit, strict=True)])
-        return 1 - out.double().unflatten(0, (inputs["k"].shape[1], -1)).mean(1) / max(every, 1)
+        """Of the key tiles of the recorded prompts that may be left out the part that is not: [KV],
+        the mean of a KV head's query heads."""
+        found = _found(inputs)
+        limit = skips.limits(self._limits(found, candidate), torch.float64, torch.device("cpu"))
+        left = [
+            1 - (gap > nats).sum().item() / max(len(gap), 1)
+            for gap, nats in zip(found, limit.tolist(), strict=True)
+        ]
+        by_head = torch.tensor(left, dtype=torch.float64)
+        return by_head.unflatten(0, (inputs["k"].shape[1], -1)).mean(1)
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
     ) -> dict[str, Tensor]:
-        """Limits as "limit", int32 [H]: hundredths of a nat, at least one."""
-        found, every = statistics.once("gaps", lambda: _found(statistics.inputs))
-        limit = _limits(found, every, _share(candidate))
-        return {"limit": torch.tensor(limit, dtype=torch.int32)}
+        """Limits as "limit", int32 [H]: hundredths of a nat, 0 where nothing is left out."""
+        found = statistics.once("gaps", lambda: _found(statistics.inputs))
+        return {"limit": torch.tensor(self._limits(found, candidate), dtype=torch.int32)}
+
+    def _limits(self, found: Sequence[Tensor], candidate: Candidate) -> list[int]:
+        """Of each head the least limit under which at most the share of the tiles that may go is
+        left out; 0 where fewer lie below what is seen before, or too few were seen."""
+        share = int(candidate.parameters["skipped"])
+        few = [len(gap) < self.least for gap in found]
+        # At the place of the share: the one tile more that is kept.
+        nats = [
+            0.0 if none else gap[share * len(gap) // 1000].item()
+            for gap, none in zip(found, few, strict=True)
+        ]
+        return [math.ceil(least / skips.UNIT) if least > 0 else 0 for least in nats]
 
     def emulate(
         self,
@@ -133,7 +159,7 @@ class SkipSoftmax:
     def kept_mass(
         self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
     ) -> Tensor:
-        limit = _limits(*_found(inputs), _share(candidate))
+        limit = self._limits(_found(inputs), candidate)
         return mass.kept(inputs, rows, _visible(inputs, rows, limit))
 
     def apply(
@@ -149,39 +175,24 @@ class SkipSoftmax:
         editor.update(site, skip=tuple(values))
 
 
-def _share(candidate: Candidate) -> float:
-    return int(candidate.parameters["skipped"]) / 1000
-
-
-def _products(info: AttentionInfo, density: float) -> float:
-    """Part of the products of dense attention that is made where `density` of the tiles is left."""
-    return (info.head_dim + info.value_dim * density) / (info.head_dim + info.value_dim)
-
-
-def _found(inputs: Mapping[str, Any]) -> tuple[list[Tensor], int]:
+def _found(inputs: Mapping[str, Any]) -> list[Tensor]:
     """Of each query head how far below what is seen before those tiles lie that may be left out,
-    in nats, the farthest first; and how many tiles a head visits in all. Of prompts alone."""
+    in nats, the farthest first. Of prompts alone, and of no queries that are padding."""
     prompt = prompt_of(inputs)
-    found: list[list[Tensor]] = [[prompt["q"].new_zeros(0)] for _ in range(prompt["q"].shape[1])]
-    every, queries = 0, prompt["q"].shape[2]
+    (heads, queries), keys, mask = prompt["q"].shape[1:3], prompt["k"].shape[2], prompt["mask"]
+    found: list[list[Tensor]] = [[prompt["q"].new_zeros(0)] for _ in range(heads)]
     for start in range(0, queries if queries > skips.LEAST_QUERIES else 0, skips.QUERY_TILE):
-        gap, may, seen = _gaps(prompt, start)
+        gap, may = _gaps(prompt, start)
+        if mask is not None:
+            own = mask[:, keys - queries + start :][:, : skips.QUERY_TILE] != 0
+            may = may & own.any(1)[:, None, None]
         for head, kept in enumerate(found):
             kept.append(gap[:, head][may[:, head]])
-        every += seen
-    return [torch.cat(kept).sort(descending=True).values for kept in found], every
+    return [torch.cat(kept).sort(descending=True).values for kept in found]
 
 
-def _limits(found: Sequence[Tensor], every: int, share: float) -> list[int]:
-    """Of each head the least limit under which at most `share` of the tiles is left out."""
-    place = math.floor(share * every)
-    least = [gap[place].item() if place < len(gap) else 0.0 for gap in found]
-    return [max(1, math.ceil(nats / skips.UNIT)) if nats > 0 else 1 for nats in least]
-
-
-def _gaps(inputs: Mapping[str, Any], start: int) -> tuple[Tensor, Tensor, int]:
-    """`skips.gaps` of one tile of queries, [B, H, key tiles] each, and the number of tiles that
-    they see."""
+def _gaps(inputs: Mapping[str, Any], start: int) -> tuple[Tensor, Tensor]:
+    """`skips.gaps` of one tile of queries, [B, H, key tiles] each."""
     q, k = inputs["q"], inputs["k"]
     stop = min(start + skips.QUERY_TILE, q.shape[2])
     rows = torch.arange(start, stop, device=q.device)
@@ -195,9 +206,7 @@ def _gaps(inputs: Mapping[str, Any], start: int) -> tuple[Tensor, Tensor, int]:
         scores, rows + k.shape[2] - q.shape[2], k.shape[2], inputs.get("mask"),
         window.to(q.device), logit,
     )  # fmt: skip
-    may = may.expand_as(gap)[:, :, 0]
-    visited = -(-(int(rows[-1]) + 1 + k.shape[2] - q.shape[2]) // skips.KEY_TILE)
-    return gap[:, :, 0], may, q.shape[0] * visited
+    return gap[:, :, 0], may.expand_as(gap)[:, :, 0]
 
 
 def _visible(inputs: Mapping[str, Any], rows: Tensor, limit: Sequence[int]) -> Tensor:
@@ -208,7 +217,7 @@ def _visible(inputs: Mapping[str, Any], rows: Tensor, limit: Sequence[int]) -> T
     if queries <= skips.LEAST_QUERIES:
         return visible
     for number in (rows[rows < queries] // skips.QUERY_TILE).unique().tolist():
-        gap, may, _ = _gaps(prompt, number * skips.QUERY_TILE)
+        gap, may = _gaps(prompt, number * skips.QUERY_TILE)
         nats = skips.limits(limit, gap.dtype, gap.device)[:, None]
         out = (may & (gap > nats)).repeat_interleave(skips.KEY_TILE, 2)[..., :end]
         chosen = (rows // skips.QUERY_TILE == number) & (rows < queries)
