@@ -50,6 +50,7 @@ ON_REQUEST = frozenset(
         "activation.filtered_cross_entropy",
         "activation.offload",
         "activation.quantized_offload",
+        "activation.shared_norm",
         "linear.channel_pruned",
         "linear.low_rank_shared",
         "linear.low_rank_pivoted",

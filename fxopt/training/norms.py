@@ -37,7 +37,10 @@ def sources(step: Step) -> dict[fx.Node, Sources]:
         every = _rms_norm(node) if node.target is aten.rsqrt.default else every
         for value, made in every:
             output, owner = _saved_output(step, made.output), step.owner[value]
-            if output is not None and owner is not output and _fits(step, owner, value, output):
+            known = all(n is None or n in step.kept for n in (made.rstd, made.mean))
+            if output is None or owner is output or not known:
+                continue
+            if _fits(step, owner, value, output):
                 found.setdefault(owner, made._replace(output=output))
     # nothing is made of what is itself made
     return {o: made for o, made in found.items() if made.output not in found}

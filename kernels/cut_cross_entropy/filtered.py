@@ -111,5 +111,6 @@ def filtered_bytes(hidden: Tensor, weight: Tensor, needs: Sequence[bool], chunk:
     return (
         gathered * (rows * size + product)
         + indices
-        + min(FEW, -(-len(hidden) // chunk)) * (needs[1] * classes * size)
+        # one by one, and joined for one product
+        + 2 * min(FEW, -(-len(hidden) // chunk)) * (needs[1] * (classes + features) * size)
     )

@@ -34,7 +34,8 @@ def norm_input(
     in float32, float64 if `dtype` is. Where a weight is smaller than `least` its output says
     nothing of its input, and n is taken to be 0.
     """
-    x = y.to(wide_dtype(dtype), copy=True, memory_format=torch.contiguous_format).flatten(0, -2)
+    x = y.to(wide_dtype(dtype), copy=True, memory_format=torch.contiguous_format)
+    x = x.reshape(-1, y.shape[-1])
     if bias is not None:
         x.sub_(bias)
     if weight is not None:

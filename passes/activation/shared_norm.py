@@ -31,7 +31,8 @@ from fxopt.passes.activation.quantized_saved import PEAK
 from fxopt.passes.activation.unchanged import Unchanged
 
 NEARER = 4.0
-"""So many times nearer to 0 than now may a weight come in training before its values are 0."""
+"""A weight may become so many times smaller than `spread` lets it be now before its values are 0:
+division raises the rounding further then, but no gradient is lost while weights shrink."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SharedNorm(Unchanged):
             return Refusal("not the input of a norm whose output the next layer saves")
         if not site.info.whole:
             return Refusal("its memory is more than the tensor, and the rest may be read as well")
-        if not norm.least * self.spread >= norm.most:
+        if not norm.least * self.spread >= norm.most > 0:
             return Refusal(
                 f"the norm's output is divided by a weight of {norm.least:.2g}, where weight and "
                 f"bias reach {norm.most:.2g}: more than {self.spread:g} times as much"
@@ -106,7 +107,7 @@ class SharedNorm(Unchanged):
         info, norm = _info(match)
         editor.node(match.site).meta[MARK] = Image(
             unpack=norm_input,
-            unpack_arguments=(norm.least / NEARER, info.shape, info.dtype),
+            unpack_arguments=(norm.most / self.spread / NEARER, info.shape, info.dtype),
             # as of int8 codes, which the output may wait in
             rounding=PEAK / 127 / math.sqrt(12),
             shares=True,

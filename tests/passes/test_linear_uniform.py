@@ -61,7 +61,7 @@ def test_uniform_plans_have_one_setting_for_all_layers(bench: ModuleType) -> Non
     """A layer that lacks it, as the 576 features of `down_proj` lack groups of 128, has the one
     of nearest bytes; of ranks the largest fraction that fits is taken."""
     rewrites = ["linear.quantized", "linear.low_rank", "linear.low_rank_quantized"]
-    made = bench.Bench(rewrites, argparse.Namespace(windows=3, length=32))
+    made = bench.Bench(rewrites, argparse.Namespace(windows=3, length=32, device="cpu"))
     plans = {name: labels(plan) for name, plan in made.uniform(0.3).items()}
     assert plans["quantized int4-g64"] == {"int4-g64": 42}
     assert plans["quantized int4-g128"] == {"int4-g128": 36, "int4-g64": 6}

@@ -152,7 +152,7 @@ def test_finetuning_goes_on_where_it_ended(
         "int8": bench.Asked("90%", 0.005, rounded),
         "int8 and int4": bench.Asked("90%", 0.005, rounded, int4=""),
     }
-    monkeypatch.setattr(bench, "tiny", small_llama)
+    monkeypatch.setattr(bench.Bench, "tiny", lambda _: small_llama())
     monkeypatch.setattr(bench, "PLANS", plans)
     size = ["--steps", "3", "--seq", "64", "--out", str(out), "--plans", *plans]
     run(bench, monkeypatch, *size, "--seeds", "1")
@@ -205,7 +205,7 @@ def test_finetuning_takes_no_plan_of_other_options(
 ) -> None:
     pytest.importorskip("transformers")
     bench, out = loaded("finetune", monkeypatch), tmp_path / "lines.jsonl"
-    monkeypatch.setattr(bench, "tiny", small_llama)
+    monkeypatch.setattr(bench.Bench, "tiny", lambda _: small_llama())
     monkeypatch.setitem(bench.PLANS, "exact", bench.Asked("90%", None, ["activation.recompute"]))
     model, asked = small_llama(), []
     monkeypatch.setattr(bench.Bench, "decided", lambda self, *given: asked.append(given) or stored)

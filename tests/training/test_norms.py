@@ -86,6 +86,20 @@ def test_gradients_are_those_of_float64(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NORMS)
+def test_weights_may_shrink_after_planning(kind: str) -> None:
+    """As in training, or when a checkpoint is loaded: no channel loses its gradient."""
+    example = block(kind)
+    module, plan, _ = treated(example, shared)
+    assert plan.images
+    with torch.no_grad():
+        for name, parameter in example[0].named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.mul_(0.1)
+    mine = measure.outcome(module, example[1])
+    assert mine.gradient_error(measure.outcome(*example)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", NORMS)
 def test_a_wrong_input_would_be_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward does read what is made."""
     from fxopt.passes.activation import shared_norm
