@@ -134,7 +134,8 @@ class Compiler(Subject):
         return KeptMass(mean=mean, low=low, high=high, near=rewrite.near)
 
     def _informed(self) -> Proposals:
-        """The proposals, those whose cost follows from the data with what the `fit` part says."""
+        """The proposals, those whose cost follows from the data with what the `fit` part says. Such
+        as do all of the work there are refused."""
         offered = [p for found in self.proposals.by_site.values() for p in found]
         names = {id(p): f"density:{key_of([p])}" for p in offered if _varies(p)}
         waiting = [p for p in offered if id(p) in names and names[id(p)] not in self.scores]
@@ -152,6 +153,12 @@ class Compiler(Subject):
             return replace(proposal, match=match)
 
         known = {where: list(map(told, p)) for where, p in self.proposals.by_site.items()}
+        for where, found in known.items():
+            idle = [p for p in found if _varies(p) and p.match.extra["density"] >= 1.0]
+            known[where] = [p for p in found if p not in idle]
+            for proposal in idle:
+                reason = getattr(proposal.rewrite, "idle", "nothing of the calibration is left out")
+                self.proposals.refuse(proposal, str(reason))
         return replace(self.proposals, by_site=known)
 
     @cached_property

@@ -109,6 +109,14 @@ class SkipSoftmax:
         density = float(match.extra.get("density", 1.0))
         return [calls.skipping_call(info, scenario, density)]
 
+    @property
+    def idle(self) -> str:
+        """Why a candidate under which no tile of the calibration data is left out is none."""
+        return (
+            f"in no query head does calibration show {self.least} tiles that may be left out and "
+            "the share of them below what is seen before"
+        )
+
     def varies(self, candidate: Candidate) -> bool:
         return True
 

@@ -303,6 +303,17 @@ def planted_inputs(first: int) -> Tensor:
     return x
 
 
+def test_thin_calibration_refuses_in_numbers() -> None:
+    data = [planted_inputs(100 + 7 * i)[:, :1024] for i in range(3)]
+    plan = fxopt.plan(
+        Planted().eval(), fxopt.Budget(relative_error=0.05), data[0], calibration=data,
+        rewrites=["attention.skip_softmax"],
+    )  # fmt: skip
+    assert not any(decision.alternatives for decision in plan.decisions)
+    (refusal,) = plan.refusals
+    assert refusal.reason.startswith("skip50%: in no query head does calibration show 100 tiles")
+
+
 def test_far_keys_that_an_estimate_misses_are_found() -> None:
     data = [planted_inputs(300 + 97 * i) for i in range(3)]
     model = Planted().eval()
