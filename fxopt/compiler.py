@@ -154,11 +154,11 @@ class Compiler(Subject):
 
         known = {where: list(map(told, p)) for where, p in self.proposals.by_site.items()}
         for where, found in known.items():
-            idle = [p for p in found if _varies(p) and p.match.extra["density"] >= 1.0]
+            idle = [p for p in found if p.match.extra.get("density", 0.0) >= 1.0]
             known[where] = [p for p in found if p not in idle]
             for proposal in idle:
-                reason = getattr(proposal.rewrite, "idle", "nothing of the calibration is left out")
-                self.proposals.refuse(proposal, str(reason))
+                assert isinstance(proposal.rewrite, Varying)
+                self.proposals.refuse(proposal, proposal.rewrite.idle)
         return replace(self.proposals, by_site=known)
 
     @cached_property

@@ -205,8 +205,13 @@ class Varying(Protocol):
 
     Of its candidates for which `varies` holds, `density` is asked before anything is priced, and
     `lower` finds it of the site's head as `match.extra["density"]`, or nothing where there are no
-    data.
+    data. Where it is 1, the candidate is refused with the words of `idle`.
     """
+
+    @property
+    def idle(self) -> str:
+        """Why a candidate under which nothing of the data is left out is none."""
+        ...
 
     def varies(self, candidate: Candidate) -> bool:
         """Whether shapes alone do not say what the candidate costs."""

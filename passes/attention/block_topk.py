@@ -102,6 +102,10 @@ class BlockTopk(KeptTiles):
             calls.kept_tiles_call(info, scenario, top, mass=mass_of(candidate), density=density)
         ]
 
+    @property
+    def idle(self) -> str:
+        return "no tile of the calibration prompts is left out: longer ones would tell"
+
     def varies(self, candidate: Candidate) -> bool:
         return mass_of(candidate) > 0
 

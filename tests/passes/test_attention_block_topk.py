@@ -270,3 +270,18 @@ def test_the_retrieving_head_gets_it_and_the_diffuse_one_is_kept() -> None:
     assert attention_call(info, scenario, 1024, 16).flops > 0.8 * cost
     assert windows["w1024+s16"] > 0.1
     assert first.error < 0.01
+
+
+def test_parts_of_the_mass_need_prompts_of_which_tiles_are_left_out() -> None:
+    """Shares are priced by sizes alone, and offered all the same."""
+    data = [planted_inputs(NEEDLES) for _ in range(3)]
+    plan = fxopt.plan(
+        Planted().eval(), fxopt.Budget(relative_error=0.05), data[0],
+        calibration=[x[:, :300] for x in data], rewrites=["attention.block_topk"],
+    )  # fmt: skip
+    reasons = {refusal.reason for refusal in plan.refusals}
+    assert any(reason.startswith("mass95%: no tile of the calibration") for reason in reasons)
+    for decision in plan.decisions:
+        labels = {one.label for one in [decision, *decision.alternatives]}
+        assert "top20%" in labels
+        assert not labels & {"mass90%", "mass95%"}
