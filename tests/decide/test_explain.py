@@ -20,7 +20,7 @@ from fxopt.decide.swaps import Swaps
 from fxopt.decide.table import Column, Table
 from fxopt.ir.cost import Cost
 from fxopt.ir.plan import Decision
-from fxopt.ir.rewrite import Candidate
+from fxopt.ir.rewrite import Candidate, Match
 from fxopt.ir.site import Site
 
 KIB, MS = 1024, 1e-3
@@ -35,7 +35,7 @@ def site(key: str, family: str = "linear") -> Site:
 def proposal(where: Site, label: str, **rewrite: Any) -> Proposal:
     name = f"{where.family}.{label.rstrip('0123456789')}"
     made: Any = SimpleNamespace(**{"name": name, "version": 1, "exact": False, **rewrite})
-    return Proposal(where, made, None, Candidate(name, label, {"size": 1}))  # pyright: ignore[reportArgumentType]
+    return Proposal(where, made, Match(where), Candidate(name, label, {"size": 1}))
 
 
 def table(**sites: Options) -> tuple[Table, Proposals]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from fxopt.kernels.activation_function import (
     reference,
     times_derivative,
 )
+from tests.kernels.ahead_of_time import compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,13 +218,7 @@ for dtype in ("*bf16", "*fp32"):
 
 def test_compile_ahead_of_time_for_hopper() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    built = [line.split() for line in done.stdout.splitlines()]
+    built = compiled(COMPILE)
     assert len(built) == 8
     assert all(int(size) > 0 for _, size in built)
 

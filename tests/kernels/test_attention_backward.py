@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ from fxopt.kernels.attention import op
 from fxopt.kernels.attention.blocks import TileLists, lists_from_map
 from fxopt.kernels.attention.reference import gradients
 from fxopt.kernels.attention.spec import Attention, bind
+from tests.kernels.ahead_of_time import compiled
 from tests.kernels.window_lists import lists_of_window
 
 pytest.importorskip("triton")
@@ -271,13 +268,7 @@ for write in (False, True):
 
 @pytest.mark.slow
 def test_compiles_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE + TURN], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    built = [line.split() for line in done.stdout.splitlines()]
+    built = compiled(COMPILE + TURN)
     assert len(built) == 14
     assert all(int(shared) <= 227 * 1024 for *_, shared, _ in built)
     assert all((int(products) > 0) == (dtype == "bf16") for dtype, *_, products in built)
@@ -364,8 +355,8 @@ def test_the_op_on_the_device(options: dict[str, Any]) -> None:
     call = make(3000, 3000, 128, dtype=torch.bfloat16, **options)
     gradient = torch.randn_like(call.q).transpose(1, 2)
     exact, plain = gradients(gradient.double(), wide(call)), gradients(gradient, call)
-    for compiled in (False, True):
-        check(through_the_op(gradient, call, compiled), plain, exact)
+    for by_compiler in (False, True):
+        check(through_the_op(gradient, call, by_compiler), plain, exact)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
 from fxopt.kernels._triton import AVAILABLE
 from fxopt.kernels.attention import REFERENCE, attention_with_lse
 from fxopt.kernels.attention.delta import EVERY, ask_reference, corrected_rows
-from fxopt.kernels.attention.onnx import attention_onnx
 from fxopt.kernels.attention.op import attention_cuda
 from fxopt.kernels.attention.spec import bind
 from fxopt.kernels.kv_attention import (
@@ -25,6 +24,7 @@ from fxopt.kernels.kv_attention import (
     empty_past,
     parse,
 )
+from tests.kernels.attention_file import AttentionFile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
@@ -254,44 +254,21 @@ def test_a_cache_is_corrected_in_prompts_and_seen_whole_in_decoding(layout: str)
         )
 
 
-class Exported(torch.nn.Module):
-    def __init__(self, call: dict[str, Any]) -> None:
-        super().__init__()
-        self.rest = {name: call[name] for name in list(call)[4:]}
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return attention_onnx(q, k, v, mask, **self.rest)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3])
 def test_onnx_corrects_the_same_rows(number: int) -> None:
     """One file for prompts and for single tokens."""
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     call = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in make(**CASES[number]).items()}
     call["mask"] = torch.ones(2, call["k"].shape[2], dtype=torch.int64)
-    dynamic, names = torch.export.Dim.DYNAMIC, ["q", "k", "v", "mask"]
-    sizes = {0: dynamic, 2: dynamic}
-    written = torch.onnx.export(
-        Exported(call).eval(), tuple(call[name] for name in names), dynamo=True,
-        opset_version=23, dynamic_shapes=(sizes, sizes, sizes, {0: dynamic, 1: dynamic}),
-        verbose=False,
-    )  # fmt: skip
-    assert written is not None
-    assert {node.domain for node in written.model.graph.all_nodes()} <= {""}
-    session = onnxruntime.InferenceSession(written.model_proto.SerializeToString())
+    file = AttentionFile(call)
+    assert file.domains <= {""}
     for queries, keys, hidden in ((1400, 1400, 140), (1, 1301, 140), (350, 651, 0), (5, 9, 2)):
         new = make(queries, keys, padding=hidden)
         mask = new["mask"] if hidden else torch.ones(2, keys, dtype=torch.int64)
         call |= {name: new[name].cpu() for name in "qkv"} | {"mask": mask.cpu()}
-        inputs = {
-            i.name: call[name].contiguous().numpy()
-            for i, name in zip(session.get_inputs(), names, strict=True)
-        }
-        (out,) = session.run(None, inputs)
+        out = file.run(call)
         expected = torch.ops.fxopt.attention(*call.values())
-        torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +11,7 @@ from torch import Tensor
 
 from fxopt.kernels.attention import attention_with_lse
 from fxopt.kernels.attention.spec import bind
+from tests.kernels.ahead_of_time import compiled
 
 pytest.importorskip("triton")
 
@@ -171,13 +168,7 @@ build("fp32", 64, FLAGS, 1, False)
 
 @pytest.mark.slow
 def test_compiles_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    built = [line.split() for line in done.stdout.splitlines()]
+    built = compiled(COMPILE)
     assert len(built) == 4
     assert all(int(shared) <= 227 * 1024 for *_, shared, _ in built)
     # The tensor cores' own instruction of Hopper, wherever operands have 16 bits.

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +18,7 @@ from fxopt.kernels.cut_cross_entropy import (
     reference,
     workspace,
 )
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -445,13 +442,7 @@ finish(_scale_kernel, signature, dict(BLOCK=4096))
 
 def test_kernel_compiles_ahead_of_time_for_hopper() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    sizes = [int(line) for line in done.stdout.splitlines()]
+    sizes = [int(size) for (size,) in compiled(COMPILE)]
     assert len(sizes) == 4
     assert all(size > 0 for size in sizes)
 

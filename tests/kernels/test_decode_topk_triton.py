@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from fxopt.kernels.kv_attention.device import attend_and_append
 from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import split_state
 from fxopt.kernels.kv_attention.mutating import cached_attention_mutating
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KV, GROUP = 2, 3
@@ -171,9 +168,4 @@ build(
 
 @pytest.mark.slow
 def test_compiles_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.kernels._epilogue import Epilogue
 from fxopt.kernels.fp8_linear import REFERENCE, dequantize, fp8_linear, quantize, row_scale
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP = 2.0**-4
@@ -295,13 +293,7 @@ for both in (False, True):
 
 def test_kernel_compiles_ahead_of_time_for_hopper() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    sizes = [int(line) for line in done.stdout.splitlines()]
+    sizes = [int(size) for (size,) in compiled(COMPILE)]
     assert len(sizes) == 3
     assert all(size > 0 for size in sizes)
 

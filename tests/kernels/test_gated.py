@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +12,7 @@ from fxopt.kernels.gated import REFERENCE, gated
 pytest.importorskip("triton")
 
 from fxopt.kernels.gated.triton import gated_forward
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
@@ -102,12 +98,7 @@ for activation in ("silu", "gelu", "gelu_tanh"):
 
 
 def test_compile_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)
 
 
 @pytest.mark.gpu

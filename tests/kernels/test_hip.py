@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +13,14 @@ from torch import Tensor
 import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
 from fxopt.kernels._triton import AVAILABLE
 from fxopt.kernels.attention import REFERENCE, attention_traceable, attention_with_lse
-from fxopt.kernels.attention.onnx import attention_onnx
 from fxopt.kernels.attention.op import attention_cuda
 from fxopt.kernels.attention.spec import bind
 from fxopt.kernels.block_topk import reference as topk
 from fxopt.kernels.block_topk.reference import LEAST, TILE, kept_tiles
 from fxopt.kernels.hip.reference import BOXES, STRIDE, chosen_tiles, halvings
 from tests.kernels import kept_tiles as kept_tiles_of
+from tests.kernels.ahead_of_time import compiled
+from tests.kernels.attention_file import AttentionFile
 from tests.kernels.kept_tiles import DEVICE, candidates, is_spared, left_padded, listed, make
 
 needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs triton")
@@ -222,46 +219,23 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fxopt.attention.default, tuple(call.values()))
 
 
-class Exported(torch.nn.Module):
-    def __init__(self, call: dict[str, Any]) -> None:
-        super().__init__()
-        self.rest = {name: call[name] for name in list(call)[4:]}
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return attention_onnx(q, k, v, mask, **self.rest)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "hip"), [(1, [1]), (2, [0, 1]), (4, [1])])
 def test_onnx_chooses_the_same_tiles(number: int, hip: list[int]) -> None:
     """One file for prompts, whose tiles follow the data, and for single tokens."""
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     batch = 2 if number == 1 else 1
     call = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in case(number, hip=hip).items()}
     call["mask"] = torch.ones(2, call["k"].shape[2], dtype=torch.int64)
-    dynamic, names = torch.export.Dim.DYNAMIC, ["q", "k", "v", "mask"]
-    sizes = {0: dynamic, 2: dynamic}
-    written = torch.onnx.export(
-        Exported(call).eval(), tuple(call[name] for name in names), dynamo=True,
-        opset_version=23, dynamic_shapes=(sizes, sizes, sizes, {0: dynamic, 1: dynamic}),
-        verbose=False,
-    )  # fmt: skip
-    assert written is not None
-    assert {node.domain for node in written.model.graph.all_nodes()} <= {""}
-    session = onnxruntime.InferenceSession(written.model_proto.SerializeToString())
+    file = AttentionFile(call)
+    assert file.domains <= {""}
     for queries, keys, hidden in ((1300, 1300, 140), (1, 1301, 140), (350, 4651, 0), (5, 9, 2)):
         heads, kv = call["q"].shape[1], call["k"].shape[1]
         new = make(queries, keys, kv=kv, group=heads // kv, batch=batch)
         call |= {name: new[name].cpu() for name in "qkv"}
         call["mask"] = left_padded(batch, keys, hidden).cpu()
-        inputs = {
-            i.name: call[name].contiguous().numpy()
-            for i, name in zip(session.get_inputs(), names, strict=True)
-        }
-        (out,) = session.run(None, inputs)
+        out = file.run(call)
         expected = torch.ops.fxopt.attention(*call.values())
-        torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 SMALL: list[dict[str, Any]] = [
@@ -351,13 +325,7 @@ for step, first, block in ((1, False, 256), (4, True, 1024), (1, True, 4096)):
 @pytest.mark.slow
 @needs_triton
 def test_compiles_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    built = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    built = [list(map(int, line)) for line in compiled(COMPILE)]
     assert len(built) == 6
     assert all(shared <= 227 * 1024 for shared, _ in built)
     assert all((products > 0) == (number < 2) for number, (_, products) in enumerate(built))

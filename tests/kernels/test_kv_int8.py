@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +22,7 @@ from fxopt.kernels.kv_attention.mutating import (
 )
 from fxopt.kernels.kv_int8 import launch
 from fxopt.kernels.kv_int8.triton import decode_packed, serves
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORIGIN = torch.zeros((), dtype=torch.int64)
@@ -256,14 +253,6 @@ FLOAT8 = {
 def test_compiled_for_hopper_it_prefetches_and_multiplies_codes(
     listed: bool, one: bool, kind: Any
 ) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     names = {**kind, "LISTED": listed, "ONE_BLOCK": one}
     given = "\n".join(f"{name} = {value!r}" for name, value in names.items())
-    done = subprocess.run(
-        [sys.executable, "-c", f"{given}\n{COMPILE}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(f"{given}\n{COMPILE}")

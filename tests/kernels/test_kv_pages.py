@@ -3,12 +3,8 @@ computed. Kernels are interpreted on a CPU and compiled for sm_90."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +17,7 @@ from fxopt.kernels.kv_attention.layout import layout_shapes, split_state
 from fxopt.kernels.kv_attention.mutating import blocks_used, cached_attention_mutating
 from fxopt.kernels.kv_attention.op import store_first
 from fxopt.kernels.kv_attention.pages import HIDDEN, lines, stored
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KV, GROUP = 2, 3
@@ -315,9 +312,4 @@ build(_estimate_kernel, "*u8", G=4, D=128, GROUP=64, BLOCK_D=128, BLOCK_T=32)
 @pytest.mark.slow
 def test_compiles_ahead_of_time_for_hopper() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +19,7 @@ from fxopt.kernels.kv_attention.heads import Arguments
 from fxopt.kernels.kv_attention.layout import split_state
 from fxopt.kernels.kv_attention.mutating import attend_image, cached_attention_mutating
 from fxopt.kernels.kv_attention.triton import decode
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KV, GROUP = 2, 3
@@ -376,9 +373,4 @@ build(
 
 @pytest.mark.slow
 def test_compile_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)

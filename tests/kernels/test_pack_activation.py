@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +16,7 @@ from fxopt.kernels.pack_activation import (
     reference,
     unpack_activation,
 )
+from tests.kernels.ahead_of_time import compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -227,13 +223,7 @@ for dtype in ("*bf16", "*fp32"):
 
 def test_compile_ahead_of_time_for_hopper() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    built = [line.split() for line in done.stdout.splitlines()]
+    built = compiled(COMPILE)
     assert len(built) == 8
     assert all(int(size) > 0 and wide == "True" for _, size, wide in built)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +11,7 @@ from torch import Tensor
 from fxopt.kernels.quantized_experts import REFERENCE, grouped_mm, quantized_experts
 from fxopt.kernels.quantized_experts.onnx import FUNCTION
 from fxopt.kernels.quantized_linear import dequantize, quantize
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = pytest.mark.parametrize(("bits", "group"), [(8, 63), (8, 126), (4, 42), (4, 126)])
@@ -187,12 +184,7 @@ for bits in (4, 8):
 
 def test_compile_ahead_of_time_for_hopper() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)
 
 
 @pytest.mark.gpu

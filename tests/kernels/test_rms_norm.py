@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +12,7 @@ from fxopt.kernels.rms_norm import REFERENCE, add_rms_norm, rms_norm
 pytest.importorskip("triton")
 
 from fxopt.kernels.rms_norm.triton import norm_forward
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPSILON = 1e-5
@@ -102,12 +98,7 @@ for summed, block, columns in ((True, 1, 4096), (False, 16, 128), (True, 1, 1638
 
 
 def test_compile_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)
 
 
 @pytest.mark.gpu

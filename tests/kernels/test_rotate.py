@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +15,7 @@ from fxopt.kernels.rotate.op import _both_cuda  # pyright: ignore[reportPrivateU
 pytest.importorskip("triton")
 
 from fxopt.kernels.rotate.triton import rotate_both_forward, rotate_forward
+from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter has no bfloat16 of its own.
@@ -185,12 +181,7 @@ for half in (32, 128):
 
 
 def test_compile_ahead_of_time_for_hopper() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    compiled(COMPILE)
 
 
 @pytest.mark.gpu
