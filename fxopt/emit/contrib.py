@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from ..ir.ops import arguments_of_attend, attend
 from .attributes import attribute
+from .facts import tensor_facts
 
 Target = Literal["portable", "ort"]
 
@@ -42,4 +44,26 @@ def packed_products(
         found[node] = [f"{name}_nbits" for name in names]
     if not found and not reasons:
         reasons.append("MatMulNBits: no layer has integer weights (linear.quantized)")
+    return found, list(dict.fromkeys(reasons))
+
+
+def causal_attentions(
+    graph: fx.Graph, dtype: torch.dtype, decodes: bool
+) -> tuple[set[fx.Node], list[str]]:
+    """The calls of `attend` that `GroupQueryAttention` computes, and why others stay."""
+    from ..kernels.attention import ort
+
+    found: set[fx.Node] = set()
+    reasons: list[str] = []
+    for node in graph.find_nodes(op="call_function", target=attend):
+        call = arguments_of_attend(*node.args, **node.kwargs)
+        known = [tensor_facts(call[name]) for name in "qkv"]
+        shapes = [each.shape for each in known if each is not None]
+        reason = ort.refusal(call, shapes, dtype)
+        if reason is None and decodes:
+            reason = 'it is slower for one row, which kind="generate" decodes'
+        if reason is None:
+            found.add(node)
+        else:
+            reasons.append(f"GroupQueryAttention: {reason}")
     return found, list(dict.fromkeys(reasons))

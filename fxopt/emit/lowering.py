@@ -20,7 +20,7 @@ from torch.fx.traceback import annotate
 from ..ir.errors import ExportError
 from ..ir.ops import arguments_of_attend, attend
 from .attributes import attribute
-from .contrib import Target, packed_products
+from .contrib import Target, causal_attentions, packed_products
 from .epilogues import separate
 from .frames import state_index
 from .program import Program, State
@@ -77,9 +77,13 @@ class Lowered(nn.Module):
         self.appended: dict[int, tuple[Tensor, Tensor]] = {}
         self.running: fx.Node | None = None
         self.contrib: dict[fx.Node, list[str]] = {}
+        self.grouped: set[fx.Node] = set()
         self.notes: list[str] = []
         if target == "ort":
-            self.contrib, self.notes = packed_products(self.graph, self, kind == "generate")
+            decodes = kind == "generate"
+            self.contrib, notes = packed_products(self.graph, self, decodes)
+            self.grouped, more = causal_attentions(self.graph, dtype, decodes)
+            self.notes = notes + more
 
     @cached_property
     def inputs(self) -> list[str]:
@@ -160,11 +164,14 @@ class Lowered(nn.Module):
         self, node: fx.Node, args: Any, kwargs: Any, present: dict[int, Sequence[Tensor]]
     ) -> Tensor:
         from ..kernels.attention.onnx import attention_onnx
+        from ..kernels.attention.ort import grouped_query_attention
         from ..kernels.kv_attention import cached_attention_functional
 
         call = arguments_of_attend(*args, **kwargs)
         state, layout = call.pop("state"), call.pop("layout")
         call.pop("start")
+        if node in self.grouped and torch.compiler.is_exporting():
+            return grouped_query_attention(call)
         if not state:
             return attention_onnx(**call)
         q, k, v, *_ = (call.pop(name) for name in (*"qkv", "grid", "near", "dilation"))

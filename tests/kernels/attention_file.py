@@ -1,7 +1,8 @@
-"""An attention call as an ONNX file in standard operators, and what onnxruntime makes of it."""
+"""An attention call as an ONNX file, and what onnxruntime makes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,25 +15,28 @@ INPUTS = ("q", "k", "v", "mask")
 
 
 class _Exported(nn.Module):
-    def __init__(self, call: dict[str, Any]) -> None:
+    def __init__(self, call: dict[str, Any], compute: Callable[..., Tensor]) -> None:
         super().__init__()
+        self.compute = compute
         self.rest = {name: call[name] for name in list(call)[len(INPUTS) :]}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return attention_onnx(q, k, v, mask, **self.rest)
+        return self.compute(q=q, k=k, v=v, mask=mask, **self.rest)
 
 
 class AttentionFile:
-    """The file of `call`, for any batch and lengths; skips the test where it cannot be made or
-    run."""
+    """The file of `call` as `compute` writes it, for any batch and lengths; skips the test where it
+    cannot be made or run."""
 
-    def __init__(self, call: dict[str, Any]) -> None:
+    def __init__(
+        self, call: dict[str, Any], compute: Callable[..., Tensor] = attention_onnx
+    ) -> None:
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
         dynamic = torch.export.Dim.DYNAMIC
         sizes = {0: dynamic, 2: dynamic}
         written = torch.onnx.export(
-            _Exported(call).eval(), tuple(call[name] for name in INPUTS), dynamo=True,
+            _Exported(call, compute).eval(), tuple(call[name] for name in INPUTS), dynamo=True,
             opset_version=23, dynamic_shapes=(sizes, sizes, sizes, {0: dynamic, 1: dynamic}),
             verbose=False,
         )  # fmt: skip
