@@ -32,6 +32,17 @@ class Epilogue(NamedTuple):
 PLAIN = Epilogue()
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """`tensor`, if there is one, as kernels read it."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def contiguous_epilogue(after: Epilogue) -> Epilogue:
+    """`after` with all of its tensors as kernels read them."""
+    up = None if after.up is None else tuple(map(contiguous, after.up))
+    return after._replace(residual=contiguous(after.residual), up=up)
+
+
 def check(name: str, shape: Sequence[int], after: Epilogue) -> None:
     """Raises ValueError for an activation that nothing computes, and for a residual that has not
     the output's `shape`."""

@@ -78,6 +78,6 @@ def times(flat: Tensor, codes: Tensor, out: Tensor, levels: Sequence[float], bit
     """Write `flat` [values] times the levels of `codes` to `out` [values]."""
     if len(codes):
         _times_kernel[(triton.cdiv(len(codes), ROWS),)](
-            flat, codes, out, flat.numel(), len(codes),
+            flat, codes.contiguous(), out, flat.numel(), len(codes),
             LEVELS=tuple(levels), BITS=bits, GROUP=GROUP, ROWS=ROWS,
         )  # fmt: skip

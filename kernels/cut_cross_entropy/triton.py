@@ -93,6 +93,8 @@ def rows(chunk: Rows, options: Options, gradient: bool) -> None:
     count, size = logits.shape
     if count == 0:
         return
+    # Where a loss is made, it and `lse` are written to, and are slices of new tensors.
+    lse = lse.contiguous() if loss is None else lse
     given = (lse, lse) if upstream is None else tuple(t.contiguous() for t in upstream)
     _rows_kernel[(count,)](
         logits, labels.contiguous(), lse, lse if loss is None else loss, *given, size,

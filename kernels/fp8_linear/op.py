@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._epilogue import apart, out_dtype, product_gradients
+from fxopt.kernels._epilogue import apart, contiguous, out_dtype, product_gradients
 from fxopt.kernels._register import register
 from fxopt.kernels.gated import follow
 
@@ -48,6 +48,8 @@ def _cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *follow
 
     def product(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         scaled: Any = torch.ops.aten._scaled_mm.default
+        # The library refuses gaps in weights and scales, and reads a bias as if it had none.
+        weight, scale, bias = weight.contiguous(), scale.contiguous(), contiguous(bias)
         y = scaled(rows, weight.t(), own, scale[None], bias, None, x.dtype, True)
         return y.reshape(*x.shape[:-1], len(weight))
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._epilogue import PLAIN, Epilogue
+from fxopt.kernels._epilogue import PLAIN, Epilogue, contiguous, contiguous_epilogue
 from fxopt.kernels._triton import few_rows
 from fxopt.kernels._triton.common import overlaps
 from fxopt.kernels._triton.epilogue import finished
@@ -153,9 +153,10 @@ def one_row(
     block_k = min(1024, triton.next_power_of_2(max(in_features, 16)))
     v = chosen or Vector(4 if in_features <= 8192 else 8, block_k)
     y = x.new_empty((*x.shape[:-1], out_features))
-    residual, up = _contiguous(after)
+    after = contiguous_epilogue(after)
+    residual, up = after.residual, after.up or (None, None, None)
     _vector_kernel[(triton.cdiv(out_features, v.block_n),)](
-        x.contiguous(), weight.contiguous(), scale.contiguous(), bias, *up,
+        x.contiguous(), weight.contiguous(), scale.contiguous(), contiguous(bias), *up,
         y if residual is None else residual, y, out_features,
         in_features, LARGEST=LARGEST, LEAST=LEAST, HAS_BIAS=bias is not None,
         HAS_UP_BIAS=up[2] is not None, ACTIVATION=after.activation, PAIRED=after.up is not None,
@@ -173,16 +174,11 @@ def fp8_linear(
     rows, own = quantize_rows(x.reshape(-1, x.shape[-1]), starts=True)
     y = x.new_empty((*x.shape[:-1], len(weight)))
     scales, waits = (own, scale.contiguous()), Chain(waits=True)
-    residual, (up, up_scale, up_bias) = _contiguous(after)
-    other = None if up is None else Other(up, up_bias, rows, up_scale)
-    after = Epilogue(after.activation, residual)
+    after = contiguous_epilogue(after)
+    other = None
+    if after.up is not None:
+        up, up_scale, up_bias = after.up
+        other, after = Other(up, up_bias, rows, up_scale), after._replace(up=None)
     return few_rows.linear(
-        rows, weight.contiguous(), bias, y, waits, scales, after=after, other=other
+        rows, weight.contiguous(), contiguous(bias), y, waits, scales, after=after, other=other
     )
-
-
-def _contiguous(after: Epilogue) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """The residual and the tensors of the second weight, None where there is none."""
-    tensors = (after.residual, *(after.up or (None, None, None)))
-    residual, *up = (None if t is None else t.contiguous() for t in tensors)
-    return residual, tuple(up)

@@ -86,7 +86,8 @@ def _cached_cuda(
     skip: Sequence[int] = (0,),
 ) -> Tensor:
     kernels = None
-    if _served(q.dtype, (q.shape[3], v.shape[3])) and _reads(layout, q.device):
+    whole = all(t.is_contiguous() for t in state)  # kernels read and write no other
+    if whole and _served(q.dtype, (q.shape[3], v.shape[3])) and _reads(layout, q.device):
         from .device import attend_and_append
 
         kernels = partial(attend_and_append, attention_cuda)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels._epilogue import contiguous
 from fxopt.kernels._triton.common import DOT_UPCAST, dot, overlaps, processors, tile
 from fxopt.kernels._triton.splits import start_dependents
 
@@ -398,7 +399,7 @@ class Shares:
         partial = arguments.q.new_empty(sizes, dtype=torch.float32)
         top, total = (partial.new_empty(sizes[:3]) for _ in range(2))
         out = arguments.q.new_empty((batch, queries, heads, value_dim))
-        return cls(partial, top, total, arguments.sinks, out)
+        return cls(partial, top, total, contiguous(arguments.sinks), out)
 
     @property
     def rows(self) -> int:

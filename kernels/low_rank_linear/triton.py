@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._epilogue import PLAIN, Epilogue
+from fxopt.kernels._epilogue import PLAIN, Epilogue, contiguous, contiguous_epilogue
 from fxopt.kernels._triton import few_rows
 from fxopt.kernels._triton import splits as partial_sums
 from fxopt.kernels._triton.common import overlaps, processors, tile
@@ -176,7 +176,7 @@ def low_rank_linear(
     (rank, in_features), out_features = down.shape, len(up)
     # The second kernel reads weights before it waits: no copy may run between the launches.
     rows, down, up = x.reshape(-1, in_features).contiguous(), down.contiguous(), up.contiguous()
-    after = _contiguous(after)
+    bias, after = contiguous(bias), contiguous_epilogue(after)
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel() == 0:
         return y
@@ -201,13 +201,6 @@ def low_rank_linear(
         both = Other(after.up[1], after.up[2], hidden[1])
     _launch(c.second, hidden[0], up, bias, y, Chain(waits=True), after, parts, both)
     return y
-
-
-def _contiguous(after: Epilogue) -> Epilogue:
-    residual, up = after.residual, after.up
-    if up is not None:
-        up = (*(factor.contiguous() for factor in up[:2]), up[2])
-    return after._replace(residual=None if residual is None else residual.contiguous(), up=up)
 
 
 def _launch(

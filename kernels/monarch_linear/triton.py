@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._epilogue import PLAIN, Epilogue
+from fxopt.kernels._epilogue import PLAIN, Epilogue, contiguous, contiguous_epilogue
 from fxopt.kernels._triton import few_rows
 from fxopt.kernels._triton.common import DOT_UPCAST, dot, tile
 from fxopt.kernels._triton.epilogue import finished
@@ -72,8 +72,7 @@ def monarch_linear(
     read = Layout(in_width, blocks * in_width)
     swapped = Layout(rank, inner, count * inner, rank)
     whole, written = Layout(count * inner, inner), Layout(out_width, blocks * out_width)
-    if after.residual is not None:
-        after = after._replace(residual=after.residual.contiguous())
+    bias, after = contiguous(bias), contiguous_epilogue(after)
     if count <= few_rows.ROWS:
         first, second = (
             few_rows.configuration(w.shape[0] * w.shape[1], w.shape[2], w.itemsize)

@@ -97,7 +97,9 @@ def pack(flat: Tensor, codes: Tensor, top: Tensor, bits: int, group_size: int) -
 
 def unpack(codes: Tensor, top: Tensor, flat: Tensor, bits: int, group_size: int) -> None:
     """Write the values behind codes and magnitudes to `flat` [values]."""
-    _launch(_unpack_kernel, (codes, top, flat), flat, top, bits, group_size)
+    _launch(
+        _unpack_kernel, (codes.contiguous(), top.contiguous(), flat), flat, top, bits, group_size
+    )
 
 
 def _launch(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels._epilogue import PLAIN, Epilogue
+from fxopt.kernels._epilogue import PLAIN, Epilogue, contiguous, contiguous_epilogue
 from fxopt.kernels._triton import splits as partial_sums
 from fxopt.kernels._triton import vector
 from fxopt.kernels._triton.codes import centred, nibble, scaled
@@ -275,11 +275,11 @@ def quantized_linear(
     """
     out_features, in_features = packed.shape[0], packed.shape[1] * 8 // bits
     packed, scale, zero = packed.contiguous(), scale.contiguous(), zero.contiguous()
+    bias, after = contiguous(bias), contiguous_epilogue(after)
     rows = x.reshape(-1, in_features).contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel() == 0:
         return y
-    after = _contiguous(after)
     count, groups = len(rows), in_features // group_size
     few = VECTOR_ROWS if after.up is None else PAIRED_VECTOR_ROWS.get(bits, VECTOR_ROWS)
     if chosen is None and count <= few and vector.fits(count, bits, group_size):
@@ -308,10 +308,3 @@ def quantized_linear(
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return y if alone else partial_sums.add(out, bias, y, after)
-
-
-def _contiguous(after: Epilogue) -> Epilogue:
-    residual, up = after.residual, after.up
-    if up is not None:
-        up = (*(t.contiguous() for t in up[:3]), up[3])
-    return after._replace(residual=None if residual is None else residual.contiguous(), up=up)
