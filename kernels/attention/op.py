@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._register import register
 from .._triton import AVAILABLE
+from .._triton import shared_bytes as _shared_bytes
 from . import grid as grids
 from . import reference
 from .blocks import TileLists, lists_of_every, lists_of_grid
@@ -141,13 +141,6 @@ def _skips_in_kernel(call: Attention) -> bool:
 
     needed = skip_bytes(call.q.shape[3], call.v.shape[3], call.q.element_size())
     return needed <= _shared_bytes(call.q.device)
-
-
-@functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that one program may ask for."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:

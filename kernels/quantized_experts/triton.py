@@ -6,12 +6,15 @@ weight of an expert without rows is not read.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels._triton.codes import centred
-from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, tile
+from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, stages_that_fit, tile
+
+BLOCK_N = 64
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,6 +64,16 @@ def _experts_kernel(
         tl.store(p_out, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & (o_n < N)[None, :])
 
 
+def stages_of(
+    block_m: int, block_k: int, bits: int, group_size: int, size: int, device: torch.device
+) -> int:
+    """Of the loop over groups, whose steps are all in one of its own; x has numbers of `size`."""
+    codes, planes = BLOCK_N * block_k, 8 // bits
+    steps = triton.cdiv(group_size // planes, block_k)
+    x = block_m * block_k * planes * size
+    return stages_that_fit(3, steps * x, steps * codes, codes * size, device)
+
+
 def quantized_experts(
     x: Tensor,
     packed: Tensor,
@@ -79,10 +92,11 @@ def quantized_experts(
         return out
     block_m = tile(triton.cdiv(len(x), experts))
     block_k = tile(group_size * bits // 8)
-    grid = (triton.cdiv(out_features, 64), experts + 1)
+    grid = (triton.cdiv(out_features, BLOCK_N), experts + 1)
+    stages = stages_of(block_m, block_k, bits, group_size, x.itemsize, x.device)
     _experts_kernel[grid](
         x, packed, scale, zero, offsets, out, len(x), out_features, x.shape[1], width,
         scale.shape[2], experts, BITS=bits, GROUP=group_size, ASM=ASM, UPCAST=DOT_UPCAST,
-        BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=block_k, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out

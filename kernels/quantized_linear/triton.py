@@ -13,7 +13,16 @@ from fxopt.kernels._epilogue import PLAIN, Epilogue, contiguous, contiguous_epil
 from fxopt.kernels._triton import splits as partial_sums
 from fxopt.kernels._triton import vector
 from fxopt.kernels._triton.codes import centred, nibble, scaled
-from fxopt.kernels._triton.common import ASM, DOT_UPCAST, dot, hopper, overlaps, processors, tile
+from fxopt.kernels._triton.common import (
+    ASM,
+    DOT_UPCAST,
+    dot,
+    hopper,
+    overlaps,
+    processors,
+    stages_that_fit,
+    tile,
+)
 from fxopt.kernels._triton.epilogue import finished
 from fxopt.kernels._triton.splits import start_dependents
 from fxopt.kernels._triton.vector import Vector
@@ -200,6 +209,8 @@ def configuration(
 
     A program of two weights, `paired`, reads twice as much: it takes fewer rows of each, so that
     sums are split later. Against tiles as wide as those of one weight, that was not measured.
+
+    Where a device has less shared memory than tiles take, there are fewer stages.
     """
     plane = group_size * bits // 8
     block_k = tile(plane, most=64)
@@ -225,7 +236,10 @@ def configuration(
     splits = 1
     while splits * 1.5 < wanted and steps >= splits * 8:
         splits *= 2
-    return c._replace(splits=splits)
+    size, codes = dtype.itemsize, c.block_n * c.block_k
+    x = 8 // bits * c.block_m * c.block_k * size
+    stages = stages_that_fit(c.stages, x, codes, codes * size, device)
+    return c._replace(splits=splits, stages=stages)
 
 
 def by_vector(rows: int, width: int, plane: int) -> Vector:
