@@ -144,7 +144,7 @@ def decode_exact(
     value_dim, group = v.shape[3], q.shape[1] // heads
     rows, tokens, none = group * queries, part["key"].shape[2], q
     wide = tile(dim, most=256), tile(value_dim, most=256)
-    block = block or max(16, min(TILE, TILE_BYTES // (sum(wide) * q.element_size())))
+    block = block or _tokens(sum(wide) * q.element_size())
     listed, counts = kept or (start, start)
     read = min(tokens, listed.shape[1] * topk.TILE) if kept else tokens
     splits = splits or _splits(batch * heads, triton.cdiv(read, block), q.device)
@@ -165,6 +165,11 @@ def decode_exact(
         OVERLAP=overlaps(q.device), num_warps=num_warps,
     )  # fmt: skip
     return shares
+
+
+def _tokens(token_bytes: int) -> int:
+    """Of a tile: a power of two, whose keys and values take up to TILE_BYTES."""
+    return max(16, min(TILE, triton.next_power_of_2(TILE_BYTES // token_bytes + 1) // 2))
 
 
 def _splits(heads: int, tiles: int, device: torch.device) -> int:

@@ -91,6 +91,7 @@ def test_kernels_equal_the_reference(case: str) -> None:
     ("layout", "dims"),
     [
         ("", (16, 8)),
+        ("", (16, 80)),
         ("k2v8g32r0s0", (16, 16)),
         ("0:k8v2g32r5s1|1:exact", (24, 8)),
         ("k4v16g32r5s3", (10, 6)),
