@@ -13,6 +13,7 @@ from torch import fx
 from ..ir.ops import gated
 from .facts import tensor_facts
 from .norms import put
+from .targets import is_quiet
 
 aten = torch.ops.aten
 
@@ -32,7 +33,8 @@ def _match(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
         gate: Any = active.args[0]
         known = tensor_facts(gate)
         # What else reads the activation would compute it again.
-        if known is not None and tensor_facts(up) == known and len(active.users) == 1:
+        alike = known is not None and tensor_facts(up) == known
+        if alike and len(active.users) == 1 and is_quiet(active, product):
             return gate, up, name
     return None
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from .facts import tensor_facts
+from .targets import is_quiet
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -32,7 +33,8 @@ def fuse_norms(graph: fx.Graph) -> None:
     """Write x * rsqrt(mean(x²) + epsilon), and its weight if that has x's dtype, as `rms_norm`."""
     for root in graph.find_nodes(op="call_function", target=aten.rsqrt.default):
         norm = _match(root)
-        if norm is None:
+        # The call reads x in the place of its result.
+        if norm is None or not is_quiet(min(norm.x.users), norm.result):
             continue
         arguments = (norm.x, [norm.size], norm.weight, norm.epsilon)
         put(graph, norm.result, aten.rms_norm.default, arguments)

@@ -88,6 +88,7 @@ def _join(graph: fx.Graph, q: _Side, k: _Side) -> None:
 
 
 def _match(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """x, cos and sin, which the call reads in the place of `total`."""
     if total.kwargs or not all(_is(n, aten.mul.Tensor) for n in total.args):
         return None
     for plain, turned in (total.args, total.args[::-1]):
@@ -95,7 +96,10 @@ def _match(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         for cat, sin in (factors, factors[::-1]):
             x = _turned(cat)
             cos = None if x is None else _other(plain, x)
-            if x is not None and cos is not None and _fits(x, cos, sin):
+            if x is None or cos is None or not _fits(x, cos, sin):
+                continue
+            first: Any = min(plain, cat.args[0][0])  # pyright: ignore[reportArgumentType]
+            if is_quiet(first, total):
                 return x, cos, sin
     return None
 
