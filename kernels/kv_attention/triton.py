@@ -8,7 +8,7 @@ KV head are the rows of one tile. Lengths are read on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -433,8 +433,9 @@ def window_table(arguments: Arguments, heads: int) -> Tensor | None:
     return _windows(tuple(zip(*windows, strict=True)), arguments.q.device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _windows(values: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Kept for good: captured CUDA graphs read it in every replay."""
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 

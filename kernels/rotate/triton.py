@@ -4,7 +4,7 @@ channels; the result is laid out for attention."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -169,8 +169,9 @@ def _launch(
     return out_q, out_k
 
 
-@lru_cache(maxsize=256)
+@cache
 def _places(heads: tuple[int, ...], kv_heads: int, device: torch.device) -> Tensor:
-    """Which matrix each KV head has, int32 [KV]; -1 for none."""
+    """Which matrix each KV head has, int32 [KV]; -1 for none. Kept for good: a captured CUDA graph
+    reads it in every replay, and nothing tells when the last one is gone."""
     found = [heads.index(head) if head in heads else -1 for head in range(kv_heads)]
     return torch.tensor(found, dtype=torch.int32, device=device)

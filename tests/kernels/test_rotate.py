@@ -14,7 +14,12 @@ from fxopt.kernels.rotate.op import _both_cuda  # pyright: ignore[reportPrivateU
 
 pytest.importorskip("triton")
 
-from fxopt.kernels.rotate.triton import rotate_both_forward, rotate_forward
+from fxopt.kernels.kv_attention.triton import _windows  # pyright: ignore[reportPrivateUsage]
+from fxopt.kernels.rotate.triton import (
+    _places,  # pyright: ignore[reportPrivateUsage]
+    rotate_both_forward,
+    rotate_forward,
+)
 from tests.kernels.ahead_of_time import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,6 +100,17 @@ def test_mixed_channels_are_those_of_two_products(
         group_size = x.shape[1] // kv
         of = [h for h in range(x.shape[1]) if h // group_size not in (heads or range(kv))]
         assert torch.equal(out[:, of], before[:, of])
+
+
+def test_tables_outlive_those_of_many_other_calls() -> None:
+    """A CUDA graph reads them where they were when it was captured."""
+    device = torch.device(DEVICE)
+    first = [_places((0, 2), 4, device), _windows(((0, 2),), device)]
+    for n in range(300):
+        _places((n,), 400, device)
+        _windows(((n, 1),), device)
+    again = [_places((0, 2), 4, device), _windows(((0, 2),), device)]
+    assert all(one is other for one, other in zip(first, again, strict=True))
 
 
 def test_sides_of_other_lengths_are_turned_whole() -> None:
