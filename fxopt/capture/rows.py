@@ -39,6 +39,20 @@ class Rows:
             return int(expression.subs({s: self._sizes[s.name] for s in expression.free_symbols}))
         return rows if rows % self._batch else rows // self._batch
 
+    def of_token(self, sizes: Iterable[Any]) -> int:
+        """How many rows each token of the call has; 1 where their number is no multiple of that of
+        the tokens."""
+        rows: Any = math.prod(sizes)
+        symbols = free_symbols(rows)
+        tokens = [name for name in symbols if name in self._tokens]
+        if len(tokens) != 1 or not {*symbols} <= self._sizes.keys():
+            return 1
+        expression: Any = rows.node.expr
+        others = [s for s in expression.free_symbols if s.name != tokens[0]]
+        (token,) = expression.free_symbols.difference(others)
+        each = expression.subs({s: self._sizes[s.name] for s in others}) / token
+        return int(each) if each.is_Integer else 1
+
 
 def _counts_tokens(dimension: Dimension, rank: int) -> bool:
     """Whether a workload's length says how large it is: of inputs without roles, the second of

@@ -167,6 +167,7 @@ def _linear_info(
         shared_with=tuple(dict.fromkeys(others)),
         patch=patch,
         positions=_positions(node, patch, rows),
+        rows_each=1 if patch else rows.of_token(node.meta["val"].shape[:-1]),
     )
     return info, _why_blocked(tensor, bias, others)
 

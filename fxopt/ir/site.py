@@ -22,7 +22,8 @@ class LinearInfo:
     `transposed` says that the parameter itself is stored [in, out] (GPT-2's Conv1D).
     `shared_with` names other users of the same parameter (tied embeddings). `patch` are the sizes
     of a convolution's kernel, which are its strides: see `patches`. `positions` are the rows of one
-    item of the batch where the trace fixes them, or None where they are the call's tokens.
+    item of the batch where the trace fixes them, or None where each of the call's tokens has
+    `rows_each` of them.
     """
 
     weight: str
@@ -34,6 +35,7 @@ class LinearInfo:
     shared_with: tuple[str, ...] = ()
     patch: tuple[int, ...] = ()
     positions: int | None = None
+    rows_each: int = 1
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ class GroupInfo:
 
 def rows_of(info: LinearInfo | TemporaryInfo, scenario: Scenario) -> int:
     """Rows that a site computes one by one in a call."""
-    return scenario.batch * (info.positions or scenario.queries)
+    each = info.rows_each if isinstance(info, LinearInfo) else 1
+    return scenario.batch * (info.positions or each * scenario.queries)
 
 
 SiteInfo = (
