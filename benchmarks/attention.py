@@ -20,7 +20,9 @@ the kernel that leaves out tiles which cannot matter, at limits that leave out a
 "kernel_ms" is the same kernel without limits, "dense" the library.
 
 "grid" is attention within windows of images and videos, as the op computes it, without causality
-and with 16 heads; "kernel_ms" is without the copies into the order of tiles and back.
+and with 16 heads; "kernel_ms" is without the copies into the order of tiles and back. "dilated" is
+the same of sequences under plain and dilated windows; "kernel_ms" is without the copies that bring
+tokens of equal rest together and back.
 
 "backward" is the gradient of q, k and v by the kernels of kernels/attention_backward/, from what
 the forward kept: 5 products where the forward makes 2. "efficiency" is its rate over the
@@ -70,6 +72,7 @@ from fxopt.kernels.attention.blocks import (
     block_sparse_reference,
     lists_of_grid,
 )
+from fxopt.kernels.attention.dilated import folded
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import Attention, bind, in_order
 from fxopt.kernels.attention.triton import attention_forward
@@ -90,6 +93,9 @@ WINDOW_TARGETS = {16384: 1.6, 65536: 5.5, 131072: 11.0}
 SPARSE_LENGTH, DENSITIES, OVERHEAD_TARGET = 32768, (0.05, 0.1, 0.25, 0.5), 1.6
 MASS_LENGTHS, SKIP_LENGTHS = (16384, 65536), (4096, 16384, 65536)
 BACKWARD_LENGTHS = (16384, 65536)
+
+
+SEQUENCES = [(1500, 32), (8192, 4), (32768, 1)]
 
 
 def main() -> None:
@@ -344,13 +350,16 @@ def windows_of_grids(report: Report) -> None:
         q, k, v = qkv(grids.tokens(grid), dim, batch, 16, 16)
         dense = min(seconds(partial(_dense, name, q, k, v)) for name in BACKENDS)
         edge = grids.edge(grid)
-        for near, dilation in ((4, 1), (8, 1), (16, 1), (32, 1), (edge, 2), (edge, 4)):
+        space: list[grids.Dilation] = [(1, d, d) for d in (2, 4) if len(grid) == 4]
+        for near, dilation in (
+            (4, 1), (8, 1), (16, 1), (32, 1), *((edge, d) for d in (2, 4, *space)),
+        ):  # fmt: skip
             part = grids.density(grid, near, dilation)
             if part > 0.6:
                 continue
             options = (
                 None, None, None, dim**-0.5, False, [0], 0.0, [0], [0], [0], list(grid), [near],
-                [dilation],
+                grids.listed([dilation] * 16, grid),
             )  # fmt: skip
             ours = seconds(partial(attention, q, k, v, *options))
             call = in_order(bind(q, k, v, *options))
@@ -360,6 +369,27 @@ def windows_of_grids(report: Report) -> None:
                 density=round(part, 4), dense_ms=ms(dense), ms=ms(ours),
                 kernel_ms=ms(seconds(partial(attention_forward, call, lists))),
                 speedup=round(dense / ours, 2), overhead=round(ours / part / dense, 2),
+            )  # fmt: skip
+
+
+def windows_of_sequences(report: Report) -> None:
+    """The op under windows that reach to both sides, and its kernel alone."""
+    for length, batch in SEQUENCES:
+        q, k, v = qkv(length, 64, batch, 16, 16)
+        dense = min(seconds(partial(_dense, name, q, k, v)) for name in BACKENDS)
+        for window, dilation in ((256, 1), (256, 2), (256, 4), (512, 1), (1024, 1)):
+            if 2 * window >= length // dilation:
+                continue
+            none = (None, None, None, 64**-0.5, False)
+            options = (*none, [window], 0.0, [0], [0], [0], [], [0], [dilation])
+            ours = seconds(partial(attention, q, k, v, *options))
+            call = bind(q, k, v, *options)
+            call = folded(call) if dilation > 1 else call
+            report(
+                case="dilated", length=length, batch=batch, window=window, dilation=dilation,
+                dense_ms=ms(dense), ms=ms(ours),
+                kernel_ms=ms(seconds(partial(attention_forward, call, None))),
+                speedup=round(dense / ours, 2),
             )  # fmt: skip
 
 
@@ -407,7 +437,8 @@ def timed_backward(
 
 STEPS: dict[str, Callable[[Report], None]] = {
     "check": check, "dense": dense, "window": windowed, "sparse": sparse, "topk": topk, "hip": hip,
-    "mass": masses, "skip": skipped, "grid": windows_of_grids, "backward": backward,
+    "mass": masses, "skip": skipped, "grid": windows_of_grids, "dilated": windows_of_sequences,
+    "backward": backward,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .compiler import Compiler
 from .decide.quality import first_tensor
 from .ir.ops import arguments_of_attend, attend
 from .kernels.attention.delta import corrected_rows
-from .kernels.attention.grid import hides, tokens
+from .kernels.attention.grid import dilations, hides, tokens
 from .kernels.attention.skip import LEAST_QUERIES
 from .kernels.attention.spec import per_head
 from .kernels.block_topk.reference import hides_some
@@ -27,7 +27,7 @@ from .passes.attention import mass
 ROWS = 8
 """Queries a sequence whose attention is looked at."""
 SEQUENCES = 2
-OPTIONS = ("window", "sink_tokens", "top", "near", "dilation", "mass")
+OPTIONS = ("window", "sink_tokens", "top", "near", "mass")
 """Those of `attend` that hide keys from KV heads."""
 LEAST = 0.01
 """The least share of attention that must fall on packed tokens for an error to speak of them."""
@@ -124,7 +124,8 @@ def _losses(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, bool]]:
     (heads, length), queries, grid = call["k"].shape[1:3], call["q"].shape[2], tuple(call["grid"])
     prompt = prompt or queries
     per_kv = (per_head(name, call[name], heads) for name in OPTIONS)
-    window, sink_tokens, top, near, dilation, part = per_kv
+    window, sink_tokens, top, near, part = per_kv
+    dilation = dilations(call["dilation"], heads, grid)
     fixed, leaves_out = (_of_queries(call, name) for name in ("delta", "skip"))
     stored = parse(call["layout"])
     read = list(zip(stored.formats(heads), stored.top_keys(heads), strict=True))

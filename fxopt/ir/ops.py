@@ -69,7 +69,9 @@ def attend(
     or one a KV head) needs a `grid` (p, n1, n2, ...): the tokens are p of no place, which see all
     and are seen by all, and n1 x n2 x ... that see what is nearer than n along each axis, and whole
     tiles of 64 of these; calls with another number of tokens, all. `dilation` d > 1 (one number, or
-    one a KV head): of the grid only every d-th place along each axis is seen, and n counts these.
+    one a KV head, or one a KV head and axis, head after head): of the grid only every d-th place
+    along each axis is seen, and n counts these; or with `window`, in calls of more than w tokens
+    that are not causal, of the keys only every d-th, counted by w, without sink tokens.
     `skip` s > 0 (one number, or one a query head), hundredths of a nat: a tile of 128 queries
     leaves out a tile of 64 keys that all of these see, but the first such, where in each row all
     its scores lie more than s below one that the row sees before, on the way from the tiles that
@@ -93,8 +95,9 @@ def attend(
             scale, causal, window, softcap, sink_tokens, top, delta, grid, near, dilation, hip,
             mass, skip,
         )  # fmt: skip
-    if any(near):
-        raise ValueError("attend: near has no meaning where keys come one by one, from a state")
+    if any(near) or any(each != 1 for each in dilation):
+        given = "near has" if any(near) else "dilation has"
+        raise ValueError(f"attend: {given} no meaning where keys come one by one, from a state")
     length = None
     if start is not None and not isinstance(start, Tensor):
         length = None if is_recorded(start.start) else start.value

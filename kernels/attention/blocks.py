@@ -86,7 +86,7 @@ def lists_of_every(call: Attention, step: int, tile: int = 128) -> TileLists:
 
 @functools.cache
 def lists_of_grid(
-    grid: tuple[int, ...], near: tuple[int, ...], dilation: int, device: torch.device
+    grid: tuple[int, ...], near: tuple[int, ...], dilation: grids.Dilation, device: torch.device
 ) -> TileLists:
     """What each KV head sees of a call whose tokens are `in_order`, 0 for all; made once."""
     seen = torch.from_numpy(grids.seen_by_heads(grid, near, dilation)[None])

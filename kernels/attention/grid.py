@@ -9,9 +9,10 @@ That is generalized neighborhood attention whose stride is the tile (arXiv 2504.
 has no element to hide then, and what more is seen costs nothing more.
 
 Under a dilation d a place sees those of its own residues modulo d alone (Dilated Neighborhood
-Attention Transformer, arXiv 2209.15001). The places of one residue an axis are a class: a smaller
-grid, in which the window is an ordinary one. So class stands after class, each walked by itself;
-the classes of a dilation of 1 are the grid. A tile over the end of a class is part of both.
+Attention Transformer, arXiv 2209.15001); d is one number, or one an axis. The places of one residue
+an axis are a class: a smaller grid, in which the window is an ordinary one. So class stands after
+class, each walked by itself; the classes of a dilation of 1 are the grid. A tile over the end of a
+class is part of both.
 
 A grid is (prefix, *sizes): tokens that come before it, a class token say, and tokens an axis, the
 last of which varies fastest. Tables are made once a grid, on the host, in numpy: a trace that asks
@@ -33,6 +34,8 @@ TILE = 64
 """Tokens of a tile: 8 x 8 or 4 x 4 x 4 of them."""
 
 Grid = tuple[int, ...]
+Dilation = int | tuple[int, ...]
+"""Of all axes alike, or one an axis."""
 
 
 def tokens(grid: Grid) -> int:
@@ -46,7 +49,7 @@ def edge(grid: Grid) -> int:
 
 
 @functools.cache
-def order(grid: Grid, dilation: int = 1) -> NDArray[np.int64]:
+def order(grid: Grid, dilation: Dilation = 1) -> NDArray[np.int64]:
     """The token that stands at each place [N]; those of the prefix last, so that tiles and bands
     begin together."""
     prefix, *_ = grid
@@ -67,7 +70,7 @@ def _walked(
 
 
 @functools.cache
-def seen_tiles(grid: Grid, near: int, dilation: int = 1) -> NDArray[np.bool_]:
+def seen_tiles(grid: Grid, near: int, dilation: Dilation = 1) -> NDArray[np.bool_]:
     """Whether tiles see each other, [tiles, tiles]; all do where `near` is 0.
 
     They do where they have places of one class, and some place of the box around those of one tile
@@ -96,22 +99,22 @@ def seen_tiles(grid: Grid, near: int, dilation: int = 1) -> NDArray[np.bool_]:
     return seen | whole[:, None] | whole[None, :]
 
 
-def seen_by_heads(grid: Grid, near: Sequence[int], dilation: int = 1) -> NDArray[np.bool_]:
+def seen_by_heads(grid: Grid, near: Sequence[int], dilation: Dilation = 1) -> NDArray[np.bool_]:
     """`seen_tiles` of heads, [heads, tiles, tiles]."""
     return np.stack([seen_tiles(grid, n, dilation) for n in near])
 
 
-def hides(grid: Grid, near: int, dilation: int = 1) -> bool:
+def hides(grid: Grid, near: int, dilation: Dilation = 1) -> bool:
     """Whether some tile is not seen by another."""
     return not seen_tiles(grid, near, dilation).all()
 
 
-def density(grid: Grid, near: int, dilation: int = 1) -> float:
+def density(grid: Grid, near: int, dilation: Dilation = 1) -> float:
     """Part of the pairs of tiles that is computed."""
     return float(seen_tiles(grid, near, dilation).mean())
 
 
-def spans(grid: Grid, near: int, dilation: int, number: int) -> list[tuple[int, int]]:
+def spans(grid: Grid, near: int, dilation: Dilation, number: int) -> list[tuple[int, int]]:
     """The places that a tile of queries sees, as ranges."""
     line = seen_tiles(grid, near, dilation)[number]
     steps = np.diff(line.astype(np.int8), prepend=0, append=0)
@@ -120,7 +123,7 @@ def spans(grid: Grid, near: int, dilation: int, number: int) -> list[tuple[int, 
 
 
 @functools.cache
-def places(grid: Grid, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def places(grid: Grid, dilation: Dilation, device: torch.device) -> tuple[Tensor, Tensor]:
     """`order` on a device, and its inverse: the place of each token. Kept, so that a captured CUDA
     graph copies nothing, and as what a backward may save, whoever asks first."""
     with torch.inference_mode(False):
@@ -132,7 +135,7 @@ def near_keys(
     length: int,
     grid: Grid,
     near: Sequence[int],
-    dilation: Sequence[int],
+    dilation: Sequence[Dilation],
     device: torch.device,
     rows: Tensor | None = None,
 ) -> Tensor:
@@ -144,7 +147,7 @@ def near_keys(
     """
     token = torch.arange(length, device=device).clamp(max=tokens(grid) - 1)
 
-    def seen(reach: int, spacing: int) -> Tensor:
+    def seen(reach: int, spacing: Dilation) -> Tensor:
         tile = torch.tensor((np.argsort(order(grid, spacing)) // TILE).tolist(), device=device)
         table = torch.tensor(seen_tiles(grid, reach, spacing).tolist(), device=device)
         at = tile.index_select(0, token)
@@ -157,13 +160,39 @@ def near_keys(
     return (torch.stack([kinds[kind] for kind in heads]) | other)[None, :, None]
 
 
+def dilations(values: Sequence[int], num_heads: int, grid: Grid) -> list[Dilation]:
+    """The dilation of each KV head from a list with one entry, one a head, or one a head and axis.
+
+    Raises ValueError for other numbers of entries."""
+    axes = len(grid) - 1
+    if len(values) in (1, num_heads):
+        return [*values] * (num_heads // len(values))
+    if len(values) != num_heads * axes:
+        raise ValueError(
+            f"attention: dilation has {len(values)} entries; give 1 or {num_heads}, the KV heads, "
+            f"or as many for each axis of grid {list(grid)}"
+        )
+    lines = (tuple(values[i : i + axes]) for i in range(0, len(values), axes))
+    return [line[0] if len({*line}) == 1 else line for line in lines]
+
+
+def listed(dilation: Sequence[Dilation], grid: Grid) -> tuple[int, ...]:
+    """The shortest list from which `dilations` makes these of more than one head."""
+    even = tuple(d for d in dilation if isinstance(d, int))
+    if len(even) == len(dilation):
+        return even
+    lines = (np.broadcast_to(np.array(d), len(grid) - 1).tolist() for d in dilation)
+    return tuple(d for line in lines for d in line)
+
+
 def _coordinates(
-    grid: Grid, dilation: int
+    grid: Grid, dilation: Dilation
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Of each token of the grid: its class [N], its place in that and the sizes of it [axes, N]."""
     sizes = np.array(grid[1:], np.int64)[:, None]
     at = np.indices(grid[1:], np.int64).reshape(len(sizes), -1)
-    residues, classes = at % dilation, np.zeros(at.shape[1], np.int64)
-    for residue in residues:
-        classes = classes * dilation + residue
-    return classes, at // dilation, -((residues - sizes) // dilation)
+    spacing = np.broadcast_to(np.array(dilation, np.int64), len(sizes))[:, None]
+    residues, classes = at % spacing, np.zeros(at.shape[1], np.int64)
+    for residue, each in zip(residues, spacing, strict=True):
+        classes = classes * each + residue
+    return classes, at // spacing, -((residues - sizes) // spacing)

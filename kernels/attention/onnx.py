@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grid import near_keys
+from .grid import dilations, near_keys
 from .spec import per_head
 from .tiles import sum_dtype
 from .traceable import attention_traceable, kept_by_maximum, kept_keys, visible
@@ -53,13 +53,13 @@ def attention_onnx(
         )  # fmt: skip
     kv, queries = k.shape[1], q.shape[2]
     windows, first = per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv)
-    seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device)
+    spacings = dilations(dilation, kv, tuple(grid))
+    seen = visible(queries, k.shape[2], mask, causal, windows, first, q.device, spacings)
     if any(top):
         kept = kept_keys(q, k, mask, scale, softcap, top, hip, mass)
         seen = kept if seen is None else seen & kept
     if any(near):
-        reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
-        close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
+        close = near_keys(queries, tuple(grid), per_head("near", near, kv), spacings, q.device)
         seen = close if seen is None else seen & close
     if any(skip):
         grouped = q.reshape(q.shape[0], kv, -1, queries, q.shape[3]).to(sum_dtype(q)) * scale

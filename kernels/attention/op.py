@@ -17,6 +17,7 @@ from . import grid as grids
 from . import reference
 from .blocks import TileLists, lists_of_every, lists_of_grid
 from .delta import EVERY, corrected
+from .dilated import fold, folded, spacing, unfold, unfolded
 from .spec import Attention, bind, in_order, pick, put, query_heads
 
 SCHEMA = (
@@ -80,7 +81,14 @@ def _forward(call: Attention) -> tuple[Tensor, Tensor | None]:
 
 
 Way = Literal[
-    "library", "kernel", "kept tiles", "corrected", "neighborhood", "skipping", "reference"
+    "library",
+    "kernel",
+    "dilated",
+    "kept tiles",
+    "corrected",
+    "neighborhood",
+    "skipping",
+    "reference",
 ]
 
 
@@ -96,13 +104,11 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     kept = [h for h in heads if call.top[h] and h not in fixed]
     local = [h for h in heads if call.near[h]]
     skipping = [h for h in heads if call.leaves_out(h)]
-    bounded = [h for h in heads if call.window[h] and h not in fixed + skipping]
-    dense = sorted({*heads}.difference(fixed, kept, local, bounded, skipping))
+    spaced = [h for h in heads if call.window[h] and call.dilation[h] != 1]
+    bounded = [h for h in heads if call.window[h] and h not in fixed + skipping + spaced]
+    dense = sorted({*heads}.difference(fixed, kept, local, spaced, bounded, skipping))
     long = bool(kept or fixed or skipping) or call.q.shape[2] >= LEAST_QUERIES
-    shares: list[tuple[list[int], Way]] = [
-        ([h for h in local if call.dilation[h] == dilation], "neighborhood")
-        for dilation in sorted({call.dilation[h] for h in local})
-    ]
+    shares = _by_dilation(call, local, "neighborhood") + _by_dilation(call, spaced, "dilated")
     if dense and long and call.heads(dense).plain:
         shares.append((dense, "library"))
     else:
@@ -122,6 +128,11 @@ def _shares(call: Attention) -> list[tuple[list[int], Way]]:
     for group in _alike(call, kept):
         shares.extend((group[i : i + most], "kept tiles") for i in range(0, len(group), most))
     return shares
+
+
+def _by_dilation(call: Attention, chosen: list[int], way: Way) -> list[tuple[list[int], Way]]:
+    kinds = dict.fromkeys(call.dilation[h] for h in chosen)
+    return [([h for h in chosen if call.dilation[h] == kind], way) for kind in kinds]
 
 
 def _alike(call: Attention, chosen: list[int]) -> list[list[int]]:
@@ -153,6 +164,8 @@ def _compute(call: Attention, way: Way) -> tuple[Tensor, Tensor | None]:
         return corrected(call, lambda part: _forward(part)[0], ask), None
     from .triton import attention_forward
 
+    if way == "dilated":
+        return unfolded(call, *attention_forward(folded(call), None))
     if way != "neighborhood":
         return attention_forward(call, _lists(call, way))
     _, places = grids.places(call.grid, call.dilation[0], call.q.device)
@@ -222,6 +235,11 @@ def _backward_of(
             return _recomputed(gradient, call)
     from fxopt.kernels.attention_backward.triton import attention_gradients
 
+    if way == "dilated":
+        each, length = spacing(call), call.q.shape[2]
+        rows = (fold(gradient, 1, each), fold(out, 1, each), fold(lse, 2, each))
+        found = attention_gradients(*rows, folded(call), None)
+        return {n: t if n == "sinks" else unfold(t, 2, each, length) for n, t in found.items()}
     if way != "neighborhood":
         return attention_gradients(gradient, out, lse, call, _lists(call, way))
     tokens, places = grids.places(call.grid, call.dilation[0], call.q.device)

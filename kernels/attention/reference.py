@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .delta import ask_reference, corrected
+from .dilated import fold, folded, is_dilated, spacing, unfold, unfolded
 from .spec import Attention, bind
 from .tiles import (
     Tile,
@@ -76,9 +77,18 @@ def attention_with_lse(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
     call = bind(*inputs, **options)
     if any(call.delta):
         raise ValueError("attention: rows that delta corrects have no log-sum-exp")
+    return _with_lse(call)
+
+
+def _with_lse(call: Attention) -> tuple[Tensor, Tensor]:
     out, q = _empty(call), call.q
     lse = torch.empty(q.shape[:3], dtype=sum_dtype(q), device=q.device)
     for part in parts(without_idle_mask(call)):
+        if is_dilated(part.call):
+            values, sums = unfolded(part.call, *_with_lse(folded(part.call)))
+            part.put(out, 0, q.shape[2], values)
+            part.put(lse.transpose(1, 2), 0, q.shape[2], sums.transpose(1, 2))
+            continue
         for start, stop in tiles(part):
             values, sums = explicit(tile(part, start, stop))
             part.put(out, start, stop, values.transpose(1, 2))
@@ -95,6 +105,10 @@ def compute(call: Attention) -> Tensor:
     for part in parts(call):
         if any(part.call.delta):
             values = corrected(part.call, compute, ask_reference)
+            part.put(out, 0, call.q.shape[2], values)
+            continue
+        if is_dilated(part.call):
+            values = unfold(compute(folded(part.call)), 1, spacing(part.call), call.q.shape[2])
             part.put(out, 0, call.q.shape[2], values)
             continue
         for start, stop in tiles(part):
@@ -140,6 +154,10 @@ def _tiled_backward(call: Attention, gradient: Tensor) -> None:
             out = corrected(part.call, compute, ask_reference)
             rows = part.pick(gradient, 0, call.q.shape[2])
             out.backward(rows, retain_graph=True)
+            continue
+        if is_dilated(part.call):
+            rows = part.pick(gradient, 0, call.q.shape[2])
+            _tiled_backward(folded(part.call), fold(rows, 1, spacing(part.call)))
             continue
         for start, stop in tiles(part):
             out = attend(tile(part, start, stop))

@@ -19,8 +19,8 @@ class Attention:
     """The arguments of `fxopt::attention`; see `fxopt.ir.ops.attend` for shapes and meaning.
 
     `window`, `sink_tokens`, `top` and `near` have one entry a KV head here, 0 where a head sees all
-    keys, `dilation`, `hip` and `mass` as well: 1 where `near` is 0, 0 where `top` is, and 0 where
-    no threshold bounds that. `delta` and `skip` have one a query head.
+    keys, `dilation`, `hip` and `mass` as well: 1 where `near` and `window` are 0, 0 where `top` is,
+    and 0 where no threshold bounds that. `delta` and `skip` have one a query head.
     """
 
     q: Tensor
@@ -38,7 +38,7 @@ class Attention:
     delta: tuple[int, ...]
     grid: tuple[int, ...]
     near: tuple[int, ...]
-    dilation: tuple[int, ...]
+    dilation: tuple[grids.Dilation, ...]
     hip: tuple[int, ...]
     mass: tuple[int, ...]
     skip: tuple[int, ...]
@@ -78,7 +78,7 @@ class Attention:
     def head_groups(self) -> list[list[int]]:
         """KV heads by equal window, sink, kept tiles and neighbourhood, those that are corrected or
         leave out tiles apart."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         fixed = map(self.is_corrected, range(self.num_kv_heads))
         choices = zip(
             self.window,
@@ -202,13 +202,16 @@ def bind(
         if not long or not (windows[head] or kept[head]):
             added[own] = [0] * group
     grid, reaches = tuple(grid), per_head("near", near, kv)
-    spacings = per_head("dilation", dilation, kv)
+    spacings = grids.dilations(dilation, kv, grid)
+    if any(w and d != 1 for w, d in zip(asked, spacings, strict=True)):
+        _check_dilated(asked, spacings, tokens, q, k, bias, causal)
     if any(reaches):
         _check_near(reaches, spacings, grid, mask, bias, causal, asked)
         whole = q.shape[2] == k.shape[2] == grids.tokens(grid)
         pairs = zip(reaches, spacings, strict=True)
         reaches = [n if whole and grids.hides(grid, n, d) else 0 for n, d in pairs]
-    spacings = [d if n else 1 for n, d in zip(reaches, spacings, strict=True)]
+    limited = zip(reaches, windows, spacings, strict=True)
+    spacings = [d if n or w else 1 for n, w, d in limited]
     return Attention(
         q, k, v, mask, bias, sinks, scale, causal,
         tuple(windows), softcap, tuple(s if w else 0 for w, s in zip(windows, tokens, strict=True)),
@@ -283,12 +286,13 @@ def _check_skip(
 
 
 def _check_near(
-    near: Sequence[int], dilation: Sequence[int], grid: tuple[int, ...], mask: Tensor | None,
+    near: Sequence[int], dilation: Sequence[grids.Dilation], grid: tuple[int, ...],
+    mask: Tensor | None,
     bias: Tensor | None, causal: bool, window: Sequence[int],
 ) -> None:  # fmt: skip
     wrong = {
         "is a number of tokens, 0 for all": min(near) < 0,
-        f"needs a dilation of 1 or more, not {list(dilation)}": min(dilation) < 1,
+        f"needs a dilation of 1 or more, not {list(dilation)}": _least(dilation) < 1,
         "needs a grid (prefix, size, ...)": len(grid) < 2 or grid[0] < 0 or min(grid[1:]) < 1,
         "takes no causal attention, mask or bias": causal or mask is not None or bias is not None,
         "and window exclude each other in one head": any(
@@ -298,6 +302,27 @@ def _check_near(
     for reason, holds in wrong.items():
         if holds:
             raise ValueError(f"attention: near {reason}; got near {list(near)}, grid {list(grid)}")
+
+
+def _check_dilated(
+    window: Sequence[int], dilation: Sequence[grids.Dilation], sink_tokens: Sequence[int],
+    q: Tensor, k: Tensor, bias: Tensor | None, causal: bool,
+) -> None:  # fmt: skip
+    chosen = [(d, s) for w, d, s in zip(window, dilation, sink_tokens, strict=True) if w]
+    wrong = {
+        "needs one number, 1 or more": any(not isinstance(d, int) or d < 1 for d, _ in chosen),
+        "takes no causal attention, no bias and as many queries as keys": causal
+        or bias is not None
+        or q.shape[2] != k.shape[2],
+        "and sink_tokens exclude each other in one head": any(s and d != 1 for d, s in chosen),
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise ValueError(f"attention: dilation of a window {reason}; got {list(dilation)}")
+
+
+def _least(dilation: Sequence[grids.Dilation]) -> int:
+    return min(d if isinstance(d, int) else min(d) for d in dilation)
 
 
 def in_order(call: Attention) -> Attention:

@@ -13,7 +13,7 @@ from fxopt.kernels.hip import reference as halved
 
 from . import skip as skips
 from .delta import EVERY
-from .grid import near_keys
+from .grid import Dilation, dilations, near_keys
 from .spec import per_head
 from .tiles import softmax, sum_dtype
 
@@ -53,16 +53,14 @@ def attention_traceable(
     if bias is not None:
         shape = (bias.shape[0], *((1, 1) if bias.shape[1] == 1 else (kv, heads // kv)))
         scores = scores + bias.reshape(*shape, *bias.shape[2:])
-    windows = per_head("window", window, kv)
-    seen = visible(
-        queries, keys, mask, causal, windows, per_head("sink_tokens", sink_tokens, kv), q.device
-    )
+    windows, spacings = per_head("window", window, kv), dilations(dilation, kv, tuple(grid))
+    first = per_head("sink_tokens", sink_tokens, kv)
+    seen = visible(queries, keys, mask, causal, windows, first, q.device, spacings)
     if any(top):
         kept = kept_keys(q, k, mask, scale, softcap, top, hip, mass)
         seen = kept if seen is None else seen & kept
     if any(near):
-        reaches, spacings = per_head("near", near, kv), per_head("dilation", dilation, kv)
-        close = near_keys(queries, tuple(grid), reaches, spacings, q.device)
+        close = near_keys(queries, tuple(grid), per_head("near", near, kv), spacings, q.device)
         seen = close if seen is None else seen & close
     logit = None if sinks is None else sinks.to(dtype).reshape(1, kv, heads // kv, 1, 1)
     if any(skip):
@@ -136,10 +134,11 @@ def visible(
     window: Sequence[int],
     sink_tokens: Sequence[int],
     device: torch.device,
+    dilation: Sequence[Dilation] = (1,),
 ) -> Tensor | None:
     """Which keys are seen, [B or 1, KV or 1, 1, N or 1, T]; None where all are."""
     rows = torch.arange(queries, device=device) + (keys - queries)
-    return visible_from(rows, keys, mask, causal, window, sink_tokens)
+    return visible_from(rows, keys, mask, causal, window, sink_tokens, dilation)
 
 
 def visible_from(
@@ -149,6 +148,7 @@ def visible_from(
     causal: bool,
     window: Sequence[int],
     sink_tokens: Sequence[int],
+    dilation: Sequence[Dilation] = (1,),
 ) -> Tensor | None:
     """`visible` for queries at some positions [N]."""
     device, rows = positions.device, positions[:, None]
@@ -156,7 +156,14 @@ def visible_from(
     seen: Tensor | None = None
     if any(window):
         far = torch.iinfo(torch.int64).max
-        near = (rows - columns).abs() < _by_head([w or far for w in window], device)
+        apart, widths = (rows - columns).abs(), _by_head([w or far for w in window], device)
+        near = apart < widths
+        pairs = zip(window, dilation, strict=False)
+        each = [d if w and isinstance(d, int) else 1 for w, d in pairs]
+        if any(d > 1 for d in each):
+            spacings = _by_head(each, device)
+            near = (apart % spacings == 0) & (apart < widths * spacings)
+            near = near | (torch.full((1,), keys, device=device) <= widths)
         if any(sink_tokens):
             near = near | (_rank(columns, mask) <= _by_head(sink_tokens, device))
         seen = near

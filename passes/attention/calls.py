@@ -17,7 +17,7 @@ from fxopt.ir.site import AttentionInfo, Site
 from fxopt.ir.workload import Scenario
 from fxopt.kernels.attention import skip as skips
 from fxopt.kernels.attention.delta import EVERY, corrected_rows
-from fxopt.kernels.attention.grid import density
+from fxopt.kernels.attention.grid import Dilation, density, listed
 from fxopt.kernels.attention.op import attention
 from fxopt.kernels.attention.spec import per_head
 from fxopt.kernels.block_topk import reference as topk
@@ -220,7 +220,7 @@ def skipping_products(info: AttentionInfo, scenario: Scenario, density: float) -
 
 
 def neighborhood_call(
-    info: AttentionInfo, scenario: Scenario, near: int, dilation: int = 1
+    info: AttentionInfo, scenario: Scenario, near: int, dilation: Dilation = 1
 ) -> OpCall:
     """One KV head whose query heads see the tiles that are near on the site's grid; see `attend`.
 
@@ -228,7 +228,7 @@ def neighborhood_call(
     """
     dense = attention_call(info, scenario)
     moved = dense.bytes_read + dense.bytes_written
-    spaced = f"every{dilation}" if dilation > 1 else ""
+    spaced = "" if dilation == 1 else f"every{dilation_label(dilation)}"
     kept = f"near{near}{spaced}g{'x'.join(map(str, info.grid))}"
     return replace(
         dense,
@@ -241,6 +241,34 @@ def neighborhood_call(
         family=_family(info, kept),
         run=_runner(info, scenario, 0, 0, near=near, dilation=dilation),
     )
+
+
+def dilated_call(info: AttentionInfo, scenario: Scenario, window: int, dilation: int) -> OpCall:
+    """One KV head under a dilated window of a sequence that is not causal; see `attend`.
+
+    Queries, keys and values are copied to the tokens of equal rest, and the result back.
+    """
+    dense = attention_call(info, scenario)
+    if window >= scenario.length:
+        return dense
+    moved, kept = dense.bytes_read + dense.bytes_written, f"w{window}every{dilation}"
+    rests = -(-scenario.length // dilation)
+    return replace(
+        dense,
+        key=_key(info, scenario, kept),
+        flops=dense.flops * min(rests, 2 * window - 1) / scenario.length,
+        bytes_read=dense.bytes_read + moved,
+        bytes_written=dense.bytes_written + moved,
+        temporary_bytes=int(moved),
+        launches=5,
+        family=_family(info, kept),
+        run=_runner(info, scenario, window, 0, dilation=dilation),
+    )
+
+
+def dilation_label(dilation: Dilation) -> str:
+    """2 as "2", (1, 2, 2) as "1x2x2"."""
+    return str(dilation) if isinstance(dilation, int) else "x".join(map(str, dilation))
 
 
 def kept_pairs(queries: int, length: int, top: int, mass: int = 0) -> int:
@@ -355,7 +383,7 @@ def _runner(
     top: int = 0,
     delta: int = 0,
     near: int = 0,
-    dilation: int = 1,
+    dilation: Dilation = 1,
     hip: int = 0,
     mass: int = 0,
     left: int = 0,
@@ -373,11 +401,11 @@ def _runner(
         limit = _plant(q, k, left, info.softcap) if left else 0
         sinks = random(heads) if info.has_sinks else None
         bias = random(1, heads, queries, length) if info.has_bias else None
-        scale = 1.0 / math.sqrt(info.head_dim)
+        scale, spacings = 1.0 / math.sqrt(info.head_dim), listed([dilation] * kv_heads, info.grid)
         return lambda: attention(
             q, k, v, None, bias, sinks,
             scale, info.causal, [window], info.softcap, [sink_tokens], [top], [delta],
-            info.grid, [near], [dilation], [hip], [mass], [limit],
+            info.grid, [near], spacings, [hip], [mass], [limit],
         )  # fmt: skip
 
     return run

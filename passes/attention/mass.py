@@ -29,10 +29,11 @@ def kept(inputs: Mapping[str, Any], rows: Tensor, visible: Tensor) -> Tensor:
 
 
 def seen(
-    inputs: Mapping[str, Any], rows: Tensor, window: Sequence[int], sink_tokens: Sequence[int]
-) -> Tensor:
-    """Which keys the queries `rows` [R] see under windows and sinks as in `attend`, and what the
-    call itself says of padding and order: bool [B or 1, H, R, T]."""
+    inputs: Mapping[str, Any], rows: Tensor, window: Sequence[int], sink_tokens: Sequence[int],
+    dilation: int = 1,
+) -> Tensor:  # fmt: skip
+    """Which keys the queries `rows` [R] see under windows, `dilation` of these, and sinks as in
+    `attend`, and what the call itself says of padding and order: bool [B or 1, H, R, T]."""
     q, k, mask = inputs["q"], inputs["k"], inputs.get("mask")
     (heads, queries), (kv, keys) = q.shape[1:3], k.shape[1:3]
     columns = torch.arange(keys, device=k.device)
@@ -43,7 +44,9 @@ def seen(
     for width, sinks in zip(
         per_head("window", window, kv), per_head("sink_tokens", sink_tokens, kv), strict=True
     ):
-        near = (distance.abs() < width) | (rank <= sinks) if width else distance == distance
+        each = dilation if width < max(queries, keys) else 1
+        near = (distance.abs() < width * each) & (distance % each == 0)
+        near = near | (rank <= sinks) if width else distance == distance
         near = near & (unmasked != 0)[:, None, None]
         found.append(near & (distance >= 0) if inputs.get("causal") else near)
     return torch.cat(found, 1).repeat_interleave(heads // kv, 1)

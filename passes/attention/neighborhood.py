@@ -3,12 +3,14 @@
     attend(q, k, v)
     attend(q, k, v, grid=(1, 64, 64), near=(8, 0))    # KV head 0 only, 15 x 15 places or more
     attend(q, k, v, grid=(1, 64, 64), near=(8, 0), dilation=(2, 1))    # every other one of 29 x 29
+    attend(q, k, v, grid=(0, 16, 48, 48), near=(4, 0), dilation=(1, 2, 2, 1, 1, 1))    # of a video
 
 Pays at high resolutions, in heads that look around (NATTEN; Faster Neighborhood Attention;
 generalized neighborhood attention, whose stride is the tile here). A window along the sequence, as
 `attention.window` has, is a few whole rows of the image instead. Dilated (DiNAT), it reaches
-further at the same cost, for heads that look far where values change slowly. Tokens before the
-grid's, such as a class token, see all and are seen by all.
+further at the same cost, for heads that look far where values change slowly; along some axes
+alone, where others are short or, as time in a video, are better looked at step by step. Tokens
+before the grid's, such as a class token, see all and are seen by all.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from fxopt.ir.cost import OpCall
 from fxopt.ir.rewrite import Candidate, Editor, Match, Refusal, SiteStatistics, Statistic
 from fxopt.ir.site import Family, Site
 from fxopt.ir.workload import Scenario
-from fxopt.kernels.attention.grid import density, edge, near_keys
+from fxopt.kernels.attention.grid import Dilation, density, dilations, edge, listed, near_keys
 from fxopt.passes.attention import calls, emulation, mass
 
 
@@ -32,7 +34,8 @@ class Neighborhood:
     """A place of the grid sees those nearer than one of `reaches` along each axis, and the tiles in
     which these lie; a reach is offered where at most `most` of the pairs are computed under it, and
     fewer than under the next larger one. One of `dilations`, at a reach of one tile, is offered
-    where more places along some axis are of one residue than such a window has."""
+    where more places along some axis are of one residue than such a window has: along all axes,
+    and along those alone, of a video without the time."""
 
     reaches: tuple[int, ...] = (4, 8, 16, 32)
     dilations: tuple[int, ...] = (2, 4)
@@ -71,12 +74,12 @@ class Neighborhood:
         ] + [
             Candidate(
                 self.name,
-                f"{_window(grid, edge(grid), dilation)}/{dilation}",
-                {"near": edge(grid), "dilation": dilation},
+                f"{_window(grid, edge(grid), dilation)}/{calls.dilation_label(dilation)}",
+                {"near": edge(grid), "dilation": _written(dilation)},
             )
-            for dilation in self.dilations
-            if max(grid[1:]) // dilation > 2 * edge(grid) - 1
-            and density(grid, edge(grid), dilation) <= self.most
+            for each in self.dilations
+            for dilation in _spacings(grid, each)
+            if density(grid, edge(grid), dilation) <= self.most
         ]
 
     def refusal(self, match: Match, scenarios: Sequence[Scenario]) -> str | None:
@@ -114,8 +117,9 @@ class Neighborhood:
         inputs: Mapping[str, Any],
     ) -> Tensor:
         """Every head of the op under this window."""
-        window = {"near": [_near(candidate)], "dilation": [_dilation(candidate)]}
-        return emulation.attended(inputs, grid=calls.attention_info(match).grid, **window)
+        grid, heads = calls.attention_info(match).grid, inputs["k"].shape[1]
+        spacings = listed([_dilation(candidate)] * heads, grid)
+        return emulation.attended(inputs, grid=grid, near=[_near(candidate)], dilation=spacings)
 
     def is_mask(self, candidate: Candidate) -> bool:
         return True
@@ -133,13 +137,14 @@ class Neighborhood:
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site, info = match.site, calls.attention_info(match)
-        window = {"near": _near(candidate)}
-        if (dilation := _dilation(candidate)) > 1:
-            window["dilation"] = dilation
-        options = {
-            name: calls.with_value(site, editor, name, value, info.num_kv_heads)
-            for name, value in window.items()
-        }
+        near = calls.with_value(site, editor, "near", _near(candidate), info.num_kv_heads)
+        options = {"near": near}
+        if (dilation := _dilation(candidate)) != 1:
+            given: Any = editor.node(site).kwargs.get("dilation", (1,))
+            spacings = dilations(given, info.num_kv_heads, info.grid)
+            for head in range(info.num_kv_heads) if site.head is None else (site.head,):
+                spacings[head] = dilation
+            options["dilation"] = listed(spacings, info.grid)
         editor.update(site, grid=info.grid, **options)
 
 
@@ -147,10 +152,32 @@ def _near(candidate: Candidate) -> int:
     return int(candidate.parameters["near"])
 
 
-def _dilation(candidate: Candidate) -> int:
-    return int(candidate.parameters.get("dilation", 1))
+def _written(dilation: Dilation) -> int | str:
+    # Parameters are no lists.
+    return dilation if isinstance(dilation, int) else calls.dilation_label(dilation)
 
 
-def _window(grid: tuple[int, ...], near: int, dilation: int = 1) -> str:
+def _dilation(candidate: Candidate) -> Dilation:
+    given = candidate.parameters.get("dilation", 1)
+    return tuple(map(int, given.split("x"))) if isinstance(given, str) else int(given)
+
+
+def _spacings(grid: tuple[int, ...], each: int) -> list[Dilation]:
+    """A dilation of all axes, and one of those alone that are worth it, where they differ."""
+    sizes = grid[1:]
+    long = [size // each > 2 * edge(grid) - 1 for size in sizes]
+    if not any(long):
+        return []
+    if len(sizes) == 3 and any(long[1:]):
+        long[0] = False  # time
+    uneven = tuple(
+        each if is_long or size == 1 else 1 for size, is_long in zip(sizes, long, strict=True)
+    )
+    return [each] if min(uneven) == each else [each, uneven]
+
+
+def _window(grid: tuple[int, ...], near: int, dilation: Dilation = 1) -> str:
     """Places that a window in the middle of the grid sees: "15x15"."""
-    return "x".join(str(min(-(-size // dilation), 2 * near - 1)) for size in grid[1:])
+    spacings = [dilation] * (len(grid) - 1) if isinstance(dilation, int) else dilation
+    places = (-(-size // each) for size, each in zip(grid[1:], spacings, strict=True))
+    return "x".join(str(min(count, 2 * near - 1)) for count in places)

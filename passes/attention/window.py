@@ -2,10 +2,12 @@
 
     attend(q, k, v, mask, causal=True)
     attend(q, k, v, mask, causal=True, window=(512, 0), sink_tokens=(16, 0))    # KV head 0 only
+    attend(q, k, v, mask, window=(256, 0), dilation=(2, 1))    # every other token, in an encoder
 
 Pays from the length at which T / (window + sink) outweighs the library's faster dense kernel,
 in the heads that look back no further (StreamingLLM's sink; SWAT; NATTEN's 1-D neighbourhood for
-encoders). Heads that fetch from afar keep their dense attention: each KV head is its own site.
+encoders, and Longformer's dilated window). Heads that fetch from afar keep their dense attention:
+each KV head is its own site.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ class Window:
     """`windows` count keys, the query's own included; a window is offered where the longest call
     is more than twice as long. `sink` first tokens stay visible to causal heads. Where a window
     leaves at most `corrected` of the longest prompt's pairs, it is offered for prompts alone as
-    well, corrected by rows that see all keys; see `corrected.py`."""
+    well, corrected by rows that see all keys; see `corrected.py`. Tokens that are neither causal
+    nor places of a grid are offered the smallest window under each of `dilations` too, where more
+    than twice as many of them leave one rest."""
 
     windows: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     sink: int = 16
     corrected: float = 0.3
+    dilations: tuple[int, ...] = (2, 4)
 
     name: ClassVar[str] = "attention.window"
     family: ClassVar[Family] = "attention"
@@ -56,23 +61,41 @@ class Window:
 
     def candidates(self, match: Match, scenarios: Sequence[Scenario]) -> list[Candidate]:
         sink = self.sink if calls.attention_info(match).causal else 0
-        return [
+        fitting = self._fitting(match, scenarios)
+        plain = [
             Candidate(
                 self.name,
                 f"w{window}+s{sink}" if sink else f"w{window}",
                 {"window": window, "sink": sink},
             )
-            for window in self._fitting(match, scenarios)
-        ] + [
+            for window in fitting
+        ]
+        fixed = [
             Candidate(
                 self.name,
                 f"w{window}+s{sink}{corrected.SUFFIX}",
                 # Not "window": decoded tokens see the whole cache.
                 {"prompt_window": window, "sink": sink},
             )
-            for window in self._fitting(match, scenarios)
+            for window in fitting
             if self._pays_corrected(match, scenarios, window)
         ]
+        spread = [
+            Candidate(
+                self.name,
+                f"w{window}/{dilation}",
+                {"window": window, "sink": 0, "dilation": dilation},
+            )
+            for window in fitting[:1]
+            for dilation in self._spreads(match, scenarios, window)
+        ]
+        return plain + fixed + spread
+
+    def _spreads(self, match: Match, scenarios: Sequence[Scenario], window: int) -> list[int]:
+        info = calls.attention_info(match)
+        if info.causal or info.cached or info.grid or info.window:
+            return []
+        return [d for d in self.dilations if 2 * window < _longest(scenarios) // d]
 
     def _pays_corrected(self, match: Match, scenarios: Sequence[Scenario], window: int) -> bool:
         info, prompt = calls.attention_info(match), calls.longest_prompt(scenarios)
@@ -100,9 +123,11 @@ class Window:
 
     def lower(self, match: Match, candidate: Candidate, scenario: Scenario) -> list[OpCall]:
         """A corrected window by what it computes of prompts; decoding is dense then."""
-        info = calls.attention_info(match)
+        info, (window, sink) = calls.attention_info(match), _choice(candidate)
+        if (dilation := _dilation(candidate)) > 1:
+            return [calls.dilated_call(info, scenario, window, dilation)]
         price = calls.corrected_call if _is_corrected(candidate) else calls.attention_call
-        return [price(info, scenario, *_choice(candidate))]
+        return [price(info, scenario, window, sink)]
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
@@ -131,16 +156,18 @@ class Window:
         self, match: Match, candidate: Candidate, inputs: Mapping[str, Any], rows: Tensor
     ) -> Tensor:
         window, sink = _choice(candidate)
-        return mass.kept(inputs, rows, mass.seen(inputs, rows, [window], [sink]))
+        visible = mass.seen(inputs, rows, [window], [sink], _dilation(candidate))
+        return mass.kept(inputs, rows, visible)
 
     def apply(
         self, match: Match, candidate: Candidate, tensors: Mapping[str, Tensor], editor: Editor
     ) -> None:
         site, info = match.site, calls.attention_info(match)
-        chosen = zip(("window", "sink_tokens"), _choice(candidate), strict=True)
-        editor.update(
-            site, **{n: calls.with_value(site, editor, n, v, info.num_kv_heads) for n, v in chosen}
-        )
+        options = {
+            name: calls.with_value(site, editor, name, value, info.num_kv_heads)
+            for name, (value,) in _options(candidate).items()
+        }
+        editor.update(site, **options)
         if _is_corrected(candidate):
             corrected.apply(site, info, tensors["share"], editor)
 
@@ -154,9 +181,14 @@ def _choice(candidate: Candidate) -> tuple[int, int]:
     return int(candidate.parameters[name]), int(candidate.parameters["sink"])
 
 
+def _dilation(candidate: Candidate) -> int:
+    return int(candidate.parameters.get("dilation", 1))
+
+
 def _options(candidate: Candidate) -> dict[str, list[int]]:
     window, sink = _choice(candidate)
-    return {"window": [window], "sink_tokens": [sink]}
+    dilated = {"dilation": [_dilation(candidate)]} if _dilation(candidate) > 1 else {}
+    return {"window": [window], "sink_tokens": [sink], **dilated}
 
 
 def _longest(scenarios: Sequence[Scenario]) -> int:

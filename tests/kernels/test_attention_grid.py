@@ -25,17 +25,22 @@ from fxopt.kernels.attention.spec import bind, in_order
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = [(1, 14, 14), (0, 37, 37), (5, 12, 40), (1, 41, 9), (0, 6, 10, 11), (2, 300), (70, 20, 20)]
+UNEVEN = [((1, 29, 30), (1, 2)), ((0, 6, 17, 18), (1, 2, 3)), ((3, 40, 9), (4, 1))]
 SIZES = st.one_of(st.tuples(st.integers(1, 400)), *([st.tuples(*[st.integers(1, m)] * n)
                   for n, m in ((2, 30), (3, 9))]))  # fmt: skip
 
 
-def inside(a: Sequence[int], b: Sequence[int], near: int, dilation: int) -> bool:
+def by_axis(dilation: grids.Dilation, axes: int) -> tuple[int, ...]:
+    return (dilation,) * axes if isinstance(dilation, int) else dilation
+
+
+def inside(a: Sequence[int], b: Sequence[int], near: int, dilation: grids.Dilation) -> bool:
     """Whether a place lies in the window of another."""
-    apart = [divmod(abs(x - y), dilation) for x, y in zip(a, b, strict=True)]
+    apart = [divmod(abs(x - y), d) for x, y, d in zip(a, b, by_axis(dilation, len(a)), strict=True)]
     return all(steps < near and not rest for steps, rest in apart)
 
 
-def windows(grid: Sequence[int], near: int, dilation: int = 1) -> Tensor:
+def windows(grid: Sequence[int], near: int, dilation: grids.Dilation = 1) -> Tensor:
     """Which tokens see each other by their windows alone, [N, N]."""
     prefix, *sizes = grid
     places = list(itertools.product(*map(range, sizes)))
@@ -46,9 +51,10 @@ def windows(grid: Sequence[int], near: int, dilation: int = 1) -> Tensor:
     return seen
 
 
-def visible(grid: tuple[int, ...], near: int, dilation: int = 1) -> Tensor:
+def visible(grid: tuple[int, ...], near: int, dilation: grids.Dilation = 1) -> Tensor:
     """Which tokens see each other by the boxes around what their tiles have of a class, [N, N]."""
     prefix, *sizes = grid
+    spacings = by_axis(dilation, len(sizes))
     places = [None] * prefix + list(itertools.product(*map(range, sizes)))
     order = list(grids.order(grid, dilation))
     tiles = [order[i : i + grids.TILE] for i in range(0, len(order), grids.TILE)]
@@ -58,7 +64,8 @@ def visible(grid: tuple[int, ...], near: int, dilation: int = 1) -> Tensor:
         found: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for place in (places[t] for t in tile):
             assert place is not None
-            found.setdefault(tuple(x % dilation for x in place), []).append(place)
+            rests = tuple(x % d for x, d in zip(place, spacings, strict=True))
+            found.setdefault(rests, []).append(place)
         return {r: [(min(c), max(c)) for c in zip(*box, strict=True)] for r, box in found.items()}
 
     def close(some: list[int], others: list[int]) -> bool:
@@ -67,8 +74,8 @@ def visible(grid: tuple[int, ...], near: int, dilation: int = 1) -> Tensor:
         mine, theirs = boxes(some), boxes(others)
         return any(
             all(
-                c - b < near * dilation and a - d < near * dilation
-                for (a, b), (c, d) in zip(mine[r], theirs[r], strict=True)
+                max(c - b, a - d) < near * spacing
+                for (a, b), (c, d), spacing in zip(mine[r], theirs[r], spacings, strict=True)
             )
             for r in mine.keys() & theirs.keys()
         )
@@ -82,7 +89,7 @@ def visible(grid: tuple[int, ...], near: int, dilation: int = 1) -> Tensor:
 
 def naive(
     inputs: Sequence[Tensor], grid: tuple[int, ...], near: Sequence[int],
-    dilation: Sequence[int] = (1, 1),
+    dilation: Sequence[grids.Dilation] = (1, 1),
 ) -> Tensor:  # fmt: skip
     """In float64; [B, N, H, Dv]."""
     q, k, v = (x.double() for x in inputs)
@@ -111,20 +118,28 @@ def call(
     return (*none, list(grid), list(near), list(dilation))
 
 
-@given(sizes=SIZES, prefix=st.integers(0, 130), dilation=st.integers(1, 5))
+def spacings(most: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Of up to three axes, equal or not."""
+    return st.one_of(
+        st.integers(1, most).map(lambda d: (d, d, d)), st.tuples(*[st.integers(1, most)] * 3)
+    )
+
+
+@given(sizes=SIZES, prefix=st.integers(0, 130), each=spacings(5))
 def test_every_token_has_one_place_and_the_prefix_comes_last(
-    sizes: tuple[int, ...], prefix: int, dilation: int
+    sizes: tuple[int, ...], prefix: int, each: tuple[int, ...]
 ) -> None:
+    dilation = each[: len(sizes)]
     order = grids.order((prefix, *sizes), dilation)
     assert sorted(order) == list(range(prefix + math.prod(sizes)))
     assert list(order[math.prod(sizes) :]) == list(range(prefix))
 
 
-@given(sizes=SIZES, prefix=st.integers(0, 70), near=st.integers(1, 12), dilation=st.integers(1, 4))
+@given(sizes=SIZES, prefix=st.integers(0, 70), near=st.integers(1, 12), each=spacings(4))
 def test_tiles_see_each_other_alike_and_more_in_wider_windows(
-    sizes: tuple[int, ...], prefix: int, near: int, dilation: int
+    sizes: tuple[int, ...], prefix: int, near: int, each: tuple[int, ...]
 ) -> None:
-    grid = (prefix, *sizes)
+    grid, dilation = (prefix, *sizes), each[: len(sizes)]
     seen = grids.seen_tiles(grid, near, dilation)
     assert (seen == seen.T).all()
     assert seen.diagonal().all()
@@ -149,6 +164,37 @@ def test_tokens_see_at_least_their_windows(grid: tuple[int, ...], near: int, dil
 
 
 @pytest.mark.parametrize(
+    ("grid", "dilation"),
+    [((1, 8, 33), (1, 2)), ((0, 3, 9, 8), (1, 2, 3)), ((3, 40, 5), (4, 1))],
+)
+def test_dilated_along_some_axes_tokens_see_at_least_their_windows(
+    grid: tuple[int, ...], dilation: tuple[int, ...]
+) -> None:
+    seen = visible(grid, 2, dilation)
+    assert not (windows(grid, 2, dilation) & ~seen).any()
+    assert not seen.all()
+
+
+def test_equal_dilations_of_all_axes_are_one_number() -> None:
+    for grid in ((1, 29, 30), (2, 5, 12, 13)):
+        alike = (2,) * (len(grid) - 1)
+        assert (grids.order(grid, alike) == grids.order(grid, 2)).all()
+        assert (grids.seen_tiles(grid, 3, alike) == grids.seen_tiles(grid, 3, 2)).all()
+
+
+@given(data=st.data(), axes=st.integers(1, 3), heads=st.integers(1, 5))
+def test_lists_of_dilations_are_read_as_they_were_written(
+    data: st.DataObject, axes: int, heads: int
+) -> None:
+    lines = data.draw(st.lists(st.tuples(*[st.integers(1, 3)] * axes), min_size=heads,
+                               max_size=heads))  # fmt: skip
+    alike = [line[0] if len({*line}) == 1 else line for line in lines]
+    grid = (0, *[9] * axes)
+    assert grids.dilations([d for line in lines for d in line], heads, grid) == alike
+    assert grids.dilations(grids.listed(alike, grid), heads, grid) == alike
+
+
+@pytest.mark.parametrize(
     ("sizes", "most"), [((64, 64), 0.15), ((37, 37), 0.39), ((96, 40), 0.16), ((8, 32, 32), 0.14)]
 )
 def test_tiles_are_compact_whatever_the_sizes_are(sizes: tuple[int, ...], most: float) -> None:
@@ -157,12 +203,15 @@ def test_tiles_are_compact_whatever_the_sizes_are(sizes: tuple[int, ...], most: 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dilation"), [((64, 64), 2), ((64, 64), 4), ((16, 32, 32), 2), ((512,), 4)]
-)
-def test_dilated_windows_are_whole_tiles(sizes: tuple[int, ...], dilation: int) -> None:
+    ("sizes", "dilation"),
+    [((64, 64), 2), ((64, 64), 4), ((16, 32, 32), 2), ((512,), 4), ((64, 64), (1, 4)),
+     ((8, 32, 32), (1, 2, 2))],
+)  # fmt: skip
+def test_dilated_windows_are_whole_tiles(sizes: tuple[int, ...], dilation: grids.Dilation) -> None:
     """As many tiles of a class as in a grid of its size, and none of another class."""
-    classes = dilation ** len(sizes)
-    small, near = (0, *(size // dilation for size in sizes)), grids.edge((0, *sizes))
+    spacings = by_axis(dilation, len(sizes))
+    classes, near = math.prod(spacings), grids.edge((0, *sizes))
+    small = (0, *(size // d for size, d in zip(sizes, spacings, strict=True)))
     whole = grids.density(small, near) / classes
     assert grids.density((0, *sizes), near, dilation) == pytest.approx(whole)
 
@@ -190,6 +239,19 @@ def test_the_reference_is_attention_over_dilated_windows(grid: tuple[int, ...]) 
     expected = naive(inputs, grid, near, dilation)
     assert not visible(grid, 2, 2).all()
     options = call(grid, near, dilation)
+    torch.testing.assert_close(attention_reference(*inputs, *options), expected)
+    torch.testing.assert_close(attention_traceable(*inputs, *options), expected)
+    torch.testing.assert_close(attention_with_lse(*inputs, *options)[0], expected)
+
+
+@pytest.mark.parametrize(("grid", "uneven"), UNEVEN)
+def test_the_reference_is_attention_over_windows_dilated_along_some_axes(
+    grid: tuple[int, ...], uneven: tuple[int, ...]
+) -> None:
+    axes = len(grid) - 1
+    inputs, near = random(grid), (2, 3)
+    expected = naive(inputs, grid, near, (uneven, 2))
+    options = call(grid, near, (*uneven, *[2] * axes))
     torch.testing.assert_close(attention_reference(*inputs, *options), expected)
     torch.testing.assert_close(attention_traceable(*inputs, *options), expected)
     torch.testing.assert_close(attention_with_lse(*inputs, *options)[0], expected)
@@ -230,16 +292,17 @@ def test_other_lengths_see_all_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("near", "dilation"), [((4, 2), (1, 1)), ((3, 0), (1, 1)), ((3, 2), (2, 3))]
+    ("near", "dilation"),
+    [((4, 2), (1, 1)), ((3, 0), (1, 1)), ((3, 2), (2, 3)), ((3, 2), ((1, 3), 1))],
 )
 def test_gradients_are_those_of_attention_over_the_visible_tokens(
-    near: tuple[int, ...], dilation: tuple[int, ...]
+    near: tuple[int, ...], dilation: tuple[grids.Dilation, ...]
 ) -> None:
     grid = (1, 14, 15)
     inputs = [x.requires_grad_() for x in random(grid)]
     weight = torch.randn(2, grids.tokens(grid), 4, 16, dtype=torch.float64)
     expected = torch.autograd.grad((naive(inputs, grid, near, dilation) * weight).sum(), inputs)
-    out = attention(*inputs, *call(grid, near, dilation))
+    out = attention(*inputs, *call(grid, near, grids.listed(dilation, grid)))
     found = torch.autograd.grad((out * weight).sum(), inputs)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -255,14 +318,16 @@ def test_a_first_call_that_only_infers_spoils_no_gradient() -> None:
     assert all(x.grad is not None for x in leaves)
 
 
-def through_the_op(grid: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+def through_the_op(
+    grid: tuple[int, ...], dtype: torch.dtype, device: str, spaced: grids.Dilation = 2
+) -> None:
     """Output and gradients of one local, one dilated and one dense head, within the reference's
     rounding."""
-    near, dilation = (1, 2, 0), (1, 2, 1)
+    near, dilation = (1, 2, 0), (1, spaced, 1)
     assert not visible(grid, 1).all()
-    assert not visible(grid, 2, 2).all()
+    assert not visible(grid, 2, spaced).all()
     inputs = [x.to(device).requires_grad_() for x in random(grid, 3, 3, dtype, batch=1)]
-    options = call(grid, near, dilation)
+    options = call(grid, near, grids.listed(dilation, grid))
     out = attention(*inputs, *options)
     gradient = torch.randn_like(out)
     found = [out, *torch.autograd.grad(out, inputs, gradient)]
@@ -278,9 +343,12 @@ def through_the_op(grid: tuple[int, ...], dtype: torch.dtype, device: str) -> No
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs triton")
-def test_the_kernels_walk_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spaced", [(2, 1), pytest.param(2, marks=pytest.mark.slow)])
+def test_the_kernels_walk_the_tiles(
+    spaced: grids.Dilation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(op, "_has_kernel", lambda q: q.dtype != torch.float64)
-    through_the_op((2, 64, 3), torch.float32, DEVICE)
+    through_the_op((2, 64, 3), torch.float32, DEVICE, spaced)
 
 
 @pytest.mark.gpu
@@ -288,6 +356,7 @@ def test_the_kernels_walk_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("grid", [(1, 37, 37), (5, 64, 64), (0, 8, 24, 25)])
 def test_on_a_gpu(grid: tuple[int, ...], dtype: torch.dtype) -> None:
     through_the_op(grid, dtype, "cuda")
+    through_the_op(grid, dtype, "cuda", spaced=(1, *[2] * (len(grid) - 2)))
 
 
 def test_the_ops_are_sound() -> None:
@@ -311,6 +380,10 @@ def test_the_ops_are_sound() -> None:
         ({"near": (1, 2, 3)}, "near has 3 entries"),
         ({"dilation": (0,)}, r"near needs a dilation of 1 or more, not \[0, 0\]"),
         ({"dilation": (1, 2, 3)}, "dilation has 3 entries"),
+        (
+            {"dilation": (1, 2, 0, 1)},
+            r"near needs a dilation of 1 or more, not \[\(1, 2\), \(0, 1\)\]",
+        ),
     ],
 )
 def test_wrong_calls_are_refused(change: dict[str, Any], reason: str) -> None:

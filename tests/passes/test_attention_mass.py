@@ -95,8 +95,11 @@ def _check_identity(weights: Tensor, masked: Tensor, kept: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("window", [{"near": 4}, {"near": 9}, {"near": 8, "dilation": 2}])
-def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(window: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "window",
+    [{"near": 4}, {"near": 9}, {"near": 8, "dilation": 2}, {"near": 8, "dilation": "1x4"}],
+)
+def test_neighborhoods_keep_the_tiles_that_their_emulation_weighs(window: dict[str, Any]) -> None:
     site = match().site
     assert isinstance(site.info, AttentionInfo)
     place = Match(replace(site, info=replace(site.info, causal=False, grid=(4, 34, 44))))

@@ -71,7 +71,26 @@ def test_other_families_are_refused() -> None:
         ((1, 37, 37), ["7x7", "15x15", "15x15/2"]),
         ((0, 64, 64), ["15x15", "31x31", "15x15/2", "15x15/4"]),
         ((1, 128, 128), ["15x15", "31x31", "63x63", "15x15/2", "15x15/4"]),
-        ((5, 8, 48, 48), ["7x7x7", "8x15x15", "8x31x31", "4x7x7/2", "2x7x7/4"]),
+        (
+            (5, 8, 48, 48),
+            ["7x7x7", "8x15x15", "8x31x31", "4x7x7/2", "7x7x7/1x2x2", "2x7x7/4", "7x7x7/1x4x4"],
+        ),
+        # Time is left alone however long it is, and along an axis of one place there is nothing.
+        (
+            (0, 16, 48, 48),
+            ["7x7x7", "15x15x15", "16x31x31", "7x7x7/2", "7x7x7/1x2x2", "4x7x7/4", "7x7x7/1x4x4"],
+        ),
+        (
+            (0, 3, 64, 64),
+            ["3x7x7", "3x15x15", "3x31x31", "2x7x7/2", "3x7x7/1x2x2", "1x7x7/4", "3x7x7/1x4x4"],
+        ),
+        ((0, 1, 64, 64), ["1x7x7", "1x15x15", "1x31x31", "1x7x7/2", "1x7x7/4"]),
+        # A spectrogram is long along one axis alone, as are some videos in time.
+        ((2, 12, 101), ["12x15", "12x31", "6x15/2", "12x15/1x2", "3x15/4", "12x15/1x4"]),
+        (
+            (0, 64, 6, 6),
+            ["7x6x6", "15x6x6", "31x6x6", "7x3x3/2", "7x6x6/2x1x1", "7x2x2/4", "7x6x6/4x1x1"],
+        ),
     ],
 )
 def test_windows_fit_the_grid(grid: tuple[int, ...], labels: list[str]) -> None:
@@ -108,8 +127,10 @@ def test_prices_follow_the_tiles() -> None:
     assert some.flops < more.flops < 0.6 * dense.flops
     dilated = neighborhood_call(INFO, scenario, 8, 2)
     assert dilated.flops == dense.flops * density(INFO.grid, 8, 2)
-    assert len({dense.key, some.key, more.key, dilated.key}) == 4
-    assert len({dense.family, some.family, more.family, dilated.family}) == 4
+    uneven = neighborhood_call(INFO, scenario, 8, (1, 2))
+    assert uneven.flops == dense.flops * density(INFO.grid, 8, (1, 2))
+    assert len({dense.key, some.key, more.key, dilated.key, uneven.key}) == 5
+    assert len({dense.family, some.family, more.family, dilated.family, uneven.family}) == 5
     # Queries, keys and values are written once more in their order, and the result read.
     extra = 2 * TOKENS * (2 * 2 + 2) * 16 * 4
     moved, before = (call.bytes_read + call.bytes_written for call in (some, dense))
@@ -165,26 +186,54 @@ def test_apply_dilates_one_head_alone() -> None:
         torch.testing.assert_close(out[:, :, mine], emulated[:, :, mine])
 
 
+def test_apply_dilates_along_some_axes_beside_other_heads() -> None:
+    """In either order; the op gets a number for each head and axis."""
+    grid = (0, 6, 22, 21)
+    q, k, v = (torch.randn(1, heads, 6 * 22 * 21, 16) for heads in (6, 3, 3))
+    inputs = {"q": q, "k": k, "v": v, "scale": 0.25}
+    offered = {c.label: c for c in REWRITE.candidates(matched(grid=grid), [])}
+    chosen = [offered["6x7x7/1x2x2"], offered["3x7x7/2"], offered["6x7x7"]]
+    assert chosen[0].parameters == {"near": 4, "dilation": "1x2x2"}
+    for heads in ([0, 1, 2], [2, 1, 0]):
+        editor = GraphEditor(scale=0.25)
+        for head in heads:
+            match = Match(site(head, grid=grid))
+            REWRITE.apply(match, chosen[head], {}, editor)  # pyright: ignore[reportArgumentType]
+        assert editor.attend.kwargs["near"] == (4, 4, 4)
+        assert editor.attend.kwargs["dilation"] == (1, 2, 2, 2, 2, 2, 1, 1, 1)
+    out = editor.run(q, k, v)
+    for head, candidate in enumerate(chosen):
+        emulated = REWRITE.emulate(matched(grid=grid), candidate, {}, inputs)
+        mine = slice(2 * head, 2 * head + 2)
+        torch.testing.assert_close(out[:, :, mine], emulated[:, :, mine])
+    a, b = out[:, :, :2], REWRITE.emulate(matched(grid=grid), chosen[1], {}, inputs)[:, :, :2]
+    assert (a - b).abs().max() > 1e-3
+
+
 EDGE, SPREAD = 64, 2.0
 
 
 class Planted(nn.Module):
     """Two heads of 16 channels over a grid and a class token: the first looks at places nearby in
-    both directions, or under a dilation of 2 at every other one, the second everywhere alike, at
-    values that differ from place to place."""
+    both directions, or along axes of a dilation of 2 at every other one, the second everywhere
+    alike, at values that differ from place to place."""
 
-    def __init__(self, dilation: int = 1) -> None:
+    def __init__(
+        self, dilation: tuple[int, int] = (1, 1), sizes: tuple[int, int] = (EDGE, EDGE),
+        spread: float = SPREAD,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.patch = nn.Conv2d(32, 32, 1)
         self.patch.weight.data = torch.eye(32).view(32, 32, 1, 1)
         self.patch.bias.data.zero_()
         self.token = nn.Parameter(torch.zeros(1, 1, 32))
-        line = torch.arange(EDGE) - EDGE / 2
-        places = torch.stack([line.repeat_interleave(EDGE), line.repeat(EDGE)], 1)
+        lines = [torch.arange(size) - size // 2 for size in sizes]
+        places, spacing = torch.cartesian_prod(*lines).float(), torch.tensor(dilation)
         # Scores fall with the square of the distance, and are the same at all queries but for that.
         wanted = torch.cat([places, torch.ones_like(places)], 1)
-        given = torch.cat([2 * places, -(places**2)], 1) / (2 * (SPREAD * dilation) ** 2)
-        other = 8.0 * (dilation - 1) * (-1.0) ** places  # 8 at places of the same parity, else -8
+        width = 2 * (spread * spacing) ** 2
+        given = torch.cat([2 * places / width, -(places**2) / width], 1)
+        other = 8.0 * (spacing - 1) * (-1.0) ** places  # 8 at places of the same parity, else -8
         wanted, given = torch.cat([wanted, (-1.0) ** places], 1), torch.cat([given, other], 1)
         self.q, self.k = (nn.Parameter(F.pad(x, (0, 10, 1, 0))) for x in (wanted, given))
 
@@ -228,7 +277,7 @@ def test_the_local_head_gets_it_and_the_global_one_every_fourth_place() -> None:
 def test_a_head_that_looks_at_every_other_place_gets_a_dilated_window() -> None:
     data = [torch.randn(1, 32, EDGE, EDGE) for _ in range(3)]
     plan = fxopt.plan(
-        Planted(dilation=2).eval(), fxopt.Budget(relative_error=0.02), data[0], calibration=data,
+        Planted((2, 2)).eval(), fxopt.Budget(relative_error=0.02), data[0], calibration=data,
         rewrites=["attention"],
     )  # fmt: skip
     first, second = plan.decisions
@@ -239,3 +288,21 @@ def test_a_head_that_looks_at_every_other_place_gets_a_dilated_window() -> None:
     assert first.kept_mass.low > 0.99
     offered = {other.label: other.error for other in first.alternatives}
     assert min(offered["15x15"], offered["15x15/4"]) > 0.02**2
+
+
+@pytest.mark.slow
+def test_a_head_that_skips_along_one_axis_gets_a_window_dilated_along_that() -> None:
+    """It looks at all of the 12 rows, and of the columns at every other one."""
+    data = [torch.randn(1, 32, 12, 251) for _ in range(3)]
+    plan = fxopt.plan(
+        Planted((1, 2), (12, 251), 2 * SPREAD).eval(), fxopt.Budget(relative_error=0.03), data[0],
+        calibration=data, rewrites=["attention.neighborhood"],
+    )  # fmt: skip
+    first, second = plan.decisions
+    assert first.label == "12x15/1x2"
+    assert second.rewrite != "attention.neighborhood"
+    assert first.error < 0.03**2
+    assert first.kept_mass is not None
+    assert first.kept_mass.low > 0.99
+    offered = {other.label: other.error for other in first.alternatives}
+    assert min(offered["12x15"], offered["6x15/2"], offered["12x15/1x4"]) > 0.03**2

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
 from fxopt.ir import ops
-from fxopt.ir.rewrite import Match, Refusal
+from fxopt.ir.rewrite import Candidate, Match, Refusal
 from fxopt.ir.site import AttentionInfo, LinearInfo, Site
 from fxopt.ir.workload import Forward, Generate, Scenario, scenarios
-from fxopt.passes.attention.calls import attention_call, visible_pairs
+from fxopt.passes.attention.calls import attention_call, dilated_call, visible_pairs
 from fxopt.passes.attention.exact import Exact
 from fxopt.passes.attention.window import Window
 from tests.passes.attention_graph import GraphEditor
@@ -82,6 +82,74 @@ def test_windows_fit_the_workload() -> None:
         ("w256", {"window": 256, "sink": 0}),
         ("w512", {"window": 512, "sink": 0}),
     ]
+
+
+ENCODER = {"causal": False, "cached": False}
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "labels"),
+    [
+        (1024, {}, ["w256"]),
+        (1026, {}, ["w256", "w512", "w256/2"]),
+        (8192, {}, ["w256", "w512", "w1024", "w2048", "w256/2", "w256/4"]),
+        (8192, {"window": 4096}, ["w256", "w512", "w1024"]),
+        (4096, {"grid": (0, 64, 64)}, ["w256", "w512", "w1024"]),
+        (4096, {"cached": True}, ["w256", "w512", "w1024"]),
+    ],
+)
+def test_encoders_get_dilated_windows(
+    length: int, changes: dict[str, Any], labels: list[str]
+) -> None:
+    """Where more than twice the window is of one rest, and no grid or window of the model's own
+    says better where to look."""
+    match = matched(Window(), site(**ENCODER | changes))
+    offered = Window().candidates(match, [Scenario("forward", 1, length, 0)])
+    assert [c.label for c in offered] == labels
+
+
+def test_apply_dilates_one_head_alone() -> None:
+    editor, rewrite = GraphEditor(scale=0.25), Window(windows=(8,))
+    q, k, v = (torch.randn(1, heads, 61, 16) for heads in (6, 3, 3))
+    inputs = {"q": q, "k": k, "v": v, "scale": 0.25}
+    match = matched(rewrite, site(**ENCODER))
+    offered = rewrite.candidates(match, [Scenario("forward", 1, 61, 0)])
+    chosen = {c.label: c for c in offered}
+    distance = (torch.arange(61)[:, None] - torch.arange(61)).abs()
+    masks = {"w8": distance < 8, "w8/2": (distance % 2 == 0) & (distance < 16)}
+    for head, label in ((1, "w8/2"), (2, "w8")):
+        place = matched(rewrite, site(head, **ENCODER))
+        rewrite.apply(place, chosen[label], {}, editor)  # pyright: ignore[reportArgumentType]
+    assert editor.attend.kwargs["window"] == (0, 8, 8)
+    assert editor.attend.kwargs["dilation"] == (1, 2, 1)
+    out = editor.run(q, k, v)
+    for head, label in ((1, "w8/2"), (2, "w8")):
+        mine = slice(2 * head, 2 * head + 2)
+        emulated = rewrite.emulate(match, chosen[label], {}, inputs)
+        torch.testing.assert_close(out[:, :, mine], emulated[:, :, mine])
+        scores = (q[:, mine] @ k[:, head, None].mT * 0.25).double()
+        weights = scores.masked_fill(~masks[label], -torch.inf).softmax(-1)
+        expected = weights @ v[:, head, None].double()
+        torch.testing.assert_close(out[:, :, mine], expected.float().transpose(1, 2))
+
+
+@pytest.mark.parametrize("length", [61, 8])
+def test_a_dilated_window_keeps_the_keys_that_its_emulation_weighs(length: int) -> None:
+    rewrite, rows = Window(windows=(8,)), torch.tensor([0, 5, 7])
+    shape = (2, 6, length, 16)
+    q, k = torch.randn(shape).double(), torch.randn(shape).double()[:, :3]
+    mask = torch.ones(2, length)
+    mask[1, 4] = 0
+    v = torch.eye(length).double().expand(2, 3, -1, -1)
+    inputs = {"q": q, "k": k, "v": v, "mask": mask, "scale": 0.25}
+    candidate = Candidate(rewrite.name, "w8/2", {"window": 8, "sink": 0, "dilation": 2})
+    match = matched(rewrite, site(**ENCODER))
+    assert rewrite.is_mask(candidate)
+    found = rewrite.kept_mass(match, candidate, inputs, rows)
+    weights = ops.attend(**inputs)[:, rows].transpose(1, 2)
+    masked = rewrite.emulate(match, candidate, {}, inputs)[:, rows].transpose(1, 2)
+    torch.testing.assert_close(found, (weights * (masked > 0)).sum(-1))
+    assert (found.max() < 0.95) == (length > 8)
 
 
 def test_apply_changes_one_head_after_another() -> None:
@@ -168,6 +236,38 @@ def test_prices_follow_the_window() -> None:
     assert len({call.key for call in dense + window}) == 4
     # A window that hides nothing is the dense call.
     assert attention_call(INFO, prefill, 4096, 16) == dense[0]
+
+
+def test_prices_follow_the_dilated_window() -> None:
+    info, scenario = replace(INFO, causal=False), Scenario("forward", 2, 4096, 0)
+    dense, plain = (attention_call(info, scenario, window) for window in (0, 256))
+    some, more = (dilated_call(info, scenario, 256, dilation) for dilation in (2, 16))
+    # As many keys as the plain window has, at most those of one rest.
+    assert some.flops == plain.flops == dense.flops * 511 / 4096
+    assert more.flops == dense.flops * 256 / 4096
+    moved, before = (call.bytes_read + call.bytes_written for call in (some, dense))
+    assert moved == 3 * before
+    assert some.temporary_bytes == before
+    assert len({call.key for call in (dense, plain, some, more)}) == 4
+    assert len({call.family for call in (dense, plain, some, more)}) == 4
+    # A window that hides nothing is the dense call.
+    assert dilated_call(info, Scenario("forward", 2, 256, 0), 256, 2) == attention_call(
+        info, Scenario("forward", 2, 256, 0)
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"softcap": 5.0, "has_sinks": True}])
+def test_prices_of_dilated_windows_can_be_measured(changes: dict[str, Any]) -> None:
+    rewrite = Window(windows=(8,))
+    match = matched(rewrite, site(**ENCODER | changes))
+    scenario = Scenario("forward", 1, 75, 0)
+    *_, candidate = rewrite.candidates(match, [scenario])
+    assert candidate.label == "w8/4"
+    (call,) = rewrite.lower(match, candidate, scenario)
+    assert call.run is not None
+    out = call.run("cpu")()
+    assert out.shape == (1, 75, 6, 16)
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("changes", [{}, {"softcap": 5.0, "has_sinks": True, "has_bias": True}])
