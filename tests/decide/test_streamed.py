@@ -86,7 +86,7 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=["llama", "mixture", "padded"])
+@pytest.fixture(params=["mixture", "padded", pytest.param("llama", marks=pytest.mark.slow)])
 def case(request: pytest.FixtureRequest) -> tuple[Any, ...]:
     """A model, data and what else `compiler` takes."""
     padded = request.param == "padded"
@@ -170,6 +170,7 @@ def test_scores_do_not_depend_on_passes(
     assert set[str]().union(*passes) == {m.node for p in lossy(made) for m in p.site.members}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clock")
 def test_plans_do_not_depend_on_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[set[str]]

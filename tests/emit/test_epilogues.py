@@ -20,6 +20,7 @@ from fxopt.emit.lowering import inlined
 from fxopt.emit.module import OptimizedModule, emit
 from fxopt.emit.save import load
 from fxopt.kernels.quantized_linear import quantize
+from tests.crossed import crossed, first
 from tests.emit.onnx_cases import everywhere, mlp
 
 pytest.importorskip("transformers")
@@ -97,8 +98,9 @@ EXPECTED: dict[str, tuple[dict[str, int], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), crossed(MODELS, [torch.bfloat16, torch.float32]), ids=str
+)
 def test_layers_call_one_kernel(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,12 +137,14 @@ def test_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "chosen",
-    [
-        ("linear.quantized", "int4"),
-        ("linear.quantized", "fp8"),
-        ("linear.monarch",),
-        ("linear.low_rank",),
-    ],
+    first(
+        [
+            ("linear.quantized", "fp8"),
+            ("linear.quantized", "int4"),
+            ("linear.monarch",),
+            ("linear.low_rank",),
+        ]
+    ),
 )
 def test_autocast_computes_the_same(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -197,8 +201,7 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("kind", "name"), crossed(OTHERS, ["llama", "gpt2"]))
 def test_other_layers_call_one_kernel(
     kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +223,7 @@ def test_other_layers_call_one_kernel(
     assert len({tuple(sorted(str(node.target) for node in g.nodes)) for g in lowered}) == 1
 
 
+@pytest.mark.slow
 def test_onnx_files_have_calls_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ Where fxopt's own ops are called, what CUDA would run is run instead, on CPU ten
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from fxopt.emit.editor import GraphEditor
 from fxopt.emit.module import OptimizedModule, emit
 from fxopt.kernels.attention.op import attention_cuda
 from fxopt.kernels.kv_attention import op as kv_op
+from tests.crossed import crossed
 
 # Ops that make a view, or nothing on a device.
 NO_LAUNCH = {
@@ -33,6 +36,7 @@ ON_CUDA = {
     "attention": attention_cuda,
     "cached_attention": kv_op._cached_cuda,  # pyright: ignore[reportPrivateUsage]
 }
+DTYPES = [torch.bfloat16, torch.float32]
 # Reading a number from a tensor.
 WAIT = "_local_scalar_dense"
 
@@ -95,15 +99,16 @@ def deep(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval().to(dtype), {"input_ids": ids}
 
 
+@functools.cache
 def emitted(name: str, dtype: torch.dtype) -> tuple[nn.Module, OptimizedModule, dict[str, Any]]:
     model, example = deep(name, dtype)
     captured = capture(model, example)
     return model, emit(captured, GraphEditor(captured), model), example
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "masked", "dtype"), crossed(["llama", "gpt2"], [True, False], DTYPES)
+)
 def test_generation_launches_no_more_than_the_original(
     name: str, masked: bool, dtype: torch.dtype
 ) -> None:
@@ -121,8 +126,7 @@ def test_generation_launches_no_more_than_the_original(
         assert waits == int(masked)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize(("name", "dtype"), crossed(["llama", "gpt2", "bert", "vit"], DTYPES))
 def test_a_forward_launches_no_more_than_the_original(name: str, dtype: torch.dtype) -> None:
     model, opt, example = emitted(name, dtype)
     options = {"use_cache": False} if name in ("llama", "gpt2") else {}
@@ -137,7 +141,7 @@ def test_a_forward_launches_no_more_than_the_original(name: str, dtype: torch.dt
 @pytest.mark.parametrize("masked", [False, True])
 def test_decoding_never_waits_for_the_device(masked: bool) -> None:
     _, opt, example = emitted("llama", torch.bfloat16)
-    opt = opt.to("cuda")
+    opt = copy.deepcopy(opt).to("cuda")
     ids = example["input_ids"].to("cuda")
     mask = torch.ones(2, 13, dtype=torch.long, device="cuda")
     mask[0, :4] = 0
@@ -175,8 +179,9 @@ def test_generate_asks_about_its_mask_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert [None if seen_ is None else seen_.shape[1] for seen_ in seen] == [11, 12, 13]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "t5"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), crossed(["llama", "gemma3", "qwen3", "t5"], [*DTYPES, torch.float16])
+)
 def test_fused_norms_keep_every_bit(name: str, dtype: torch.dtype) -> None:
     import transformers as hf
 
@@ -245,8 +250,9 @@ def test_what_is_no_norm_stays(spelling: str) -> None:
     assert torch.equal(opt(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "neox"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), crossed(["llama", "qwen3", "gemma3", "phi3", "neox"], DTYPES)
+)
 def test_rotary_embeddings_are_one_call_and_keep_every_bit(name: str, dtype: torch.dtype) -> None:
     from tests.emit.test_packed_generation import captured
 

@@ -214,7 +214,9 @@ def test_code_that_a_config_names_is_left_behind(case, tmp_path):
     assert type(again) is OptimizedForCausalLM
 
 
-@pytest.mark.parametrize("first", ["fxopt.hf", "transformers"])
+@pytest.mark.parametrize(
+    "first", ["transformers", pytest.param("fxopt.hf", marks=pytest.mark.slow)]
+)
 def test_one_import_in_either_order(folder, first, tmp_path):
     second = {"fxopt.hf": "transformers", "transformers": "fxopt.hf"}[first]
     code = f"""

@@ -13,6 +13,7 @@ from fxopt.kernels.attention import op
 from fxopt.kernels.attention.blocks import TileLists, lists_from_map
 from fxopt.kernels.attention.reference import gradients
 from fxopt.kernels.attention.spec import Attention, bind
+from tests.crossed import crossed
 from tests.kernels.ahead_of_time import compiled
 from tests.kernels.window_lists import lists_of_window
 
@@ -81,17 +82,19 @@ def against_reference(call: Attention, **sizes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": False, "softcap": 2.0},
-        {"causal": False, "window": [9]},
-        {"causal": False, "window": [9], "sink_tokens": [20]},
-        {"window": [9], "sink_tokens": [3], "logits": True},
-        {"window": [0, 20], "sink_tokens": [5, 2], "softcap": 2.0},
-    ],
+    ("options", "masked"),
+    crossed(
+        [
+            {"window": [9], "sink_tokens": [3], "logits": True},
+            {},
+            {"causal": False, "softcap": 2.0},
+            {"causal": False, "window": [9]},
+            {"causal": False, "window": [9], "sink_tokens": [20]},
+            {"window": [0, 20], "sink_tokens": [5, 2], "softcap": 2.0},
+        ],
+        [False, True],
+    ),
 )
-@pytest.mark.parametrize("masked", [False, True])
 def test_masks(options: dict[str, Any], masked: bool) -> None:
     sizes = {"batch": 2, "group": 1} if masked else {"batch": 1}
     against_reference(make(69, 69, masked=masked, **sizes, **options))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxopt.kernels.attention import attention_with_lse
 from fxopt.kernels.attention.spec import bind
+from tests.crossed import crossed
 from tests.kernels.ahead_of_time import compiled
 
 pytest.importorskip("triton")
@@ -78,19 +79,21 @@ def check(call: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": False},
-        {"causal": False, "window": [9]},
-        {"causal": False, "window": [9], "sink_tokens": [40]},
-        {"window": [70]},
-        {"window": [9], "sink_tokens": [3]},
-        {"window": [0, 20], "sink_tokens": [5, 2]},
-        {"softcap": 2.0},
-    ],
+    ("options", "masked"),
+    crossed(
+        [
+            {"window": [9], "sink_tokens": [3]},
+            {},
+            {"causal": False},
+            {"causal": False, "window": [9]},
+            {"causal": False, "window": [9], "sink_tokens": [40]},
+            {"window": [70]},
+            {"window": [0, 20], "sink_tokens": [5, 2]},
+            {"softcap": 2.0},
+        ],
+        [False, True],
+    ),
 )
-@pytest.mark.parametrize("masked", [False, True])
 def test_masks(options: dict[str, Any], masked: bool) -> None:
     mask = padding(2, 101) if masked else None
     check(make(2, 2, 2, 101, 101, 16, 16, mask=mask, **options))

@@ -37,9 +37,11 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+TWICE = ("causal", "padded", "decoded")
+"""Kinds that "padded and decoded" has parts of."""
 # only windows serve sites that have one of their own, and without a prompt nothing is decoded
 SERVED = [
-    (name, kind)
+    pytest.param(name, kind, marks=[pytest.mark.slow] if name != "window" and kind in TWICE else [])
     for name in CASES
     for kind, call in CALLS.items()
     if name == "window"

@@ -111,7 +111,13 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
 }
 
 
-@pytest.fixture(params=EXAMPLES)
+# Of the transformers one by default: each of their tests takes seconds.
+SLOW = ("gpt2", "vit")
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in EXAMPLES]
+)
 def example(request: pytest.FixtureRequest) -> Example:
     """A model in training mode and its batch, as keyword arguments."""
     model, batch = EXAMPLES[request.param]()
