@@ -226,7 +226,8 @@ class Measurer:
         compiler = self.compiler
         of_data, of_model = compiler.request.calibration.notes, compiler.captured.notes
         around = compiler.host.notes() if compiler.host is not None else []
-        return [*of_data, *self.notes, *self.disturbance(), *of_model, *around]
+        untimed = disturbed.untimed(*compiler.told)
+        return [*of_data, *self.notes, *untimed, *self.disturbance(), *of_model, *around]
 
     def counted_from(self) -> list[str]:
         """What predicted seconds begin with, where that is not about the original's."""
