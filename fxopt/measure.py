@@ -46,6 +46,7 @@ class Measurer:
     """
 
     def __init__(self, compiler: Compiler) -> None:
+        compiler.check_workload()
         self.compiler = compiler
         self.budget = compiler.request.budget
         self.wanted = set(self.budget.rows())
