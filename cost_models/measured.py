@@ -64,7 +64,7 @@ _told: set[Path] = set()
 
 class Measured:
     """Times a call's own closure; where that would take too long, or cannot be, others of its
-    family tell (`between`), or the roofline.
+    family tell (`between`), or the roofline, as far beyond it as calls of other families took.
 
     `limit` is the longest predicted call, in seconds, that is worth running, and `left` the seconds
     that running calls may take from now on, in all. `working_set` are the
@@ -114,10 +114,10 @@ class Measured:
             seconds, host = timing.seconds / call.share, timing.host / call.share
             point = Point(call.flops, _moved(call), prior.seconds, seconds, host, workspace)
             self._known[key] = point
-            self.__dict__.pop("_families", None)  # grouped anew where they are asked for next
-            if timing.disturbed:
-                self.disturbed.add(call.key)
+            for grouped in ("_families", "_others"):  # anew where they are asked for next
+                self.__dict__.pop(grouped, None)
             if timing.disturbed or seconds > ABSURD * prior.seconds:
+                self.disturbed.add(call.key)
                 self._passing.add(key)
             self._dirty = True
         if point is not None:
@@ -125,7 +125,9 @@ class Measured:
             held = prior.temporary_bytes if point.workspace < 0 else int(point.workspace)
             return replace(prior, seconds=point.seconds, host=point.host, temporary_bytes=held)
         found = self.between(call)
-        return prior if found is None else replace(prior, seconds=found.seconds, doubt=found.doubt)
+        if found is None:
+            return replace(prior, seconds=prior.seconds * self._slowness(call))
+        return replace(prior, seconds=found.seconds, doubt=found.doubt)
 
     def _worth_running(self, call: OpCall, prior: float) -> bool:
         return self.left > 0 and prior * call.share <= self.limit
@@ -151,6 +153,17 @@ class Measured:
         doubt = math.hypot(LEAST_DOUBT, math.sqrt(spread), 0.5 * near[0][0] / NEAR)
         seconds = self.prior(call).seconds * math.exp(mean)
         return Estimate(seconds, doubt * seconds)
+
+    def _slowness(self, call: OpCall) -> float:
+        """How many times the roofline a call of whose family none was timed takes at least: the
+        least of what the nearest calls of other families took.
+
+        On a machine that is slower than when it was probed, or busy, what was not timed would else
+        look faster than what was, which its op does not earn.
+        """
+        here = (call.flops, _moved(call))
+        near = sorted(self._others, key=lambda point: _distance(here, point))[:NEIGHBOURS]
+        return max(min((p.seconds / p.prior for p in near), default=1.0), 1.0)
 
     def save(self) -> None:
         """Write what was measured since the last save."""
@@ -180,6 +193,15 @@ class Measured:
             if key not in self._passing and point.prior > 0 and point.seconds > 0:
                 found.setdefault("|".join(key.split("|")[:3]), []).append(point)
         return found
+
+    @cached_property
+    def _others(self) -> list[Point]:
+        """What was timed between the same reads, disturbed or not."""
+        return [
+            point
+            for key, point in self._known.items()
+            if key.split("|")[2:3] == [str(self._between)] and point.prior > 0 and point.seconds > 0
+        ]
 
     def _time(
         self, run: Callable[[Any], Callable[[], Any]], call: OpCall, prior: float

@@ -201,6 +201,11 @@ def verify(
     The last third of `calibration` is measured on, as by `optimize`; `example_inputs` default to
     its first item. PlanError when `opt` was made of another model, or was changed since.
     """
+    if not isinstance(getattr(opt, "plan", None), Plan):
+        raise FxoptError(
+            f"opt: takes what optimize, apply or load returned, then the original model, not "
+            f"{type(opt).__name__}"
+        )
     items = None if calibration is None else list(calibration)
     example = items[0] if items and example_inputs is None else example_inputs
     request = resolve(

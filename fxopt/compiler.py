@@ -63,6 +63,8 @@ class Compiler(Subject):
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self._swap_seconds, self._about_seconds = SWAP_SECONDS, ABOUT_SECONDS
+        self.told = (0, 0)
+        """Op calls that were not timed for want of time, and all that were meant to be."""
 
     def under(self, budget: Budget) -> Compiler:
         """The same capture and scores for another budget, whose quality is of the same kind; its
@@ -225,6 +227,7 @@ class Compiler(Subject):
             self.costs(call)
         self.costs.left = 0.0
         told = sum(call.key not in self.costs.measured for call in calls)
+        self.told = (told, len(calls))
         if told:
             logger.info("%d of %d op calls were not timed: others tell of them", told, len(calls))
 

@@ -46,6 +46,7 @@ class Measurer:
     """
 
     def __init__(self, compiler: Compiler) -> None:
+        compiler.check_workload()
         self.compiler = compiler
         self.budget = compiler.request.budget
         self.wanted = set(self.budget.rows())
@@ -226,7 +227,8 @@ class Measurer:
         compiler = self.compiler
         of_data, of_model = compiler.request.calibration.notes, compiler.captured.notes
         around = compiler.host.notes() if compiler.host is not None else []
-        return [*of_data, *self.notes, *self.disturbance(), *of_model, *around]
+        untimed = disturbed.untimed(*compiler.told)
+        return [*of_data, *self.notes, *untimed, *self.disturbance(), *of_model, *around]
 
     def counted_from(self) -> list[str]:
         """What predicted seconds begin with, where that is not about the original's."""

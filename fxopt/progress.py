@@ -7,6 +7,7 @@ very latencies that are being measured.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -139,15 +140,18 @@ class Lines(Progress):
 
 
 class Logged(Lines):
-    """Lines for whoever listens to the log; `hint` tells others once, when work takes long, how to
-    see them."""
+    """Lines for whoever listens to the log; with `hint` others are told that there are bars to be
+    had when work takes long, and again, each time after twice as long, that it goes on."""
 
     def __init__(self, *, hint: bool = False) -> None:
-        self._hint, self._began = hint, time.monotonic()
+        self._began = time.monotonic()
+        self._next = PAUSE if hint else math.inf
 
     def _say(self, text: str) -> None:
         logger.info(text)
-        if self._hint and time.monotonic() > self._began + PAUSE:
-            self._hint = False
-            if not logger.isEnabledFor(logging.INFO):
-                logger.warning("still at work (%s); progress=True shows how far it is", text)
+        passed = time.monotonic() - self._began
+        if passed <= self._next or logger.isEnabledFor(logging.INFO):
+            return
+        more = "; progress=True, or a terminal, shows how far it is" if self._next == PAUSE else ""
+        logger.warning("still at work after %.0f s (%s)%s", passed, text, more)
+        self._next = 2 * passed

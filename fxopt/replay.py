@@ -21,6 +21,7 @@ from .ir.errors import PlanError
 from .ir.plan import Decision, Plan
 from .ir.rewrite import Refusal
 from .ir.site import Site
+from .ir.units import format_value
 
 logger = logging.getLogger("fxopt")
 
@@ -119,8 +120,8 @@ def check(compiler: Compiler, plan: Plan, *, refit: bool) -> None:
     plan.check_rewrites({rewrite.name: rewrite.version for rewrite in compiler.rewrites})
     if plan.fingerprint_structure != compiler.structure:
         raise PlanError(
-            "the plan was made for another model: names, ops, shapes or dtypes differ; make a "
-            "plan for this one with fxopt.plan"
+            f"the plan was made for another model: {_difference(compiler, plan)}; make a plan for "
+            "this one with fxopt.plan, or load the model as it was for that one"
         )
     _check_apart(plan)
     if plan.tensors and not refit and plan.fingerprint_weights != compiler.weights:
@@ -128,6 +129,23 @@ def check(compiler: Compiler, plan: Plan, *, refit: bool) -> None:
             "the plan's prepared tensors belong to other weights of this architecture; pass "
             "refit=True and calibration data to fit them to these"
         )
+
+
+def _difference(compiler: Compiler, plan: Plan) -> str:
+    """In what a model differs from that of a plan, as far as the plan tells."""
+    sites = {site.key for site in compiler.captured.sites}
+    missing = [d.key for d in plan.decisions if d.key not in sites]
+    if missing:
+        return f"this one has no {missing[0]}"
+    before, now = plan.baseline.get("weights", 0.0), float(compiler.kept_weights)
+    if before and before != now:
+        dtypes = {str(p.dtype) for p in compiler.request.model.parameters()}
+        return (
+            f"its weights took {format_value(before, 'bytes')} and take "
+            f"{format_value(now, 'bytes')} here, in {' and '.join(sorted(dtypes))}: another dtype, "
+            "or other sizes"
+        )
+    return "ops, shapes or dtypes differ"
 
 
 def _check_apart(plan: Plan) -> None:

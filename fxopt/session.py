@@ -238,6 +238,9 @@ class Session:
         quality = [row.name for row in limited if row.name in QUALITIES and not floor]
         looser = " or ".join(dict.fromkeys([worst.name, *quality]))
         more = ", or allow more rewrites" if self._more_serve(worst.name) else ""
+        if all(len(group.options) == 1 for group in self.search.problem().groups):
+            reach = "none of the rewrites serves a site of this model, as its plan says; "
+            more = more if self.compiler.request.rewrites is not None else ""
         return BudgetError(
             f"no plan keeps the budget: {worst.name} measured {measured}, limit {limit}; {reach}"
             f"the nearest plan is in .best, its rows in .rows. Loosen {looser}{more}",

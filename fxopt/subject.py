@@ -68,6 +68,17 @@ class Subject:
         """Whether the workloads decode tokens one by one, and keep a cache."""
         return isinstance(self.workloads[0], Generate)
 
+    def check_workload(self) -> None:
+        """FxoptError for a workload of tokens that are decoded, of a model that decodes none."""
+        captured = self.captured
+        serves = captured.causal_lm or captured.encoder_decoder or captured.reason
+        # a row of a cache that is not there has an error of its own
+        if self.generates and not serves and "kv_cache" not in self.request.budget.cost_rows:
+            raise FxoptError(
+                f"workload: fxopt.Generate is of language models that decode token by token, which "
+                f"{type(self.request.model).__name__} does not; pass workload=fxopt.Forward()"
+            )
+
     @cached_property
     def scenarios(self) -> tuple[Scenario, ...]:
         """The calls of the workloads."""

@@ -172,10 +172,33 @@ def test_rewrites_on_request_replay_and_verify(
     assert all(row.excess <= 0 for row in fxopt.verify(opt, model, data).rows)
 
 
-def test_a_plan_for_another_model_is_refused(data: list[torch.Tensor], optimised) -> None:
+def test_a_plan_for_another_model_is_refused_with_what_differs(
+    mlp: Mlp, data: list[torch.Tensor], optimised
+) -> None:
     other = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128))
-    with pytest.raises(PlanError, match="another model"):
+    with pytest.raises(PlanError, match=r"another model: this one has no "):
         fxopt.apply(other, optimised.plan, example_inputs=data[0])
+    other_work = optimised.plan.model_copy(update={"workload": fxopt.Generate(1, 8)})
+    with pytest.raises(PlanError, match="another model"):
+        fxopt.apply(other, other_work, example_inputs=data[0])
+    halved, given = copy.deepcopy(mlp).bfloat16(), data[0].bfloat16()
+    with pytest.raises(PlanError, match=r"its weights took .* here, in torch.bfloat16: another dt"):
+        fxopt.apply(halved, optimised.plan, example_inputs=given)
+
+
+def test_a_module_and_its_model_in_the_wrong_order(
+    mlp: Mlp, data: list[torch.Tensor], optimised
+) -> None:
+    with pytest.raises(FxoptError, match="then the original model, not Mlp"):
+        fxopt.verify(mlp, optimised, data)
+
+
+def test_a_workload_of_decoded_tokens_needs_a_model_that_decodes(
+    mlp: Mlp, data: list[torch.Tensor]
+) -> None:
+    budget, work = fxopt.Budget(weights="50%"), fxopt.Generate(batch=1, prompt=8, new_tokens=4)
+    with pytest.raises(FxoptError, match=r"Mlp does not; pass workload=fxopt.Forward"):
+        fxopt.plan(mlp, budget, data[0], workload=work)
 
 
 def test_a_plan_for_other_weights_is_refused_unless_refit(

@@ -260,3 +260,12 @@ def test_a_bound_over_the_limit_says_what_the_limit_is_of() -> None:
     opt.plan.budget = fxopt.Budget(relative_error=mean * (1 + 1e-6), weights="60%")
     said = bound(fxopt.verify(opt, model, data))
     assert said.endswith("sequences: over the limit, which is one of the mean measured")
+
+
+def test_a_budget_for_a_model_that_no_rewrite_serves() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    with pytest.raises(fxopt.BudgetError) as caught:
+        fxopt.optimize(conv, fxopt.Budget(weights="50%"), torch.randn(2, 3, 8, 8))
+    said = str(caught.value)
+    assert "none of the rewrites serves a site of this model" in said
+    assert said.endswith("Loosen weights")

@@ -143,9 +143,9 @@ def test_without_a_terminal_the_log_has_it(
 
 @pytest.mark.parametrize(
     ("level", "wanted", "said"),
-    [(logging.WARNING, None, 1), (logging.WARNING, False, 0), (logging.INFO, None, 0)],
+    [(logging.WARNING, None, 2), (logging.WARNING, False, 0), (logging.INFO, None, 0)],
 )
-def test_who_hears_nothing_is_told_once_how_to(
+def test_who_hears_nothing_is_told_how_to_and_that_it_goes_on(
     hands: list[float], caplog: pytest.LogCaptureFixture, level: int, wanted: bool | None, said: int
 ) -> None:
     with caplog.at_level(level, "fxopt"), showing(wanted) as progress:
@@ -156,7 +156,12 @@ def test_who_hears_nothing_is_told_once_how_to(
             hands[0] += 6.0
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warned) == said
-    assert all("searching: 2 of 9" in text and "progress=True" in text for text in warned)
+    first, second = "searching: 2 of 9 after 12 s", "searching: 6 of 9 after 36 s"
+    expected = [
+        f"still at work after 21 s ({first}); progress=True, or a terminal, shows how far it is",
+        f"still at work after 45 s ({second})",
+    ]
+    assert warned == expected[:said]
 
 
 def test_stepping_counts_calls_that_end() -> None:

@@ -102,9 +102,11 @@ def test_what_there_was_no_time_for_is_told_by_others_and_timed_next(
     assert timed == []
     assert not any(decision.timed for decision in plan.decisions)
     assert "op calls were not timed" in caplog.text
+    assert any("latency: there was no time to time" in note for note in plan.notes)
     monkeypatch.setattr(compiler_module, "TIMING_SECONDS", {"cpu": 60.0})
-    planned(fxopt.Budget(latency="2x"))
+    plan = planned(fxopt.Budget(latency="2x"))
     assert timed
+    assert not any("no time to time" in note for note in plan.notes)
 
 
 def test_what_stands_there_is_timed_first_and_then_one_of_each_family() -> None:

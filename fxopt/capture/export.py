@@ -27,9 +27,12 @@ from .request import Request, bind, check_devices, enlarge, flattened, input_nam
 from .seq2seq import IDS, serve_decoding
 from .shapes import placeholders, static_dims, symbol_sources
 from .sites import find_sites
-from .submodule import inputs_of, islands, outside, untied
+from .submodule import check_inputs, inputs_of, islands, outside, untied
 
 log = logging.getLogger("fxopt")
+
+LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+"""Loggers to which torch writes tracebacks and graphs of what cannot be traced."""
 
 
 def capture(
@@ -59,9 +62,12 @@ def capture(
         requests = _requests(model, signature, example_inputs)
         for request in requests:
             check_devices(model, request)
+        given = replace(requests[-1], kwargs=dict(requests[-1].kwargs))
         try:
             captured, request = _first(model, signature, requests)
         except CaptureError as error:
+            if weights and error.__cause__ is not None and not given.decoder:
+                check_inputs(model, given, at or "")
             hint = islands(model, requests[-1], error, at or "")
             raise CaptureError(f"{error}{hint}") from error.__cause__
         if request.decoder:
@@ -141,7 +147,7 @@ def _export(
     shapes = request.dynamic_shapes(signature)
     around = semantic_attention(model) if request.interface else nullcontext()
     try:
-        with around, _fixed(model, constants):
+        with around, _fixed(model, constants), _silent():
             return torch.export.export(
                 model, request.args, request.kwargs, dynamic_shapes=shapes, strict=False
             )
@@ -149,6 +155,22 @@ def _export(
         raise
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
+
+
+@contextmanager
+def _silent() -> Generator[None, None, None]:
+    """While inside, torch does not log what the exception that it raises says as well, unless more
+    of it was asked for (`TORCH_LOGS`)."""
+    loggers = [logging.getLogger(name) for name in LOUD]
+    loggers = [logger for logger in loggers if not logger.isEnabledFor(logging.INFO)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

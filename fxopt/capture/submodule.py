@@ -165,10 +165,7 @@ def islands(model: nn.Module, request: Request, error: BaseException, prefix: st
     Suggested are the largest modules that one call of the model calls once and that do not hold
     the place that fails; `prefix` is the model's own name. Empty where nothing is known.
     """
-    failing = _failing(model, error)
-    names = {id(module): name for name, module in model.named_modules()}
-    where = names.get(id(failing), "")
-    said = f" It fails in {_join(prefix, where)} ({type(failing).__name__})." if where else ""
+    where, said = _place(model, error, prefix)
     sizes = {
         name: sum(p.numel() for p in model.get_submodule(name).parameters() if p.dim() > 1)
         for name in _outermost(model, "", _calls(model, request), where)
@@ -178,6 +175,38 @@ def islands(model: nn.Module, request: Request, error: BaseException, prefix: st
         choice = " or ".join(f"at={_join(prefix, name)!r}" for name in found[:SUGGESTIONS])
         said += f" Parts that stand apart from it: try {choice}."
     return said
+
+
+def check_inputs(model: nn.Module, request: Request, prefix: str = "") -> None:
+    """CaptureError where the model itself fails on the inputs of a request, which no other way of
+    writing it would mend; `prefix` is the model's own name."""
+    whole = scratch(model)
+    try:
+        with torch.no_grad():
+            whole(*request.args, **request.kwargs)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = " ".join(lines[:2])[:400] or "it says no more"
+        given = (*request.args, *request.kwargs.values())
+        shapes = ", ".join(
+            f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}"
+            for v in given
+            if isinstance(v, Tensor)
+        )
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs ({shapes}): "
+            f"{type(error).__name__}: {why.rstrip('.')}.{_place(whole, error, prefix)[1]} "
+            "Pass example_inputs that the model takes."
+        ) from error
+
+
+def _place(model: nn.Module, error: BaseException, prefix: str) -> tuple[str, str]:
+    """The name of the innermost module that an exception came through, and a sentence that says
+    so; both empty where that is the model."""
+    failing = _failing(model, error)
+    where = next((name for name, module in model.named_modules() if module is failing), "")
+    said = f" It fails in {_join(prefix, where)} ({type(failing).__name__})." if where else ""
+    return where, said
 
 
 def _failing(model: nn.Module, error: BaseException) -> nn.Module | None:

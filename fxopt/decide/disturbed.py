@@ -10,7 +10,7 @@ from ..ir.units import format_value
 LARGE = 1.5
 """From this ratio of the upper to the lower quartile of equal calls on, it is said."""
 OFTEN = 0.25
-"""The share of op calls that vary so from which on it is said."""
+"""The share of op calls that vary so, or were not timed, from which on it is said."""
 SAID = "latency: timings were disturbed, as by other processes"
 """How the note begins."""
 
@@ -55,7 +55,18 @@ def notes(
         if max(before.ratio, after.ratio) >= LARGE
     ]
     if varied > OFTEN * measured:
-        texts.append(f"{varied} of {measured} op calls were disturbed too")
+        texts.append(f"{varied} of {measured} op calls" + " too" * bool(texts))
     if not texts:
         return []
     return [f"{SAID}: {'; '.join(texts)}; measure again when nothing else runs"]
+
+
+def untimed(told: int, calls: int) -> list[str]:
+    """One note where so many of the op calls had to be told by others that predicted seconds rest
+    on them."""
+    if told <= OFTEN * calls:
+        return []
+    return [
+        f"latency: there was no time to time {told} of {calls} op calls: predicted seconds are "
+        "told by the others, and by the roofline; the next plan of this model times more"
+    ]

@@ -132,7 +132,8 @@ def sentence(plan: Plan) -> str:
     rest = [f"{row.name}{_free(plan, row)}" for row in limited if row.name not in bound]
     if not bound:
         proved = {row.name for row in limited} <= set(gains(plan))
-        how = "more of any row buys nothing" if proved else "every row has room left"
+        little = "next to " if any(gain > BINDS for gain in gains(plan).values()) else ""
+        how = f"more of any row buys {little}nothing" if proved else "every row has room left"
         return f"No row binds: {how}."
     return "; ".join(texts) + ("." if not rest else f". Not binding: {', '.join(rest)}.")
 
@@ -154,4 +155,7 @@ def _bound(plan: Plan, row: RowResult) -> str:
 def _free(plan: Plan, row: RowResult) -> str:
     share = used(row)
     text = "" if share is None else f" uses {share:.0%}"
-    return text + (", more of it buys nothing" if row.name in gains(plan) else "")
+    found = gains(plan)
+    if row.name not in found:
+        return text
+    return text + f", more of it buys {'next to ' if found[row.name] > BINDS else ''}nothing"

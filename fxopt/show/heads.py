@@ -125,7 +125,10 @@ def svg(plan: Plan) -> str:
     """The map as a page of its own; PlanError where no head of the plan is rewritten."""
     found = head_map(plan)
     if found is None:
-        raise PlanError("the plan rewrites no attention head, so that there is no map of them")
+        raise PlanError(
+            "the plan rewrites no attention head, so that there is no map of them (packing the "
+            "cache of a head leaves its attention as it is)"
+        )
     width = max(found.width, LETTER * max(len(found.shades), len(roles(plan)))) + 2 * MARGIN
     parts = [f'<text x="{MARGIN}" y="18">{escape(roles(plan) or found.said)}</text>']
     across = MARGIN

@@ -26,8 +26,12 @@ def render(plan: Plan, *, colours: bool | None = None, columns: int | None = Non
         rewritten = sum(site.decision is not None and site.decision.rewritten for site in sites)
         what = "heads" if family == JOINT else "sites"
         page.add(f"{family}: {rewritten} of {len(sites)} {what} rewritten", "bold")
-        for equal in groups(sites, shown_together):
-            _sites(page, equal, plan)
+        listed = groups(sites, shown_together)
+        everywhere = _everywhere(listed, plan)
+        for text in everywhere:
+            page.add(f"of all: {text}", indent=4)
+        for equal in listed:
+            _sites(page, equal, plan, everywhere)
         page.add()
     notes = [*(f"Note: {note}" for note in plan.said), *said(plan)]
     for note in notes:
@@ -56,8 +60,17 @@ def workload_text(workload: Workload) -> str:
     return f"{type(workload).__name__}({known})"
 
 
-def _sites(page: Page, equal: Sequence[Entry], plan: Plan) -> None:
-    """The folded names, one a line, what they become behind the first, then costs and reasons."""
+def _everywhere(listed: Sequence[Sequence[Entry]], plan: Plan) -> list[str]:
+    """What refused a rewrite at all sites of a family, where more than one line of it would say
+    so."""
+    refused = {f"{refusal.rewrite}: {refusal.reason}" for refusal in plan.refusals}
+    first, *others = [said_together(equal) for equal in listed]
+    return [t for t in first if others and t in refused and all(t in said for said in others)]
+
+
+def _sites(page: Page, equal: Sequence[Entry], plan: Plan, everywhere: Sequence[str]) -> None:
+    """The folded names, one a line, what they become behind the first, then costs and reasons but
+    those that stand `everywhere`."""
     mark, what = equal[0].mark, equal[0].what
     first, *names = fold_keys(entry.key for entry in equal)
     fits = len(f"  {mark} {first}  {what}") <= page.columns
@@ -70,4 +83,5 @@ def _sites(page: Page, equal: Sequence[Entry], plan: Plan) -> None:
     if saved:
         page.add(saved, indent=8)
     for text in said_together(equal):
-        page.add(text, indent=8)
+        if text not in everywhere:
+            page.add(text, indent=8)

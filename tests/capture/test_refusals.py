@@ -105,6 +105,17 @@ def test_wrong_arguments() -> None:
         capture(Net(), {"y": torch.randn(2, 4)})
 
 
+def test_inputs_that_the_model_itself_does_not_take(capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Net())
+    with pytest.raises(CaptureError) as caught:
+        capture(model, torch.randn(2, 5))
+    said = str(caught.value)
+    assert "Sequential itself fails on the example inputs ([2, 5] float32): RuntimeError" in said
+    assert "It fails in 0 (Linear). Pass example_inputs that the model takes." in said
+    assert "torch.where" not in said
+    assert capfd.readouterr().err == ""  # nor does torch print a traceback of its own
+
+
 def test_tensors_in_keyword_arguments() -> None:
     class Loose(nn.Module):
         def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:

@@ -194,9 +194,24 @@ def test_calls_between_measured_ones_are_told_by_them(tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(3 * model.prior(asked).seconds)
     assert 0 < found.doubt < 0.3 * found.seconds
     assert "asked" not in model.measured
-    assert model(call(key="asked", bytes_read=3e6, family="other")).seconds == pytest.approx(
-        0.003001
-    )
+    other = model(call(key="asked", bytes_read=3e6, family="other"))
+    assert (other.seconds, other.doubt) == (pytest.approx(0.009003), 0.0)
+
+
+def test_what_was_not_timed_is_no_faster_for_it_than_what_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Measured(DEVICE, "float32", folder=tmp_path)
+    unknown = call(key="int4", bytes_read=2e6, family="int4")
+    assert model(unknown) == model.prior(unknown)
+    monkeypatch.setattr(measured, "time_call", lambda *_, **__: Timing(seconds.pop(0), spread=0.9))
+    seconds = [0.3, 0.004 * 30, 0.001]
+    model(call(key="far", bytes_read=1e3, family="linear", run=lambda _: lambda: None))
+    model(call(key="near", bytes_read=4e6, family="linear", run=lambda _: lambda: None))
+    assert model(unknown).seconds == pytest.approx(30 * model.prior(unknown).seconds, rel=1e-3)
+    # calls that are as near and were left alone say that the machine is not to blame
+    model(call(key="near too", bytes_read=1e6, family="linear", run=lambda _: lambda: None))
+    assert model(unknown) == model.prior(unknown)
 
 
 def test_doubt_grows_with_distance_and_with_disagreement(tmp_path: Path) -> None:
@@ -235,3 +250,14 @@ def test_repeats_that_disagree_are_used_but_not_kept(
     assert caplog.text.count("disturbed by what else runs") == 1
     assert model.disturbed == again.disturbed == {"k"}
     assert Measured(DEVICE, "float32", folder=tmp_path)._known == {}
+
+
+def test_what_is_absurdly_slow_is_said_to_be_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measured, "time_call", lambda *_, **__: Timing(1.0, spread=0.0))
+    model = Measured(DEVICE, "float32", folder=tmp_path)
+    model(call(run=lambda device: lambda: None))
+    model.save()
+    assert model.disturbed == {"k"}
+    assert "disturbed by what else runs here: 1 op timing, used now" in caplog.text

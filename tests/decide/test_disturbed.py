@@ -63,7 +63,10 @@ def test_one_run_in_many_is_no_disturbance(hands: list[float]) -> None:
 
 def test_op_calls_that_varied_are_counted() -> None:
     (note,) = notes({}, 2, 3)
-    assert "2 of 3 op calls were disturbed too" in note
+    assert "other processes: 2 of 3 op calls; measure" in note
+    times = Spread(1.0, 2.0, 9), Spread(1.0, 1.0, 9)
+    (note,) = notes({"decode": times}, 2, 3)
+    assert "in the result; 2 of 3 op calls too; measure" in note
     assert notes({}, 1, 4) == []
     assert notes({}, 0, 0) == []
 

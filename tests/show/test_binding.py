@@ -40,6 +40,7 @@ def priced(weights: float, kl: float, outlooks: list[Looser] | None = None) -> P
         ([looser("weights", 7e9, 0.8)], ["weights"], "latency would fall by up to 20%"),
         ([looser("kl", 7e9, 0.8)], ["kl", "weights"], "kl binds, 55.0%"),
         ([looser("weights", 7e9, 1.0), looser("kl", 1, 1.0)], [], "more of any row buys nothing"),
+        ([looser("weights", 7e9, 0.997), looser("kl", 1, 1.0)], [], "buys next to nothing"),
         ([looser("kl", 1, 0.9), looser("weights", 1, 0.7)], ["weights", "kl"], "; kl binds"),
         ([looser("kl", 1, 1.0), unsolved("weights")], ["weights"], "weights binds, 99.5%"),
     ],
@@ -66,6 +67,8 @@ def test_by_its_price_a_row_binds_whatever_was_not_solved() -> None:
     said = binding.sentence(plan)
     assert said.startswith("weights binds, 99.5% of its limit used: ")
     assert said.endswith("Not binding: kl uses 55%, more of it buys nothing.")
+    plan = priced(1e-10, 0.0, [unsolved("weights"), looser("kl", 1, 0.998)])
+    assert binding.sentence(plan).endswith("kl uses 55%, more of it buys next to nothing.")
 
 
 def test_a_row_that_was_proved_to_buy_nothing_does_not_bind() -> None:

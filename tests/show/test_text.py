@@ -35,6 +35,27 @@ def test_a_plan_that_takes_longer_says_so(measured: float | None, said: bool) ->
     assert (sentence in " ".join(found.split())) == said
 
 
+def test_what_refuses_at_every_site_of_a_family_is_said_once() -> None:
+    keys = ("a.query", "b.key", "c.value")
+    decisions = [
+        Decision(key=key, family="linear", reason=f"no candidate of {key} pays") for key in keys
+    ]
+
+    def refused(key: str, reason: str, rewrite: str) -> Refused:
+        return Refused(family="linear", key=key, reason=reason, rewrite=rewrite)
+
+    refusals = [refused(key, "of no use here", "linear.monarch") for key in keys]
+    refusals.append(refused("a.query", "too wide", "linear.low_rank"))
+    found = shown(*decisions, refusals=refusals)
+    assert found.count("linear.monarch: of no use here") == 1
+    head = "linear: 0 of 3 sites rewritten\n    of all: linear.monarch: of no use here\n"
+    assert head in found
+    assert "        linear.low_rank: too wide" in found
+    alone = shown(decisions[0], refusals=refusals[:1])
+    assert "        linear.monarch: of no use here" in alone
+    assert "of all" not in alone
+
+
 def test_print_is_plain_unless_a_terminal(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
