@@ -185,6 +185,15 @@ def _check_request(module: OptimizedModule, path: Path, kind: str, target: str) 
             f"export_onnx: {module.program.name} has no generation graph: "
             f"{why_no_generation(module.program)}"
         )
+    from ..kernels.kv_attention.layout import parse
+
+    keeping = [s.layout for s in module.program.states if parse(s.layout).keeps_choices]
+    if kind == "generate" and keeping:
+        raise ExportError(
+            f"export_onnx: {module.program.name} keeps which tiles of its cache decoded tokens "
+            f"read ('{keeping[0]}'), and the past of an ONNX file holds keys and values alone; "
+            "nothing was written. Leave out candidates of attention that end in /8 (refreshes=())"
+        )
     if path.is_dir() or not path.parent.is_dir():
         raise ExportError(f"export_onnx: {path} must name a file in a folder that exists")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
