@@ -192,7 +192,8 @@ def _check_request(module: OptimizedModule, path: Path, kind: str, target: str) 
         raise ExportError(
             f"export_onnx: {module.program.name} keeps which tiles of its cache decoded tokens "
             f"read ('{keeping[0]}'), and the past of an ONNX file holds keys and values alone; "
-            "nothing was written. Leave out candidates of attention that end in /8 (refreshes=())"
+            "nothing was written. Choose the same without it in an edited plan ('top1024' in place "
+            "of 'top1024/8'), or leave that rewrite of attention out with rewrites="
         )
     if path.is_dir() or not path.parent.is_dir():
         raise ExportError(f"export_onnx: {path} must name a file in a folder that exists")
