@@ -156,15 +156,17 @@ def _packed_shares(call: Mapping[str, Any], prompt: int) -> Iterator[tuple[int, 
     rows = torch.tensor([*_sampled(prompt if causal else 0, q.shape[2])], device=k.device)
     read = torch.ones(k.shape[0], heads, len(rows), length, dtype=torch.bool, device=k.device)
     packed = torch.zeros_like(read)
-    for h, (fmt, top_keys) in enumerate(zip(formats, layout.top_keys(heads), strict=True)):
+    of_heads = zip(formats, layout.top_keys(heads), layout.refresh(heads), strict=True)
+    for h, (fmt, top_keys, refresh) in enumerate(of_heads):
         if fmt is None:
             continue
         for i, row in enumerate(rows.tolist()):
             packed[:, h, i, fmt.sink :][:, : fmt.packed(row if causal else length)] = True
         if top_keys:
-            own = q[:, h * group :][:, :group].index_select(2, rows)
-            keys, scale = k[:, h, None], call["scale"]
-            read[:, h, None] = keys_read(own, keys, call["mask"], rows, fmt, top_keys, scale)
+            own, keys, scale = q[:, h * group :][:, :group], k[:, h, None], call["scale"]
+            read[:, h, None] = keys_read(
+                own, keys, call["mask"], rows, fmt, top_keys, scale, refresh, prompt
+            )
     window = per_head("window", call["window"], heads)
     window = [
         0 if fixed else w for w, fixed in zip(window, _of_queries(call, "delta"), strict=True)

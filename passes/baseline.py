@@ -23,7 +23,7 @@ from fxopt.kernels.kv_attention.layout import state_bytes as layout_bytes
 
 from .activation.calls import temporary_call
 from .attention.exact import Exact
-from .kv_cache.blocks import exact_call
+from .kv_cache.blocks import exact_calls
 from .linear.dense import dense_call, rows_call
 from .linear.quantized_experts import grouped_call
 
@@ -39,7 +39,7 @@ def baseline_calls(site: Site, scenario: Scenario) -> list[OpCall]:
     if isinstance(site.info, EmbeddingInfo):
         return [rows_call(site.info, scenario)]
     if site.family == "kv_cache" and isinstance(site.info, AttentionInfo):
-        return [exact_call(site.info, scenario)]
+        return exact_calls(site.info, scenario)
     if isinstance(site.info, AttentionInfo):
         return Exact().lower(Match(site), Candidate("attention.exact", "exact", {}), scenario)
     if isinstance(site.info, TemporaryInfo):

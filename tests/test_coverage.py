@@ -105,7 +105,7 @@ def walked(prompt: int, *inputs: Tensor, **options: Any) -> dict[tuple[str, int]
     return walk.packed
 
 
-@pytest.mark.parametrize("top", ["", "+t96"])
+@pytest.mark.parametrize("top", ["", "+t96", "+t128/30"])
 def test_packed_shares_are_of_what_decoded_tokens_read(top: str) -> None:
     """Beside decoding through a cache whose values are 1 where it is packed."""
     fmt, length, prompt = Blocks(8, 8, 32, 32, 4), 400, 330

@@ -112,8 +112,10 @@ def _as_read(site: Site, by_family: Mapping[str, Proposal]) -> Site:
         return site
     windows = (int(attention.candidate.parameters.get("window", 0)), site.info.window)
     window = min((w for w in windows if w > 0), default=0)
-    top_keys = int(attention.candidate.parameters.get("top_keys", 0))
-    return replace(site, info=replace(site.info, window=window, top_keys=top_keys))
+    parameters = attention.candidate.parameters
+    top_keys, refresh = int(parameters.get("top_keys", 0)), int(parameters.get("refresh", 1))
+    info = replace(site.info, window=window, top_keys=top_keys, refresh=refresh)
+    return replace(site, info=info)
 
 
 def promising(options: Iterable[Options], price: CostModel) -> list[OpCall]:

@@ -12,6 +12,7 @@ from fxopt.ir.errors import FxoptError
 from fxopt.kernels.decode_topk.reference import TILE
 from fxopt.kernels.kv_attention.filled import fill
 from fxopt.kernels.kv_attention.layout import (
+    CHOICE,
     RANGES,
     Blocks,
     allocate,
@@ -126,16 +127,23 @@ class CacheLayer(CacheLayerMixin):
                 place += 1
                 if name in ("block_start", "table") or (paged and tensor.dim() == 5):
                     continue
-                if fmt is None:
+                if fmt is None and name not in CHOICE:
                     used = self.length.value // (TILE if name in RANGES else 1)
                 else:
                     used = blocks if tensor.dim() == 5 else tensor.shape[2]
                 found.append((place, tensor, used))
         return found
 
+    def _choices(self) -> list[Tensor]:
+        """`chosen_at` of each class that keeps which tiles are read."""
+        classes = split_state(parse(self.layout), self.num_kv_heads, self.state)
+        return [part[CHOICE[1]] for _, _, part in classes if CHOICE[1] in part]
+
     def reset(self) -> None:
         for _, part in self._packed():
             part["block_start"].zero_()
+        for chosen_at in self._choices():
+            chosen_at.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows taken from `beam_idx`, in place and only as far as they are used."""
@@ -160,9 +168,12 @@ class CacheLayer(CacheLayerMixin):
         self.length.version += 1
 
     def truncate(self, length: int) -> None:
-        """Forget packed tokens from position `length` on; a cut block keeps its own length."""
+        """Forget packed tokens from position `length` on; a cut block keeps its own length. What
+        one of them chose is chosen anew."""
         for fmt, part in self._packed():
             part["block_start"].clamp_(max=max(0, length - fmt.sink))
+        for chosen_at in self._choices():
+            chosen_at.masked_fill_(chosen_at[..., :1] >= length, 0)
         self.reserve(self.length.capacity)
 
     def widen(self) -> None:
@@ -180,10 +191,12 @@ class CacheLayer(CacheLayerMixin):
         """Grow to `capacity` tokens, and to the blocks that short ones cost beside it."""
         self.widen()
         state: list[Tensor] = []
-        for heads, fmt, part in split_state(parse(self.layout), self.num_kv_heads, self.state):
+        layout = parse(self.layout)
+        classes = split_state(layout, self.num_kv_heads, self.state)
+        for (heads, fmt, part), entry in zip(classes, layout.classes, strict=True):
             shapes = state_shapes(
                 fmt, self.batch_size, len(heads), self.head_dim, self.value_dim,
-                capacity, self.dtype, RANGES[0] in part,
+                capacity, self.dtype, entry.top_keys, entry.refresh,
             )  # fmt: skip
             extra, paged = 0, "table" in part
             if fmt is not None and not paged:

@@ -185,6 +185,16 @@ def _check_request(module: OptimizedModule, path: Path, kind: str, target: str) 
             f"export_onnx: {module.program.name} has no generation graph: "
             f"{why_no_generation(module.program)}"
         )
+    from ..kernels.kv_attention.layout import parse
+
+    keeping = [s.layout for s in module.program.states if parse(s.layout).keeps_choices]
+    if kind == "generate" and keeping:
+        raise ExportError(
+            f"export_onnx: {module.program.name} keeps which tiles of its cache decoded tokens "
+            f"read ('{keeping[0]}'), and the past of an ONNX file holds keys and values alone; "
+            "nothing was written. Choose the same without it in an edited plan ('top1024' in place "
+            "of 'top1024/8'), or leave that rewrite of attention out with rewrites="
+        )
     if path.is_dir() or not path.parent.is_dir():
         raise ExportError(f"export_onnx: {path} must name a file in a folder that exists")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]

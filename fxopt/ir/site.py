@@ -70,7 +70,8 @@ class AttentionInfo:
     sequence. `cached`: the op can read its keys and values through a cache while generating.
     `grid` (prefix, size, ...): its tokens are `prefix` others, a class token say, and then the
     places of an image or a video, row by row; or () and in `no_grid`, why that cannot be told.
-    `top_keys` as in `fxopt.kernels.kv_attention.layout.HeadClass`, where a rewrite has chosen it.
+    `top_keys` and `refresh` as in `fxopt.kernels.kv_attention.layout.HeadClass`, where a rewrite
+    has chosen them.
     """
 
     num_heads: int
@@ -89,6 +90,7 @@ class AttentionInfo:
     grid: tuple[int, ...] = ()
     no_grid: str = ""
     top_keys: int = 0
+    refresh: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ arXiv 2406.10774). Means and deviations in place of ranges miss a single key tha
 others (docs/attention.md). The query heads of a KV head read the same tiles: a tile counts as much
 as it does for the head whose best tile it falls least behind of. A KV head thus reads a number of
 keys that is known before its data are.
+
+A choice may be kept for some tokens, as HiP Attention keeps its masks in decoding (arXiv
+2406.09827): each of them reads the tiles that the first one's query chose, and whatever was in no
+whole tile then.
 """
 
 from __future__ import annotations
@@ -37,6 +41,30 @@ def tiles_read(top_keys: int, size: int = TILE) -> int:
 def nearest(size: int) -> int:
     """How many of the newest whole tiles are read in any case."""
     return max(1, NEAREST // size)
+
+
+def grown(refresh: int, size: int) -> int:
+    """How many tiles may become whole while a choice is kept for `refresh` tokens. Where crops
+    cut one block again and again there are more, and tiles are chosen before that."""
+    return (refresh - 1) // size + 1
+
+
+def is_due(chosen_at: Tensor, begin: int, whole: int, refresh: int, size: int) -> Tensor:
+    """Whether the token at position `begin`, which finds `whole` tiles, chooses: bool [B, KV].
+
+    `chosen_at` int32 [B, KV, 3] is of the choice before: the position of its token, 0 if there is
+    none; how many tiles were whole then, and how many of them it read. A token that comes a second
+    time, as after a crop, chooses again.
+    """
+    position, then, _ = chosen_at.unbind(-1)
+    old = (position == 0) | (begin <= position) | (begin >= position + refresh)
+    return old | (whole - then > grown(refresh, size))
+
+
+def choosers(rows: Tensor, first: int, refresh: int) -> Tensor:
+    """The positions of the tokens that choose what those at `rows` read: where one by one is
+    decoded from `first` on, each `refresh`-th; earlier ones choose themselves."""
+    return rows - (rows - first).clamp(min=0) % refresh
 
 
 def ranges(k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

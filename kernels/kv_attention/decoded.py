@@ -11,6 +11,7 @@ from torch import Tensor
 from fxopt.kernels.decode_topk.reference import (
     TILE,
     as_bias,
+    choosers,
     kept_keys,
     kept_tiles,
     ranges,
@@ -21,7 +22,7 @@ from fxopt.kernels.decode_topk.reference import (
 from .filled import fill, filled_attention
 from .heads import Arguments, Attend, block_mask, merge, take
 from .kept import check, packed_ranges
-from .layout import Blocks, parse, tile_size
+from .layout import Blocks, first_choice, parse, tile_size
 from .packing import pack_side, unpack_side
 
 QUERIES = 64
@@ -53,7 +54,8 @@ def decoded_attention(
 
     Arguments as `fxopt.ir.ops.attend` without a state, k and v of as many tokens as q. A query at
     position i >= prompt sees the packed image of the keys that a cache of i tokens has packed and
-    the exact ones above, in heads that read some tiles of both alone those; a query of the prompt
+    the exact ones above, in heads that read some tiles of both alone those that it chooses, or
+    that were chosen for it; a query of the prompt
     sees every key exactly, or those of the tiles that `top` keeps or `skip` does not leave out of
     the prompt, and is corrected by `delta`. Beside the result it takes one copy of the keys and
     values of a head class. Keys of another sequence (not `causal`) were all stored before:
@@ -77,7 +79,7 @@ def decoded_attention(
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
         q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip,
-        mass, skip,
+        mass, skip, parsed.refresh(num_kv_heads),
     )  # fmt: skip
     classes = parsed.resolve(num_kv_heads)
     outputs: list[Tensor] = []
@@ -129,7 +131,12 @@ def _decode(
         seen = None if mask is None else mask[:, :high]
         keys, values = mixed_k[:, :, :high], mixed_v[:, :, :high]
         if low >= prompt and any(arguments.top_keys):
-            outputs += _of_kept_tiles(run, keys, values, seen, low, ends, fmt, attention)
+            by = choosers(
+                torch.arange(low, high, device=k.device), first_choice(fmt, prompt),
+                arguments.refresh[0],
+            )  # fmt: skip
+            asked = arguments.q.index_select(2, by)
+            outputs += _of_kept_tiles(run, asked, by, keys, values, seen, ends, fmt, attention)
         else:
             outputs.append(run.attend(attention, keys, values, seen))
     return torch.cat(outputs, 1)
@@ -137,22 +144,24 @@ def _decode(
 
 def _of_kept_tiles(
     run: Arguments,
+    asked: Tensor,
+    by: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    begin: int,
     ends: tuple[Tensor, Tensor],
     fmt: Blocks | None,
     attention: Attend,
 ) -> Iterator[Tensor]:
-    """Queries from position `begin` on, each over the tiles that it keeps of those that are whole
-    when it comes; some at a time, as what each of them sees is a mask of its own."""
-    end = begin + run.q.shape[2]
+    """The last queries of a sequence, each over the tiles that the query `asked` chose for it, at
+    position `by` [N], of those that were whole then; some at a time, as what each of them sees is
+    a mask of its own."""
+    begin, end = k.shape[2] - run.q.shape[2], k.shape[2]
     for low in range(begin, end, QUERIES):
         high = min(end, low + QUERIES)
-        q, rows = run.q[:, :, low - begin : high - begin], torch.arange(low, high, device=k.device)
-        whole = rows // TILE if fmt is None else torch.full_like(rows, ends[0].shape[2])
-        seen = _read(q, ends, mask, whole, high, fmt, run.top_keys[0], run.scale)
+        rows = slice(low - begin, high - begin)
+        q, whole = run.q[:, :, rows], _whole(by[rows], fmt)
+        seen = _read(asked[:, :, rows], ends, mask, whole, high, fmt, run.top_keys[0], run.scale)
         known = None if mask is None else mask[:, :high]
         part = replace(run, q=q, bias=None if seen is None else as_bias(seen, q))
         yield part.attend(attention, k[:, :, :high], v[:, :, :high], known)
@@ -160,18 +169,20 @@ def _of_kept_tiles(
 
 def keys_read(
     q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor, fmt: Blocks | None, top_keys: int,
-    scale: float,
+    scale: float, refresh: int = 1, prompt: int = 0,
 ) -> Tensor:  # fmt: skip
     """Which keys the tokens at positions `rows` [R] read when they are decoded from a head class
     of `top_keys`, later ones included: bool [B, KV, R, T].
 
-    q [B, H, R, D] are their queries, k [B, KV, T, D] and mask [B, T] those of the whole sequence.
+    q [B, H, T, D], k [B, KV, T, D] and mask [B, T] are those of the whole sequence, which is
+    decoded behind `prompt` tokens.
     """
+    rows = choosers(rows, first_choice(fmt, prompt), refresh)
+    q, whole = q.index_select(2, rows), _whole(rows, fmt)
     if fmt is None:
-        ends, whole = ranges(k, mask), rows // TILE
+        ends = ranges(k, mask)
     else:
-        whole = torch.tensor([fmt.packed(row) for row in rows.tolist()], device=k.device)
-        whole, blocks = whole // fmt.group, fmt.packed(k.shape[2]) // fmt.group
+        blocks = fmt.packed(k.shape[2]) // fmt.group
         keys = k[:, :, fmt.sink : fmt.sink + blocks * fmt.group].unflatten(2, (blocks, fmt.group))
         valid = block_mask(mask, fmt.sink, blocks, fmt.group)
         ends = packed_ranges(pack_side(keys, valid, "key", fmt.key_bits), fmt)
@@ -179,6 +190,14 @@ def keys_read(
     if seen is not None:
         return seen
     return torch.ones(*k.shape[:2], len(rows), k.shape[2], dtype=torch.bool, device=k.device)
+
+
+def _whole(rows: Tensor, fmt: Blocks | None) -> Tensor:
+    """How many tiles are whole when the tokens at positions `rows` come."""
+    if fmt is None:
+        return rows // TILE
+    packed = [fmt.packed(row) // fmt.group for row in rows.tolist()]
+    return torch.tensor(packed, dtype=rows.dtype, device=rows.device)
 
 
 def _read(

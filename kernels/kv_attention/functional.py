@@ -58,7 +58,8 @@ def cached_attention_functional(
 
     `past` holds, class by class, the tensors that `layout.functional_names` lists, each with a
     dimension 2 that grows (`layout.empty_past` makes one of length 0). Stored bytes equal those
-    of the mutating op. mask [B, past + N] covers the past as well.
+    of the mutating op. mask [B, past + N] covers the past as well. ValueError where tiles are read
+    that an earlier token chose: what they are does not grow.
     """
     if attention is None:
         from fxopt.kernels.attention import attention_traceable
@@ -67,10 +68,12 @@ def cached_attention_functional(
     num_kv_heads = k.shape[1]
     _same_length([q, k, v])
     parsed = parse(layout)
+    if parsed.keeps_choices:
+        raise ValueError(f"layout '{layout}' keeps which tiles are read, and a past does not")
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
         q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip,
-        mass, skip,
+        mass, skip, parsed.refresh(num_kv_heads),
     )  # fmt: skip
     outputs: list[Tensor] = []
     present: list[Tensor] = []

@@ -14,7 +14,7 @@ Attend = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Arguments:
     """What `fxopt.ir.ops.attend` takes beside keys, values and mask; shapes as there. `top_keys`
-    are those of the layout."""
+    and `refresh` are those of the layout."""
 
     q: Tensor
     bias: Tensor | None
@@ -30,6 +30,7 @@ class Arguments:
     hip: Sequence[int] = (0,)
     mass: Sequence[int] = (0,)
     skip: Sequence[int] = (0,)
+    refresh: Sequence[int] = (1,)
 
     def past_prompt(self, num_kv_heads: int) -> Arguments:
         """What decoded tokens get: all keys in heads that keep or leave out tiles or are
@@ -67,6 +68,7 @@ class Arguments:
             _of_heads(self.hip, heads),
             _of_heads(self.mass, heads),
             _of_queries(self.skip, heads, group),
+            _of_heads(self.refresh, heads),
         )
 
     def attend(self, attention: Attend, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@
     "k8vf8g128r64s4"                   8-bit integers as keys and e4m3 numbers as values
     "k4v4g64r64s4+t4096"               a token that is decoded reads, of the packed ones, blocks of
                                        4096 tokens: those of the most estimated attention
+    "exact+t4096/8"                    the same of exact ones, chosen by each 8th token
 
 Keys are quantised per channel over the tokens of a block, values per token over the channels of
 the head (KIVI, arXiv 2402.02750); only what is read back later is quantised (WKVQuant,
@@ -24,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fxopt.kernels.decode_topk.reference import TILE, tiles_read
+from fxopt.kernels.decode_topk.reference import TILE, grown, tiles_read
 
 from .packing import FLOAT8, Bits, has_zero, width
 
@@ -33,7 +34,9 @@ GROUPS = (32, 64, 128)
 _FORMAT = re.compile(r"k(\d+|f8)v(\d+|f8)g(\d+)r(\d+)s(\d+)")
 RANGES = ("key_low", "key_high")
 """Of the keys of each whole tile that is stored exactly: the least and the largest of a channel."""
-FIXED = ("block_start", "table", *RANGES)
+CHOICE = ("choice", "chosen_at")
+"""Which tiles are read until others are chosen, and of which token that is."""
+FIXED = ("block_start", "table", *RANGES, *CHOICE)
 """Tensors that a state has only where its size is reserved."""
 FLOAT = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -92,16 +95,19 @@ class HeadClass:
     """KV heads stored and read alike; no heads means all of them, no format means exactly.
 
     `top_keys` are as many tokens as a decoded one reads of whole tiles, which are packed blocks or
-    `TILE` tokens that are stored exactly (`kernels/decode_topk/`); 0: all.
+    `TILE` tokens that are stored exactly (`kernels/decode_topk/`); 0: all. They are chosen for
+    `refresh` tokens at a time.
     """
 
     heads: tuple[int, ...] = ()
     format: Blocks | None = None
     top_keys: int = 0
+    refresh: int = 1
 
     def __str__(self) -> str:
         text = "exact" if self.format is None else str(self.format)
         text += f"+t{self.top_keys}" if self.top_keys else ""
+        text += f"/{self.refresh}" if self.top_keys and self.refresh > 1 else ""
         return f"{','.join(map(str, self.heads))}:{text}" if self.heads else text
 
 
@@ -118,6 +124,11 @@ class Layout:
     def exact(self) -> bool:
         """Whether all heads are stored exactly and read whole."""
         return all(entry.format is None and not entry.top_keys for entry in self.classes)
+
+    @property
+    def keeps_choices(self) -> bool:
+        """Whether a head reads tiles that an earlier token chose."""
+        return any(entry.top_keys and entry.refresh > 1 for entry in self.classes)
 
     def resolve(self, num_kv_heads: int) -> tuple[tuple[tuple[int, ...], Blocks | None], ...]:
         """(heads, format) of each class; ValueError unless each head is named exactly once."""
@@ -137,14 +148,27 @@ class Layout:
 
     def top_keys(self, num_kv_heads: int) -> tuple[int, ...]:
         """What each KV head reads in decoding, as of its class."""
+        return tuple(entry.top_keys for entry in self._of_heads(num_kv_heads))
+
+    def refresh(self, num_kv_heads: int) -> tuple[int, ...]:
+        """For how many tokens each KV head keeps a choice, as of its class."""
+        return tuple(entry.refresh for entry in self._of_heads(num_kv_heads))
+
+    def _of_heads(self, num_kv_heads: int) -> list[HeadClass]:
         classes = zip(self.resolve(num_kv_heads), self.classes, strict=True)
-        found = {head: entry.top_keys for (heads, _), entry in classes for head in heads}
-        return tuple(found[head] for head in range(num_kv_heads))
+        found = {head: entry for (heads, _), entry in classes for head in heads}
+        return [found[head] for head in range(num_kv_heads)]
 
 
 def tile_size(fmt: Blocks | None) -> int:
     """Tokens of a whole tile of what is stored in `fmt`."""
     return fmt.group if fmt else TILE
+
+
+def first_choice(fmt: Blocks | None, prompt: int) -> int:
+    """The position of the first token that can choose, of those that are decoded one by one behind
+    a prompt of so many: the first one that finds a whole tile."""
+    return max(prompt, fmt.sink + fmt.residual + fmt.group if fmt else TILE)
 
 
 def left_out(fmt: Blocks | None, past: int, top_keys: int) -> int:
@@ -182,18 +206,30 @@ def parse(text: str) -> Layout:
         if separator and not re.fullmatch(r"\d+(,\d+)*", heads):
             raise ValueError(f"'{heads}' in layout '{text}' is no list of KV heads like '0,2'")
         indices = tuple(int(head) for head in heads.split(",")) if separator else ()
-        stored, chooses, top_keys = spelled.partition("+t")
-        if chooses and not top_keys.isdecimal():
-            raise ValueError(f"'{top_keys}' in layout '{text}' is no number of tokens")
-        classes.append(HeadClass(indices, parse_format(stored), int(top_keys or 0)))
+        stored, chooses, read = spelled.partition("+t")
+        top_keys, keeps, refresh = read.partition("/")
+        for number in (top_keys,) * bool(chooses) + (refresh,) * bool(keeps):
+            if not number.isdecimal():
+                raise ValueError(f"'{number}' in layout '{text}' is no number of tokens")
+        if keeps and not (int(top_keys) and int(refresh)):
+            raise ValueError(f"layout '{text}' keeps a choice for 0 tokens, or of 0 tokens")
+        fmt = parse_format(stored)
+        classes.append(HeadClass(indices, fmt, int(top_keys or 0), int(refresh or 1)))
     return Layout(tuple(classes))
 
 
-def from_formats(formats: Sequence[Blocks | None], top_keys: Sequence[int] | None = None) -> Layout:
-    """The layout that stores KV head h in `formats[h]` and reads `top_keys[h]` tokens of it, equal
-    heads together."""
-    found: dict[tuple[Blocks | None, int], list[int]] = {}
-    for head, choice in enumerate(zip(formats, top_keys or [0] * len(formats), strict=True)):
+def from_formats(
+    formats: Sequence[Blocks | None],
+    top_keys: Sequence[int] | None = None,
+    refresh: Sequence[int] | None = None,
+) -> Layout:
+    """The layout that stores KV head h in `formats[h]` and reads `top_keys[h]` tokens of it, chosen
+    for `refresh[h]` tokens at a time, equal heads together."""
+    found: dict[tuple[Blocks | None, int, int], list[int]] = {}
+    count = len(formats)
+    for head, choice in enumerate(
+        zip(formats, top_keys or [0] * count, refresh or [1] * count, strict=True)
+    ):
         found.setdefault(choice, []).append(head)
     if len(found) == 1:
         return Layout((HeadClass((), *next(iter(found))),))
@@ -205,15 +241,15 @@ def with_head(text: str, head: int, fmt: Blocks | None, num_kv_heads: int) -> st
     layout = parse(text)
     formats = list(layout.formats(num_kv_heads))
     formats[head] = fmt
-    return str(from_formats(formats, layout.top_keys(num_kv_heads)))
+    return str(from_formats(formats, layout.top_keys(num_kv_heads), layout.refresh(num_kv_heads)))
 
 
-def with_top_keys(text: str, head: int, top_keys: int, num_kv_heads: int) -> str:
-    """`text` with `top_keys` tokens read of KV head `head`."""
+def with_top_keys(text: str, head: int, top_keys: int, num_kv_heads: int, refresh: int = 1) -> str:
+    """`text` with `top_keys` tokens read of KV head `head`, chosen for `refresh` at a time."""
     layout = parse(text)
-    chosen = list(layout.top_keys(num_kv_heads))
-    chosen[head] = top_keys
-    return str(from_formats(layout.formats(num_kv_heads), chosen))
+    chosen, kept = list(layout.top_keys(num_kv_heads)), list(layout.refresh(num_kv_heads))
+    chosen[head], kept[head] = top_keys, refresh
+    return str(from_formats(layout.formats(num_kv_heads), chosen, kept))
 
 
 def state_shapes(
@@ -224,14 +260,15 @@ def state_shapes(
     value_dim: int,
     capacity: int,
     dtype: torch.dtype,
-    ranged: bool = False,
+    top_keys: int = 0,
+    refresh: int = 1,
     pool_tokens: int | None = None,
 ) -> Shapes:
     """Name -> (shape, dtype) of the tensors that store one head class.
 
     Exactly: key [B, h, capacity, D], value [B, h, capacity, Dv]; where decoding reads some tiles of
-    it (`ranged`), also key_low and key_high [B, h, tiles, D], the range of each channel of the keys
-    of each whole tile, which the scales of packed keys tell already. Packed: block_start
+    it (`top_keys`), also key_low and key_high [B, h, tiles, D], the range of each channel of the
+    keys of each whole tile, which the scales of packed keys tell already. Packed: block_start
     [blocks + 1] int64, the first position of each block counted from the sink's end, unused
     entries equal to the last; sink_key [B, h, sink, D]; key [B, h, blocks, group, D*bits/8]
     uint8; key_scale and key_zero [B, h, blocks, 1, D] bfloat16; recent_key [B, h, recent, D], a
@@ -243,13 +280,25 @@ def state_shapes(
 
     With `pool_tokens`, blocks lie on pages that rows share (`pages.py`): table [B, blocks] int32
     comes behind block_start, and B and blocks of the tensors of packed blocks are pages and 1.
+
+    Where a choice of tiles is kept (`refresh` above 1), at the end choice [B, h, entries] int32,
+    the tiles and room for those that become whole meanwhile, and chosen_at [B, h, 3] int32, of
+    which `decode_topk.reference.is_due` tells.
     """
+    choice: Shapes = {}
+    if top_keys and refresh > 1:
+        size = tile_size(fmt)
+        # one entry more, for the tile that is not whole yet
+        entries = tiles_read(top_keys, size) + grown(refresh, size) + 1
+        sizes = (batch, heads, entries), (batch, heads, 3)
+        choice = {name: (shape, torch.int32) for name, shape in zip(CHOICE, sizes, strict=True)}
     if fmt is None:
-        names = RANGES if ranged else ()
+        names = RANGES if top_keys else ()
         return {
             "key": ((batch, heads, capacity, head_dim), dtype),
             "value": ((batch, heads, capacity, value_dim), dtype),
             **{name: ((batch, heads, capacity // TILE, head_dim), dtype) for name in names},
+            **choice,
         }
     blocks = fmt.packed(capacity) // fmt.group
     recent = max(0, min(capacity - fmt.sink, fmt.residual + fmt.group - 1))
@@ -274,7 +323,7 @@ def state_shapes(
             if has_zero(side, bits):
                 shapes[f"{side}_zero"] = ((*owners, *row), torch.bfloat16)
         shapes[f"recent_{side}"] = ((batch, heads, recent, channels), dtype)
-    return shapes
+    return shapes | choice
 
 
 def layout_shapes(
@@ -296,7 +345,8 @@ def layout_shapes(
         if reason:
             raise ValueError(f"layout '{layout}': {reason}")
         sizes = (batch, len(heads), head_dim, value_dim, capacity)
-        found.append(state_shapes(fmt, *sizes, dtype, entry.top_keys > 0, pool_tokens))
+        reads = entry.top_keys, entry.refresh
+        found.append(state_shapes(fmt, *sizes, dtype, *reads, pool_tokens))
     return found
 
 
@@ -396,7 +446,8 @@ def _classes(
     found: list[tuple[tuple[int, ...], Blocks | None, tuple[str, ...]]] = []
     for (heads, fmt), entry in zip(layout.resolve(num_kv_heads), layout.classes, strict=True):
         pool = 0 if paged else None
-        shapes = state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32, entry.top_keys > 0, pool)
+        reads = entry.top_keys, entry.refresh
+        shapes = state_shapes(fmt, 1, 1, 8, 8, 0, torch.float32, *reads, pool)
         names = tuple(name for name in shapes if not (growing and name in FIXED))
         found.append((heads, fmt, names))
     return tuple(found)

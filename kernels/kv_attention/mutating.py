@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.kernels.decode_topk.reference import TILE
 
 from .heads import Arguments, Attend, merge, take
-from .kept import attend_kept, check, exact_tiles, leaves_some, note_ranges, packed_tiles
+from .kept import Tiles, attend_kept, check, chooses, exact_tiles, note_ranges, packed_tiles
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
 from .pages import room, store, stored
@@ -63,7 +63,7 @@ def cached_attention_mutating(
     top_keys = parsed.top_keys(num_kv_heads)
     arguments = Arguments(
         q, bias, sinks, scale, causal, window, softcap, sink_tokens, top, delta, top_keys, hip,
-        mass, skip,
+        mass, skip, parsed.refresh(num_kv_heads),
     )  # fmt: skip
     outputs: list[Tensor] = []
     classes = split_state(parsed, num_kv_heads, state)
@@ -102,9 +102,10 @@ def attend_exact(
 ) -> Tensor:
     """Attention over the stored and the new tokens of an exact head class, which are stored."""
     keys, values = append_exact(part, new, mask, begin)
-    if leaves_some(chosen, begin // TILE, TILE):
+    if chooses(chosen, begin // TILE, TILE):
         rest = [x[:, :, begin // TILE * TILE :] for x in (keys, values)]
-        return attend_kept(attention, chosen, exact_tiles(part, begin), (part, None), rest, mask)
+        tiles, held = exact_tiles(part, begin), (part, None)
+        return attend_kept(attention, chosen, tiles, held, rest, mask, begin)
     return chosen.attend(attention, keys, values, mask)
 
 
@@ -121,10 +122,10 @@ def attend_image(
     if begin == 0:
         return chosen.attend(attention, new["key"], new["value"], mask)
     used = blocks_used(part)
-    if leaves_some(chosen, used, fmt.group):
+    if chooses(chosen, used, fmt.group):
         apart = ([*_exact_pieces(part, side, fmt, begin), new[side]] for side in SIDES)
         tiles, rest = packed_tiles(part, fmt, used), [torch.cat(pieces, 2) for pieces in apart]
-        return attend_kept(attention, chosen, tiles, (part, fmt), rest, mask)
+        return attend_kept(attention, chosen, tiles, (part, fmt), rest, mask, begin)
     keys, values = (
         torch.cat([*_pieces(part, side, fmt, begin, chosen.q.dtype), new[side]], 2)
         for side in SIDES
@@ -164,6 +165,11 @@ def _exact_pieces(part: Part, side: str, fmt: Blocks, begin: int) -> list[Tensor
     """What of the stored tokens is no block: the sink, if the format has one, and recent ones."""
     newest = recent(part, side, int(part["block_start"][-1]), begin - fmt.sink)
     return [part[f"sink_{side}"][:, :, : min(begin, fmt.sink)], newest] if fmt.sink else [newest]
+
+
+def tiles_of(part: Part, fmt: Blocks | None, begin: int) -> Tiles:
+    """The whole tiles of a class of `begin` tokens."""
+    return exact_tiles(part, begin) if fmt is None else packed_tiles(part, fmt, blocks_used(part))
 
 
 def blocks_used(part: Part) -> int:

@@ -14,8 +14,10 @@ from fxopt.kernels._register import register
 from fxopt.kernels.attention.op import attention_cuda
 
 from . import reference
-from .layout import Blocks, parse
-from .mutating import Part, append_exact, append_packed
+from .heads import Arguments
+from .kept import kept_places
+from .layout import Blocks, HeadClass, parse
+from .mutating import Part, append_exact, append_packed, tiles_of
 from .packing import FLOAT8
 
 FLOAT8_CAPABILITY = (8, 9)
@@ -113,6 +115,23 @@ def store_first(part: Part, new: Part, start: Tensor, fmt: Blocks | None) -> Non
         append(new, part, start, None, fmt)
     else:
         append_packed(part, fmt, new, None, 0)
+
+
+def choose_anew(
+    q: Tensor, part: Part, start: Tensor, entry: HeadClass, scale: float, length: int
+) -> None:
+    """Choose the tiles of one head class for the token of q [B, H, 1, D] as `cached_attention` does
+    where that is due. `start` holds `length`, on their device."""
+    arguments = Arguments(
+        q, None, None, scale, True, [0], 0.0, [0],
+        top_keys=[entry.top_keys], refresh=[entry.refresh],
+    )  # fmt: skip
+    if start.is_cuda and _served(q.dtype, (q.shape[3], 1)) and _reads(str(entry), q.device):
+        from fxopt.kernels.decode_topk.triton import kept_list
+
+        kept_list(arguments, part, start, None, entry.format)
+    else:
+        kept_places(arguments, part, tiles_of(part, entry.format, length), None, length)
 
 
 def _served(dtype: torch.dtype, dims: tuple[int, int]) -> bool:

@@ -113,7 +113,7 @@ class Blocks:
         """Decoding: attention that reads the packed cache, in place of the exact attention's call
         and within the site's window. Prefill: packing, beside it."""
         info = calls.attention_info(match)
-        return [calls.cached_call(info, _format_of(candidate), scenario, info.window)]
+        return calls.cached_calls(info, _format_of(candidate), scenario, info.window)
 
     def prepare(
         self, match: Match, candidate: Candidate, statistics: SiteStatistics
@@ -142,9 +142,9 @@ class Blocks:
         editor.update(site, layout=layout)
 
 
-def exact_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
+def exact_calls(info: AttentionInfo, scenario: Scenario) -> list[OpCall]:
     """The cache of one KV head as it is: the price of keeping it."""
-    return calls.cached_call(info, None, scenario, info.window)
+    return calls.cached_calls(info, None, scenario, info.window)
 
 
 def _format_of(candidate: Candidate) -> Format:

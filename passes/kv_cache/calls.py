@@ -17,8 +17,10 @@ from fxopt.ir.ops import mix_channels, rotate_both
 from fxopt.ir.rewrite import Match
 from fxopt.ir.site import AttentionInfo
 from fxopt.ir.workload import Scenario
+from fxopt.kernels.decode_topk.reference import tiles_read
 from fxopt.kernels.kv_attention.filled import fill, filled_bytes
 from fxopt.kernels.kv_attention.layout import (
+    CHOICE,
     Blocks,
     HeadClass,
     Layout,
@@ -28,7 +30,12 @@ from fxopt.kernels.kv_attention.layout import (
     state_bytes,
     tile_size,
 )
-from fxopt.kernels.kv_attention.op import cached_attention, filled_attention, store_first
+from fxopt.kernels.kv_attention.op import (
+    cached_attention,
+    choose_anew,
+    filled_attention,
+    store_first,
+)
 
 _SHORT = {
     torch.bfloat16: "bf16",
@@ -45,16 +52,34 @@ def attention_info(match: Match) -> AttentionInfo:
     return info
 
 
+def cached_calls(
+    info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int = 0
+) -> list[OpCall]:
+    """`cached_call`, and where a choice of tiles is kept for `info.refresh` tokens the part of
+    making one that falls to each of them."""
+    call = cached_call(info, fmt, scenario, window)
+    return [call, choosing_call(info, fmt, scenario)] if _keeps(info, scenario) else [call]
+
+
+def _keeps(info: AttentionInfo, scenario: Scenario) -> bool:
+    """Whether a call may read what another one chose."""
+    return _chooses(info, scenario) and info.refresh > 1
+
+
+def _chooses(info: AttentionInfo, scenario: Scenario) -> bool:
+    return info.top_keys > 0 and scenario.queries == 1 and scenario.past > 0
+
+
 def cached_call(
     info: AttentionInfo, fmt: Blocks | None, scenario: Scenario, window: int = 0
 ) -> OpCall:
     """One KV head and its query heads with the cache in `fmt` (None: exactly).
 
     With a past: attention over it and the new tokens, reading only `window` tokens if that is
-    set, or a single token the tiles of `info.top_keys` of them and what tells these apart (of
-    cross-attention: over all `scenario.length` tokens, none of them new). Without one: only what
-    filling the cache reads and writes. `state_bytes` are those at the length that the call ends
-    with.
+    set, or a single token the tiles of `info.top_keys` of them and, unless they are kept from
+    one before (`choosing_call`), what tells these apart (of cross-attention: over all
+    `scenario.length` tokens, none of them new). Without one: only what filling the cache reads and
+    writes. `state_bytes` are those at the length that the call ends with.
     """
     size = info.dtype.itemsize
     held = _bytes(info, fmt, scenario.batch, scenario.length, size)
@@ -76,11 +101,10 @@ def cached_call(
     group = info.num_heads // info.num_kv_heads
     seen = min(scenario.length, window + scenario.queries - 1) if window else scenario.length
     seen -= hidden_keys(info, fmt, scenario)
-    chooses = info.top_keys > 0 and scenario.queries == 1
-    # The ends of each channel's range in each tile, of which an estimate for each row is made.
-    tiles = scenario.past // tile_size(fmt) if chooses else 0
-    ends = 2 * scenario.batch * info.head_dim * tiles
-    stored = _bytes(replace(info, top_keys=0), fmt, scenario.batch, scenario.length, size)
+    chooses = _chooses(info, scenario)
+    ends = 0 if _keeps(info, scenario) else _ends(info, fmt, scenario)
+    plain = replace(info, top_keys=0, refresh=1)
+    stored = _bytes(plain, fmt, scenario.batch, scenario.length, size)
     read = stored * seen // max(1, scenario.length) + ends * (2 if fmt else size)
     rows = scenario.batch * group * scenario.queries
     return OpCall(
@@ -98,6 +122,31 @@ def cached_call(
     )
 
 
+def choosing_call(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> OpCall:
+    """What it takes one KV head to choose tiles, as far as it falls to one token of those that the
+    choice is kept for."""
+    group, tokens = info.num_heads // info.num_kv_heads, info.refresh
+    ends, size = _ends(info, fmt, scenario), info.dtype.itemsize
+    query = scenario.batch * group * info.head_dim * size
+    return OpCall(
+        op="fxopt::cached_attention",
+        key=f"kv_choice/{_signature(info, fmt, scenario, 0)}",
+        flops=2.0 * group * ends / tokens,
+        bytes_read=(ends * (2 if fmt else size) + query) / tokens,
+        bytes_written=0.0,
+        launches=2,
+        share=info.num_kv_heads * tokens,
+        family=f"kv_choice/{_family(info, fmt, 0)}",
+        run=_chooser(info, fmt, scenario),
+    )
+
+
+def _ends(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> int:
+    """The ends of each channel's range in each tile, of which an estimate for each row is made."""
+    tiles = scenario.past // tile_size(fmt) if _chooses(info, scenario) else 0
+    return 2 * scenario.batch * info.head_dim * tiles
+
+
 def hidden_keys(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> int:
     """Keys of tiles that `info.top_keys` leave out of a call, which is then of a single token."""
     if scenario.queries != 1:
@@ -106,7 +155,7 @@ def hidden_keys(info: AttentionInfo, fmt: Blocks | None, scenario: Scenario) -> 
 
 
 def _layout(info: AttentionInfo, fmt: Blocks | None) -> Layout:
-    return Layout((HeadClass((), fmt, info.top_keys),))
+    return Layout((HeadClass((), fmt, info.top_keys, info.refresh),))
 
 
 def rotation_call(info: AttentionInfo, scenario: Scenario) -> OpCall:
@@ -182,6 +231,7 @@ def _family(info: AttentionInfo, fmt: Blocks | None, window: int) -> str:
     """Calls that differ in nothing but sizes."""
     near = f"w{window}" if window else "x" if info.cross else ""
     near += f"t{info.top_keys}" if info.top_keys else ""
+    near += f"/{info.refresh}" if info.refresh > 1 else ""
     dims = f"d{info.head_dim}v{info.value_dim}"
     return f"{fmt or 'exact'}/{dims}{near}/{_SHORT.get(info.dtype, str(info.dtype))}"
 
@@ -197,15 +247,7 @@ def _runner(
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=torch.float32).to(info.dtype)
 
-        state = _allocated(info, layout, scenario, device)
-        for tensor in state:
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, device=device))
-        for _, packed, part in split_state(layout, kv_heads, state):
-            if packed is not None:
-                starts = part["block_start"]
-                places = torch.arange(starts.numel(), device=device) * packed.group
-                starts.copy_(places.clamp(max=packed.packed(scenario.past)))
+        state = _held(info, layout, scenario, device)
         start = torch.tensor(scenario.past, device=device)
         q = random(batch, heads, queries, info.head_dim)
         k = random(batch, kv_heads, queries, info.head_dim)
@@ -220,6 +262,46 @@ def _runner(
         )  # fmt: skip
 
     return run
+
+
+def _chooser(
+    info: AttentionInfo, fmt: Blocks | None, scenario: Scenario
+) -> Callable[[Any], Callable[[], Any]]:
+    layout = _layout(info, fmt)
+
+    def run(device: Any) -> Callable[[], Any]:
+        state = _held(info, layout, scenario, device)
+        ((_, _, part),) = split_state(layout, info.num_kv_heads, state)
+        # as if this token had chosen before, which it then does each time
+        part[CHOICE[1]][..., 0] = scenario.past
+        q = torch.randn(scenario.batch, info.num_heads, 1, info.head_dim, device=device)
+        start = torch.tensor(scenario.past, device=device)
+        scale = 1.0 / math.sqrt(info.head_dim)
+        entry = layout.classes[0]
+        return partial(choose_anew, q.to(info.dtype), part, start, entry, scale, scenario.past)
+
+    return run
+
+
+def _held(info: AttentionInfo, layout: Layout, scenario: Scenario, device: Any) -> list[Tensor]:
+    """A state of `scenario.past` random tokens, in which the one before the next chose tiles."""
+    state = _allocated(info, layout, scenario, device)
+    for tensor in state:
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, device=device))
+    for _, packed, part in split_state(layout, info.num_kv_heads, state):
+        if packed is not None:
+            starts = part["block_start"]
+            places = torch.arange(starts.numel(), device=device) * packed.group
+            starts.copy_(places.clamp(max=packed.packed(scenario.past)))
+        if CHOICE[0] in part:
+            size = tile_size(packed)
+            whole = (packed.packed(scenario.past) if packed else scenario.past) // size
+            read = min(tiles_read(info.top_keys, size), whole)
+            places = torch.arange(read, device=device) * whole // max(1, read)
+            part[CHOICE[0]][..., :read] = places
+            part[CHOICE[1]].copy_(torch.tensor([scenario.past - 1, whole, read]))
+    return state
 
 
 def _allocated(

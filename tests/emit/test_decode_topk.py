@@ -22,16 +22,22 @@ PROMPT, NEW, TOP = 1500, 4, 1024
 
 
 class Case:
-    """`opt` reads 1,024 keys in all four heads of two layers; `masked` says what that is."""
+    """`opt` reads 1,024 keys in all four heads of two layers, chosen for `refresh` tokens; `masked`
+    says what that is."""
 
-    def __init__(self) -> None:
+    def __init__(self, refresh: int) -> None:
+        self.refresh, self.chosen = refresh, dict[int, tuple[Tensor, Tensor, int]]()
+        self.label = f"top{TOP}" if refresh == 1 else f"top{TOP}/{refresh}"
         self.model, example = llama(2)
         for module in self.model.modules():
             if hasattr(module, "q_proj"):
                 module.q_proj.weight.data *= 3  # sharper attention
-        work = fxopt.Generate(batch=1, prompt=2200, new_tokens=90)
-        self.opt, chosen = everywhere("attention.decode_topk", self.model, example, workload=work)
-        assert [proposal.candidate.label for proposal in chosen] == [f"top{TOP}"] * 4
+        # A past that is long enough for all numbers is one for keeping them.
+        work = fxopt.Generate(batch=1, prompt=2200 if refresh == 1 else 30_000, new_tokens=90)
+        self.opt, chosen = everywhere(
+            "attention.decode_topk", self.model, example, self.label, workload=work
+        )
+        assert [proposal.candidate.label for proposal in chosen] == [self.label] * 4
         self.masked: Any = copy.deepcopy(self.model)
         self.masked.config._attn_implementation = "some_tiles"
         self.ids = torch.randint(3, 97, (2, PROMPT + NEW))
@@ -40,9 +46,14 @@ class Case:
         """A single query after a past reads some of it; several queries see all before them."""
         group, keys, queries = module.num_key_value_groups, k.shape[2], q.shape[2]
         seen = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
-        if queries == 1 and keys > 1:
-            whole = torch.tensor([(keys - 1) // TILE])
-            kept = kept_tiles(q, *ranges(k), None, whole, TOP, TILE, module.scaling)
+        if queries > 1:
+            self.chosen.pop(module.layer_idx, None)
+        elif keys > 1:
+            kept, whole, position = self.chosen.get(module.layer_idx, (q, q, -self.refresh))
+            if keys - 1 >= position + self.refresh:
+                whole = torch.tensor([(keys - 1) // TILE])
+                kept = kept_tiles(q, *ranges(k), None, whole, TOP, TILE, module.scaling)
+                self.chosen[module.layer_idx] = kept, whole, keys - 1
             seen = kept_keys(kept, whole, keys, 0, TILE).repeat_interleave(group, 1)
             self.left_out = int((~seen).sum(-1).min())
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
@@ -50,11 +61,11 @@ class Case:
         return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
 
 
-@pytest.fixture(scope="module")
-def kept() -> Iterator[Case]:
+@pytest.fixture(scope="module", params=[1, 8])
+def kept(request: Any) -> Iterator[Case]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    case = Case()
+    case = Case(request.param)
     ALL_ATTENTION_FUNCTIONS["some_tiles"] = case.attend
     yield case
     del ALL_ATTENTION_FUNCTIONS["some_tiles"]
@@ -90,7 +101,8 @@ def test_a_cache_that_was_cropped_and_reordered_goes_on(kept: Case) -> None:
     cache = step.past_key_values
     cache.reserve(PROMPT + 100)
     other = torch.randint(3, 97, (2, 70))
-    kept.opt(input_ids=other, past_key_values=cache, use_cache=True)
+    for new in (other[:, :1], other[:, 1:]):
+        kept.opt(input_ids=new, past_key_values=cache, use_cache=True)
     cache.crop(-70)
     cache.reorder_cache(torch.tensor([1, 0]))
     for place, logits in zip(range(PROMPT, PROMPT + NEW), expected[1:], strict=True):
@@ -107,4 +119,4 @@ def test_it_is_saved_and_loaded(kept: Case, tmp_path: Path) -> None:
     assert torch.equal(
         loaded.generate(kept.ids[:, :PROMPT], max_new_tokens=NEW, do_sample=False), expected
     )
-    assert "exact+t1024" in (tmp_path / "saved" / "graph.json").read_text()
+    assert f'"exact+t{kept.label[3:]}"' in (tmp_path / "saved" / "graph.json").read_text()

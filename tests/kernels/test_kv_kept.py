@@ -47,14 +47,16 @@ def padding(tokens: int) -> Tensor:
 
 
 def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, top_keys: int, fmt: Blocks | None
-) -> Tensor:
-    """The newest token of one KV head's query heads, [B, group, Dv]; token by token, tile by
-    tile."""
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, top_keys: int, fmt: Blocks | None,
+    by: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The newest of the tokens of one KV head's query heads q [B, group, T, D], as [B, group, Dv],
+    over the tiles that the token at position `by` chose; token by token, tile by tile."""
     outputs: list[Tensor] = []
     past = k.shape[1] - 1
+    by = past if by is None else by
     size, first = (TILE, 0) if fmt is None else (fmt.group, fmt.sink)
-    whole = past // TILE if fmt is None else fmt.packed(past) // fmt.group
+    whole, then = ((p if fmt is None else fmt.packed(p)) // size for p in (past, by))
     for row in range(len(k)):
         keys, values = k[row].clone(), v[row].clone()
         ranked: list[tuple[float, int]] = []
@@ -77,21 +79,21 @@ def by_definition(
                         )
                         least, most = (-448, 448) if bits == "f8" else (0, 2**bits - 1)
                         low, high = zero + least * scale, zero + most * scale
-            if mask[row, span].any():
-                scaled = q[row, :, 0] * SCALE
+            if tile < then and mask[row, span].any():
+                scaled = q[row, :, by] * SCALE
                 middle, width = (low + high) / 2, high - low
                 found[tile] = (scaled @ middle + scaled**2 @ width**2 / 12).tolist()
                 best = [max(b, f) for b, f in zip(best, found[tile], strict=True)]
         for tile, masses in found.items():
             behind = min(b - f for b, f in zip(best, masses, strict=True))
-            forced = tile == min(found) or tile >= whole - max(1, 64 // size)
+            forced = tile == min(found) or tile >= then - max(1, 64 // size)
             ranked.append((-1.0 if forced else behind, tile))
         kept = {tile for _, tile in sorted(ranked)[: max(1 + max(1, 64 // size), top_keys // size)]}
         seen = mask[row].bool().clone()
-        for tile in range(whole):
+        for tile in range(then):
             if tile not in kept:
                 seen[first + tile * size : first + (tile + 1) * size] = False
-        scores = (q[row, :, 0] @ keys.mT * SCALE).masked_fill(~seen, -torch.inf)
+        scores = (q[row, :, past] @ keys.mT * SCALE).masked_fill(~seen, -torch.inf)
         outputs.append(scores.softmax(-1) @ values)
     return torch.stack(outputs)
 
@@ -131,9 +133,103 @@ def test_a_decoded_token_reads_the_tiles_of_the_definition(layout: str, masked: 
         end = prompt + step + 1
         for head in range(KV):
             group = slice(2 * head, 2 * head + 2)
-            q, k, v = x[0][:, group, end - 1 : end], x[1][:, head, :end], x[2][:, head, :end]
+            q, k, v = x[0][:, group, :end], x[1][:, head, :end], x[2][:, head, :end]
             expected = by_definition(q, k, v, mask[:, :end], chosen[head], formats[head])
             torch.testing.assert_close(out[:, 0, group], expected, rtol=1e-9, atol=1e-11)
+
+
+KEPT = ["exact+t128/5", "k8v4g32r8s4+t128/40", "0:k4v2g32r8s4+t128/3|1:exact+t160"]
+
+
+def decode_in_place(
+    layout: str, chunks: list[int], x: tuple[Tensor, ...], mask: Tensor | None
+) -> list[Tensor]:
+    """Through the cache in place alone: a growing one keeps no choice."""
+    state = allocate(parse(layout), len(x[0]), KV, D, DV, sum(chunks), torch.float64)
+    start, outputs = torch.zeros((), dtype=torch.int64), list[Tensor]()
+    for count in chunks:
+        done = int(start)
+        new = [t[:, :, done : done + count] for t in x]
+        seen = None if mask is None else mask[:, : done + count]
+        options = (seen, None, None, SCALE, True, [0], 0.0, [0], layout)
+        outputs.append(cached_attention(*new, state, start, *options))
+        start += count
+    return outputs
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", KEPT)
+def test_a_choice_is_read_until_the_next_one(layout: str, masked: bool) -> None:
+    """Every n-th token chooses; those between read its tiles and all that became whole since.
+    Several tokens at once see all, choose nothing, and count."""
+    chunks = [414, *[1] * 7, 2, *[1] * 34]
+    total = sum(chunks)
+    x = draw(total)
+    mask = padding(total) if masked else torch.ones(2, total, dtype=torch.int64)
+    outputs = decode_in_place(layout, chunks, x, mask if masked else None)
+    parsed = parse(layout)
+    formats, top_keys = parsed.formats(KV), parsed.top_keys(KV)
+    by = [0] * KV
+    end, others = chunks[0], 0
+    for step, (count, out) in enumerate(zip(chunks[1:], outputs[1:], strict=True)):
+        end += count
+        for head, refresh in enumerate(parsed.refresh(KV)):
+            if count > 1:
+                continue
+            if end - 1 >= by[head] + refresh:
+                by[head] = end - 1
+            if step not in (0, 1, 4, 5, 6, 8, 10, 33, 41):
+                continue
+            group = slice(2 * head, 2 * head + 2)
+            q, k, v = x[0][:, group, :end], x[1][:, head, :end], x[2][:, head, :end]
+            given = q, k, v, mask[:, :end], top_keys[head], formats[head]
+            expected = by_definition(*given, by[head])
+            torch.testing.assert_close(out[:, 0, group], expected, rtol=1e-9, atol=1e-11)
+            if by[head] != end - 1:
+                others += not torch.allclose(by_definition(*given), expected, rtol=1e-3)
+    assert others > 0  # the choice of its own would have been another
+
+
+@pytest.mark.parametrize("prompt", [3, 330])
+@pytest.mark.parametrize("layout", KEPT)
+def test_one_pass_keeps_choices_as_decoding_does(layout: str, prompt: int) -> None:
+    """From the first token on that finds a whole tile."""
+    new = 45 if prompt > 3 else 240
+    x = draw(prompt + new)
+    mask = padding(prompt + new) if prompt > 3 else None
+    decoded = torch.cat(decode_in_place(layout, [prompt, *[1] * new], x, mask), 1)
+    options = (mask, None, None, SCALE, True, [0], 0.0, [0])
+    found = decoded_attention(*x, *options, layout, prompt)
+    torch.testing.assert_close(found, decoded, rtol=1e-9, atol=1e-11)
+    each = re.sub(r"/\d+", "", layout)
+    assert (decoded_attention(*x, *options, each, prompt) - decoded).abs().max() > 0.01
+
+
+def test_a_token_that_comes_again_chooses_again() -> None:
+    """What a step that was taken back chose does not count, as in a graph's first run."""
+    layout, x = "exact+t96/8", draw(400)
+    state = allocate(parse(layout), 2, KV, D, DV, 400, torch.float64)
+    options = (None, None, None, SCALE, True, [0], 0.0, [0], layout)
+
+    def step(begin: int, end: int, factor: float = 1.0) -> Tensor:
+        q, k, v = (t[:, :, begin:end] for t in x)
+        return cached_attention(factor * q, k, v, state, torch.tensor(begin), *options)
+
+    step(0, 390)
+    step(390, 391, -1.0)
+    found = step(390, 391)
+    state = allocate(parse(layout), 2, KV, D, DV, 400, torch.float64)
+    step(0, 390)
+    assert torch.equal(found, step(390, 391))
+
+
+def test_a_growing_cache_refuses_kept_choices() -> None:
+    layout = "exact+t64/8"
+    past = empty_past(parse(layout), 2, KV, D, DV, torch.float64)
+    assert len(past) == 2
+    options = (None, None, None, SCALE, True, [0], 0.0, [0], layout)
+    with pytest.raises(ValueError, match="keeps which tiles are read"):
+        cached_attention_functional(*draw(8), past, *options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -187,7 +283,9 @@ def test_what_the_choice_does_not_know_is_an_error() -> None:
             cached_attention(*x, state, torch.tensor(0), *options)
 
 
-@pytest.mark.parametrize("layout", ["exact+t64", "0:k4v4g32r8s4+t64|1:exact+t64"])
+@pytest.mark.parametrize(
+    "layout", ["exact+t64", "0:k4v4g32r8s4+t64|1:exact+t64", "0:k4v4g32r8s4+t64/4|1:exact+t64/8"]
+)
 def test_op(layout: str) -> None:
     x = draw(170)
     state = allocate(parse(layout), 2, KV, D, DV, 171, torch.float64)

@@ -33,13 +33,19 @@ FORMATS = st.one_of(
 )
 
 
-@given(st.lists(st.tuples(FORMATS, st.sampled_from([0, 64, 4096])), min_size=1, max_size=6))
-def test_text_round_trip(heads: list[tuple[Blocks | None, int]]) -> None:
-    formats, top_keys = zip(*heads, strict=True)
-    layout = from_formats(formats, top_keys)
+READS = st.sampled_from([(0, 1), (64, 1), (4096, 1), (4096, 8), (64, 20)])
+
+
+@given(st.lists(st.tuples(FORMATS, READS), min_size=1, max_size=6))
+def test_text_round_trip(heads: list[tuple[Blocks | None, tuple[int, int]]]) -> None:
+    formats, reads = zip(*heads, strict=True)
+    top_keys, refresh = zip(*reads, strict=True)
+    layout = from_formats(formats, top_keys, refresh)
     assert parse(str(layout)) == layout
     assert parse(str(layout)).formats(len(formats)) == formats
     assert parse(str(layout)).top_keys(len(formats)) == top_keys
+    assert parse(str(layout)).refresh(len(formats)) == refresh
+    assert layout.keeps_choices == any(n > 1 for n in refresh)
 
 
 @given(
@@ -90,6 +96,11 @@ def test_canonical_texts() -> None:
     assert with_head(text, 2, Blocks(4, 4, 64, 64, 4), 3) == (
         "0:exact|1:k4v4g64r64s4|2:k4v4g64r64s4+t512"
     )
+    text = with_top_keys(text, 0, 512, 3, 8)
+    assert text == "0:exact+t512/8|1:k4v4g64r64s4|2:exact+t512"
+    assert with_head(text, 0, Blocks(4, 4, 64, 64, 4), 3) == (
+        "0:k4v4g64r64s4+t512/8|1:k4v4g64r64s4|2:exact+t512"
+    )
     assert parse("k16v16g64r0s0").exact
 
 
@@ -102,6 +113,10 @@ def test_canonical_texts() -> None:
         ("k4v4", "no cache format"),
         ("a:exact", "no list of KV heads"),
         ("k4v4g64r-1s0", "no cache format"),
+        ("exact+t64/", "'' in layout 'exact\\+t64/' is no number of tokens"),
+        ("exact+t/8", "is no number of tokens"),
+        ("exact+t64/0", "keeps a choice for 0 tokens"),
+        ("exact+t0/8", "keeps a choice for 0 tokens"),
     ],
 )
 def test_unreadable_text_is_refused(text: str, reason: str) -> None:

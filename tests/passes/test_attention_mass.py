@@ -25,6 +25,7 @@ CASES = {
     "block_topk": (BlockTopk(), {"top": 50}),
     "hip": (Hip(), {"top": 50}),
     "decode_topk": (DecodeTopk(), {"top_keys": 256}),
+    "decode_topk, kept": (DecodeTopk(), {"top_keys": 256, "refresh": 8}),
 }
 CALLS: dict[str, dict[str, Any]] = {
     "causal": {},

@@ -19,7 +19,7 @@ from fxopt.ir.workload import Generate, Scenario, scenarios
 from fxopt.kernels.kv_attention import allocate, cached_attention, parse, state_bytes
 from fxopt.kernels.kv_attention.filled import fill
 from fxopt.passes.baseline import baseline_calls
-from fxopt.passes.kv_cache.blocks import Blocks, exact_call
+from fxopt.passes.kv_cache.blocks import Blocks, exact_calls
 
 INFO = AttentionInfo(
     num_heads=8, num_kv_heads=2, head_dim=64, value_dim=64, dtype=torch.float32, causal=True,
@@ -49,7 +49,7 @@ def test_candidates_are_few_and_each_saves_bytes() -> None:
     match = matched()
     found = Blocks().candidates(match, [*WORK, FINAL])
     assert len(found) == len({c.label for c in found}) == 10
-    exact = exact_call(INFO, FINAL).state_bytes
+    exact = exact_calls(INFO, FINAL)[0].state_bytes
     assert exact == 2 * 764 * (64 + 64) * 4
     sizes = {c.label: Blocks().lower(match, c, FINAL)[0].state_bytes for c in found}
     assert all(size < 0.5 * exact for size in sizes.values())
@@ -120,7 +120,7 @@ def test_short_workloads_are_refused_with_the_numbers() -> None:
 
 def test_calls_can_be_timed_and_read_fewer_bytes() -> None:
     match, decode, prefill = matched(), WORK[1], WORK[0]
-    exact = exact_call(INFO, decode)
+    (exact,) = exact_calls(INFO, decode)
     keys = {exact.key}
     for candidate in Blocks().candidates(match, WORK):
         call, fill = (Blocks().lower(match, candidate, s)[0] for s in (decode, prefill))
@@ -140,7 +140,7 @@ def test_calls_can_be_timed_and_read_fewer_bytes() -> None:
 def test_a_run_that_stores_a_prompt_stores_it_each_time() -> None:
     """Blocks of a state that is full are packed again."""
     packed = Blocks().lower(matched(), offered("k4v4g64r64s4"), WORK[0])[0]
-    for call in (exact_call(INFO, WORK[0]), packed):
+    for call in (*exact_calls(INFO, WORK[0]), packed):
         assert call.run is not None
         store: Any = call.run("cpu")
         part, new, *_ = store.args
@@ -229,7 +229,7 @@ CROSS = {"cross": True, "causal": False}
 
 def test_cross_attention_is_packed_whole() -> None:
     decode = Scenario("decode", 2, 1, 299)
-    exact = exact_call(matched(**CROSS).site.info, decode)
+    (exact,) = exact_calls(matched(**CROSS).site.info, decode)
     assert exact.state_bytes == 2 * 300 * (64 + 64) * 4
     found = Blocks().candidates(matched(**CROSS), [decode])
     assert found
