@@ -224,7 +224,7 @@ def attention_forward(
         q, rows_k, rows_v,
         q if rank is None else rank,
         q if bias is None else bias,
-        q if call.sinks is None else call.sinks,
+        q if call.sinks is None else call.sinks.contiguous(),
         choices(call.window, call.sink_tokens, q.device) if has_window else q,
         skipping.limits_on(q.device, call.skip) if skips else q,
         q if rank is None else spans_of(rank, call.sink_tokens),

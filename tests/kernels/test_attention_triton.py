@@ -99,6 +99,11 @@ def test_masks(options: dict[str, Any], masked: bool) -> None:
     check(make(2, 2, 2, 101, 101, 16, 16, mask=mask, **options))
 
 
+def test_sinks_with_gaps() -> None:
+    sinks = torch.randn(8, device=DEVICE)
+    check(make(1, 2, 2, 33, 33, 16, 16, sinks=sinks[::2]))
+
+
 @pytest.mark.parametrize("number", range(12))
 def test_shapes(number: int) -> None:
     pick = random.Random(number).choice
