@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxopt.decide.runs import DECODE_STEPS, calls, peak_temporaries, prefilled, prompt_of
+from fxopt.decide.calibration import Batch
+from fxopt.decide.runs import (
+    DECODE_STEPS,
+    DECODER_IDS,
+    calls,
+    peak_temporaries,
+    prefilled,
+    prompt_of,
+)
 from fxopt.decide.verify import alternately, held_bytes, weight_bytes
 from fxopt.ir.units import format_value
 from fxopt.ir.workload import Generate, named, parts, scenarios
@@ -50,7 +58,7 @@ class Timed:
 class Bench:
     """`latency` in seconds by call, decoding a step; "workload" is all of them as often as the
     workload makes them. `bytes_` are of original and optimised, by what holds them: `kv_cache`
-    after the prompt, with the room it keeps to grow; `temporaries` at the peak of the largest call.
+    at the last generated token; `temporaries` at the peak of the largest call.
     """
 
     latency: dict[str, Timed]
@@ -142,9 +150,7 @@ def together(first: Timed, second: Timed) -> Timed:
 def _bytes(module: nn.Module, request: Request, device: torch.device) -> dict[str, float]:
     work, example = request.workload, request.example
     held = max(
-        held_bytes(prefilled(module, prompt_of(example, part)).past_key_values)
-        if isinstance(part, Generate)
-        else 0
+        _cache_bytes(module, example, part) if isinstance(part, Generate) else 0
         for part in parts(work).values()
     )
     rows = {
@@ -153,6 +159,19 @@ def _bytes(module: nn.Module, request: Request, device: torch.device) -> dict[st
         "temporaries": float(peak_temporaries(module, work, example, device)),
     }
     return {**rows, "memory": sum(rows.values())}
+
+
+def _cache_bytes(module: nn.Module, example: Batch, work: Generate) -> int:
+    """Bytes of the cache at the last generated token, as a budget counts them: in one call of as
+    many tokens, with a cache for no more of them where the module makes its own."""
+    longer = replace(work, prompt=work.prompt + work.new_tokens)
+    encoder = DECODER_IDS in example
+    call = prompt_of(example, work if encoder else longer, decoded=work.new_tokens)
+    batch, length = call[DECODER_IDS if encoder else "input_ids"].shape
+    make: Any = getattr(module, "make_cache", None)
+    if make is not None and getattr(getattr(module, "program", None), "reason", None) is None:
+        call["past_key_values"] = make(batch, length)
+    return held_bytes(prefilled(module, call).past_key_values)
 
 
 def _seconds(value: Estimate) -> str:

@@ -262,6 +262,10 @@ def test_bench_times_every_call_and_weighs_both(
     totals = {row.name: row for row in Plan.load(saved / "plan.json").totals}
     assert weights["original"] == totals["weights"].before
     assert weights["optimised"] == totals["weights"].measured
+    # at the last generated token, as the budget counts them, and whole blocks of a packed cache
+    cache, planned = document["bytes"]["kv_cache"], totals["kv_cache"]
+    assert cache["original"] == planned.before
+    assert planned.measured <= cache["optimised"] < 1.1 * planned.measured
     shown = fxopt(*arguments)[1]
     for row in ("median", "prefill", "decode", "weights", "kv_cache", "temporaries", "memory"):
         assert row in shown
