@@ -264,7 +264,7 @@ kinds = dict(
     q=p, k=p, v=p, start_ptr=long, block_start=long, sink_k=p, sink_v=p, table=ints, key_scale=p,
     key_zero=p, value_scale=p, value_zero=p, recent_k=p, recent_v=p, rank=ints, bias=p,
     windows=long, listed=ints, listed_count=ints, out=wide, out_m=wide, out_l=wide, counts=long,
-    low=p, high=p, partial=wide, top=wide, total=wide, sinks=p, scale="fp32",
+    low=p, high=p, chosen_at=ints, partial=wide, top=wide, total=wide, sinks=p, scale="fp32",
     softcap="fp32", least="fp32", width="fp32",
 )
 
