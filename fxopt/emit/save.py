@@ -73,6 +73,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> OptimizedModul
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FxoptError(f"{folder} {what}; pass the folder that opt.save() wrote")
+    if not (folder / GRAPH).exists() and (folder / CONFIG).exists():
+        raise FxoptError(
+            f"{folder} holds a model as transformers saves it, and no {GRAPH} of opt.save(); load "
+            "it with from_pretrained and pass the model to fxopt.optimize"
+        )
     program = from_text(_text(folder / GRAPH))
     tensors = load_tensors(program, folder, device)
     config = _config(folder / CONFIG)

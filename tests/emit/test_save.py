@@ -215,3 +215,9 @@ def test_an_unchanged_folder_is_silent(tied, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "fxopt"):
         load(tmp_path / "out")
     assert not caplog.records
+
+
+def test_a_folder_of_transformers_is_told_from_one_of_save(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FxoptError, match="from_pretrained and pass the model to fxopt.optimize"):
+        load(tmp_path)
