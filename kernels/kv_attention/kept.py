@@ -66,6 +66,11 @@ def chooses(arguments: Arguments, tiles: int, size: int) -> bool:
     return tiles > (0 if keeps else tiles_read(top_keys, size))
 
 
+def leaves_some(arguments: Arguments, tiles: Tiles) -> bool:
+    """Whether some of the tiles are not read; a choice of fewer is made for later tokens alone."""
+    return tiles.count > tiles_read(arguments.top_keys[0], tiles.size)
+
+
 def note_ranges(part: dict[str, Tensor], begin: int, end: int, mask: Tensor | None) -> None:
     """Write the ranges of the tiles of an exact class that tokens from `begin` to `end` filled;
     `mask` is that of all tokens so far."""

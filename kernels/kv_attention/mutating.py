@@ -11,7 +11,17 @@ from torch import Tensor
 from fxopt.kernels.decode_topk.reference import TILE
 
 from .heads import Arguments, Attend, merge, take
-from .kept import Tiles, attend_kept, check, chooses, exact_tiles, note_ranges, packed_tiles
+from .kept import (
+    Tiles,
+    attend_kept,
+    check,
+    chooses,
+    exact_tiles,
+    kept_places,
+    leaves_some,
+    note_ranges,
+    packed_tiles,
+)
 from .layout import Blocks, parse, split_state
 from .packing import pack_side, unpack_side
 from .pages import room, store, stored
@@ -103,9 +113,11 @@ def attend_exact(
     """Attention over the stored and the new tokens of an exact head class, which are stored."""
     keys, values = append_exact(part, new, mask, begin)
     if chooses(chosen, begin // TILE, TILE):
-        rest = [x[:, :, begin // TILE * TILE :] for x in (keys, values)]
         tiles, held = exact_tiles(part, begin), (part, None)
-        return attend_kept(attention, chosen, tiles, held, rest, mask, begin)
+        if leaves_some(chosen, tiles):
+            rest = [x[:, :, begin // TILE * TILE :] for x in (keys, values)]
+            return attend_kept(attention, chosen, tiles, held, rest, mask, begin)
+        kept_places(chosen, part, tiles, mask, begin)
     return chosen.attend(attention, keys, values, mask)
 
 
@@ -123,9 +135,12 @@ def attend_image(
         return chosen.attend(attention, new["key"], new["value"], mask)
     used = blocks_used(part)
     if chooses(chosen, used, fmt.group):
-        apart = ([*_exact_pieces(part, side, fmt, begin), new[side]] for side in SIDES)
-        tiles, rest = packed_tiles(part, fmt, used), [torch.cat(pieces, 2) for pieces in apart]
-        return attend_kept(attention, chosen, tiles, (part, fmt), rest, mask, begin)
+        tiles, held = packed_tiles(part, fmt, used), (part, fmt)
+        if leaves_some(chosen, tiles):
+            apart = ([*_exact_pieces(part, side, fmt, begin), new[side]] for side in SIDES)
+            rest = [torch.cat(pieces, 2) for pieces in apart]
+            return attend_kept(attention, chosen, tiles, held, rest, mask, begin)
+        kept_places(chosen, part, tiles, mask, begin)
     keys, values = (
         torch.cat([*_pieces(part, side, fmt, begin, chosen.q.dtype), new[side]], 2)
         for side in SIDES

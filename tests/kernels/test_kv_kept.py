@@ -16,6 +16,7 @@ from fxopt.kernels.kv_attention import (
     cached_attention_functional,
     decoded_attention,
     empty_past,
+    mutating,
     parse,
 )
 from fxopt.kernels.kv_attention.layout import Blocks
@@ -221,6 +222,19 @@ def test_a_token_that_comes_again_chooses_again() -> None:
     state = allocate(parse(layout), 2, KV, D, DV, 400, torch.float64)
     step(0, 390)
     assert torch.equal(found, step(390, 391))
+
+
+@pytest.mark.parametrize("format", ["exact", "k4v4g32r8s4"])
+def test_short_pasts_are_not_gathered(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no tile is left out a choice is noted, and attention is that of the whole cache."""
+    monkeypatch.setattr(mutating, "attend_kept", None)
+    outputs = [
+        decode_in_place(layout, [190, *[1] * 9], x, None)
+        for x in [draw(199)]
+        for layout in (format, f"{format}+t256/4")
+    ]
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_growing_cache_refuses_kept_choices() -> None:
