@@ -77,8 +77,9 @@ def without_idle_mask(call: Attention) -> Attention:
 
 
 def parts(call: Attention) -> Iterator[Part]:
-    """The call split into heads of equal window, sink, kept tiles and neighbourhood."""
-    for heads in call.head_groups():
+    """The call split into heads of equal window, sink, kept tiles and neighbourhood; nothing where
+    there is no row."""
+    for heads in call.head_groups() if call.q.shape[0] else ():
         part, tokens = call.heads(heads), None
         if part.near[0]:
             tokens, _ = grids.places(part.grid, part.dilation[0], part.q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxopt.kernels.attention.op  # noqa: F401 (registers the op)
+from fxopt.ir.ops import attend
 from fxopt.kernels.attention import (
     REFERENCE,
     attention_reference,
@@ -171,6 +173,25 @@ def test_empty_inputs(shape: dict[str, int]) -> None:
     no_keys = make(queries=3, keys=0, causal=False)
     assert (op(no_keys) == 0).all()
     assert (attention_with_lse(*no_keys.values())[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top": (100,)},
+        {"top": (100,), "hip": (1,)},
+        {"top": (400,), "mass": (900,)},
+        {"top": (100,), "delta": (500,)},
+        {"skip": (300,)},
+    ],
+)
+def test_a_batch_of_no_rows(options: dict[str, Sequence[int]]) -> None:
+    q = torch.randn(0, 4, 700, 16, requires_grad=True)
+    k, v = torch.randn(2, 0, 2, 1500, 16)
+    for mask in (None, torch.ones(0, 1500, dtype=torch.int64)):
+        out = attend(q, k, v, mask, scale=0.3, causal=True, **options)
+        assert out.shape == (0, 700, 4, 16)
+        out.sum().backward()
 
 
 def test_dropped_mass_times_distance_of_means_is_the_error() -> None:
