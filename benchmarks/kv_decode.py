@@ -1,6 +1,6 @@
 """Decoding attention over a packed cache against the fastest exact attention, on one GPU.
 
-    python benchmarks/kv_decode.py [--only check shapes rows pages short] [--tune] [--peers]
+    python benchmarks/kv_decode.py [--only check shapes rows pages short kept] [--tune] [--peers]
         [--out FILE]
 
 Checks first that the kernel's error against float64 over the dequantised cache is below the one of
@@ -9,7 +9,8 @@ more query heads) and prints JSON lines: microseconds, terabytes a second of wha
 and the ratio to the faster of cuDNN's and flash attention in the same run. "pages", which has to be
 asked for: blocks on pages in no order against the same ones side by side. "short", as well: few
 blocks under the launches that there could be of them, a step with its new token stored in one
-launch and in two, and rotary embeddings with and without what mixes channels. --tune tries other
+launch and in two, and rotary embeddings with and without what mixes channels. "kept", too: what
+reading some tiles takes, and choosing them, for each token and for eight. --tune tries other
 launches beside what a call gets by itself. --peers adds kernels of FlashInfer and vLLM and the
 quantised cache of Transformers to "shapes"; those that are not installed are named.
 """
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import kv_peers
@@ -28,8 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fxopt.cost_models.timing import time_calls
 from fxopt.emit.registry import register_ops
 from fxopt.ir.ops import mix_channels, rotate, rotate_both
+from fxopt.ir.site import AttentionInfo
+from fxopt.ir.workload import Scenario
 from fxopt.kernels._triton.common import processors
 from fxopt.kernels.attention.reference import attention_reference
 from fxopt.kernels.kv_append import triton as kv_append
@@ -43,6 +48,7 @@ from fxopt.kernels.kv_attention.triton import decode
 from fxopt.kernels.kv_exact.triton import decode_exact
 from fxopt.kernels.kv_int8 import launch
 from fxopt.kernels.kv_int8.triton import STAGES, decode_packed
+from fxopt.passes.kv_cache.calls import cached_calls
 
 HEADS, KV, DIM = 32, 8, 128
 SHORT = ((1, 2048), (1, 4096), (2, 1024))
@@ -393,6 +399,25 @@ def check() -> None:
         raise SystemExit("the kernel is wrong; nothing is timed")
 
 
+def kept() -> None:
+    """The calls that plans are priced by: a KV head's share of one token's attention in which all
+    tiles are read, or some, and what choosing them takes where others keep the choice."""
+    info = AttentionInfo(
+        HEADS, KV, DIM, DIM, torch.bfloat16, True, 0, 0.0, False, False, False, False, True
+    )
+    for past in (32_768, 131_072):
+        scenario = Scenario("decode", 1, 1, past)
+        for layout in ("", "k4v4g128r64s4"):
+            for top_keys, refresh in ((0, 1), (1024, 1), (1024, 8), (4096, 1), (4096, 8)):
+                asked = replace(info, top_keys=top_keys, refresh=refresh)
+                for call in cached_calls(asked, parse(layout).classes[0].format, scenario):
+                    assert call.run is not None
+                    timing = time_calls([call.run(torch.device("cuda"))] * 8)
+                    name, micros = call.key.partition("/")[0], round(1e6 * timing.seconds, 1)
+                    line = {"past": past, "layout": layout or "exact", "top_keys": top_keys}
+                    report(**line, refresh=refresh, call=name, microseconds=micros)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -413,6 +438,8 @@ def main() -> None:
         pages()
     if "short" in args.only:
         short()
+    if "kept" in args.only:
+        kept()
     if args.out:
         with open(args.out, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in LINES)
