@@ -63,6 +63,9 @@ def capture(
         for request in requests:
             check_devices(model, request)
         given = replace(requests[-1], kwargs=dict(requests[-1].kwargs))
+        for request in requests:
+            if not request.decoder:
+                enlarge(request)
         try:
             captured, request = _first(model, signature, requests)
         except CaptureError as error:
@@ -95,9 +98,6 @@ def _requests(model: nn.Module, signature: inspect.Signature, example: Any) -> l
         )
     else:
         requests = [bind(signature, example, type(model).__name__)]
-    for request in requests:
-        if not request.decoder:
-            enlarge(request)
     return requests
 
 

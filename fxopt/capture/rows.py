@@ -40,7 +40,7 @@ class Rows:
         return rows if rows % self._batch else rows // self._batch
 
     def of_token(self, sizes: Iterable[Any]) -> int:
-        """How many rows each token of the call has; 1 where their number is no multiple of that of
+        """How many rows each token of an item has; 1 where their number is no multiple of that of
         the tokens."""
         rows: Any = math.prod(sizes)
         symbols = free_symbols(rows)
@@ -50,7 +50,7 @@ class Rows:
         expression: Any = rows.node.expr
         others = [s for s in expression.free_symbols if s.name != tokens[0]]
         (token,) = expression.free_symbols.difference(others)
-        each = expression.subs({s: self._sizes[s.name] for s in others}) / token
+        each = expression.subs({s: self._sizes[s.name] for s in others}) / (token * self._batch)
         return int(each) if each.is_Integer else 1
 
 

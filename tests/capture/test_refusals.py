@@ -105,6 +105,24 @@ def test_wrong_arguments() -> None:
         capture(Net(), {"y": torch.randn(2, 4)})
 
 
+class Prefixed(nn.Module):
+    """Takes a batch of one alone, which tracing makes two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.prefix = nn.Parameter(torch.randn(1, 2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.cat([self.prefix, x], 1))
+
+
+def test_inputs_that_the_model_takes_are_not_blamed() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(Prefixed(), torch.randn(1, 5, 4))
+    assert "itself fails" not in str(caught.value)
+
+
 def test_inputs_that_the_model_itself_does_not_take(capfd: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Net())
     with pytest.raises(CaptureError) as caught:

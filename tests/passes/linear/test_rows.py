@@ -38,3 +38,21 @@ def test_every_row_of_a_token_counts() -> None:
             assert rows_of(site.info, scenario) == rows
             (kept,) = baseline_calls(site, scenario)
             assert kept.flops == 2 * rows * site.info.in_features * site.info.out_features
+
+
+class Shifted(nn.Module):
+    """A buffer of three rows fixes the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folded = Folded()
+        self.register_buffer("shift", torch.randn(3, 1, PARTS * WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.folded(x + self.shift)
+
+
+def test_rows_of_a_batch_that_the_model_fixes_count_once() -> None:
+    sites = capture(Shifted().eval(), torch.randn(3, TOKENS, PARTS * WIDTH)).sites
+    each = {s.key: s.info.rows_each for s in sites if isinstance(s.info, LinearInfo)}
+    assert each == {"folded.part": PARTS, "folded.flat": PARTS, "folded.whole": 1}
