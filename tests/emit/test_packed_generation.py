@@ -42,6 +42,7 @@ LAYOUTS = {
     "k2v2": "k2v2g32r8s4",
     "float8": "kf8vf8g32r8s4",
     "mixed": "0:k2v4g32r0s0|1:exact",
+    "kept": "0:k4v4g32r8s4+t32/5|1:exact+t32/3",
     "mixed of four": "0,2:k2v4g32r0s0|1:exact|3:k8v2g32r20s3",
 }
 PADDING = (0, 7, 25)  # within and beyond the first packed block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -216,8 +217,10 @@ def both_ways(opt: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("kind", ["exact", "k4v4", "mixed"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*itertools.product(["llama", "gemma3"], ["exact", "k4v4", "mixed"]), ("llama", "kept")],
+)
 def test_graphs_generate_the_same_tokens(name: str, kind: str, mode: str, padded: bool) -> None:
     opt = on_device(name, kind)
     ids = torch.randint(2, 96, (3, 40))
@@ -232,7 +235,7 @@ def seen(opt: Any) -> list[tuple[int, dict[Any, Step]]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["exact", "k4v4"])
+@pytest.mark.parametrize("kind", ["exact", "k4v4", "kept"])
 def test_a_conversation_continues_with_graphs(kind: str) -> None:
     opt = on_device("llama", kind)
     ids = torch.randint(2, 96, (2, 30), device="cuda")
