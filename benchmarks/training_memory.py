@@ -359,8 +359,11 @@ def until(seconds: float) -> Generator[None]:
     if seconds == float("inf"):
         yield
         return
+    if seconds <= 0:
+        late()
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # and again each second: what is raised within a callback of the collector goes no further
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
