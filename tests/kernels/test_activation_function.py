@@ -192,27 +192,20 @@ def test_the_kernel_takes_masks() -> None:
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.activation_function import triton as kernels
+from tests.kernels.ahead_of_time import build
 
-def build(kernel, pointers, **constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
-    source = ASTSource(kernel, signature, values, attributes)
-    built = compile(source, target=GPUTarget("cuda", 90, 32))
+def show(kernel, pointers, **constants):
+    built = build(kernel, pointers, pointers, **constants)
     print(kernel.__name__, len(built.asm["cubin"]))
 
 for dtype in ("*bf16", "*fp32"):
     for bits in (1, 4):
         constants = dict(BITS=bits, GROUP=kernels.GROUP, ROWS=kernels.ROWS)
         borders = tuple(float(i) for i in range(2**bits - 1))
-        build(kernels._codes_kernel, dict(x=dtype, codes="*u8"), BORDERS=borders, **constants)
+        show(kernels._codes_kernel, dict(x=dtype, codes="*u8"), BORDERS=borders, **constants)
         pointers = dict(gradient=dtype, codes="*u8", out=dtype)
-        build(kernels._times_kernel, pointers, LEVELS=(*borders, 0.5), **constants)
+        show(kernels._times_kernel, pointers, LEVELS=(*borders, 0.5), **constants)
 """
 
 

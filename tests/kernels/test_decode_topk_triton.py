@@ -128,20 +128,13 @@ def test_short_pasts_are_read_whole() -> None:
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.decode_topk import triton as topk
 from fxopt.kernels.kv_attention import triton as decode
 from fxopt.kernels.kv_exact import triton as exact
+from tests.kernels.ahead_of_time import build
 
-def build(kernel, pointers, **constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}
-    source = ASTSource(kernel, signature, values, aligned)
-    return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+def ptx(kernel, pointers, **constants):
+    return build(kernel, pointers, pointers, **constants).asm["ptx"]
 
 p, long, wide, ints = "*bf16", "*i64", "*fp32", "*i32"
 starts = dict(start_ptr=long, block_start=long)
@@ -154,12 +147,12 @@ plain = dict(
     HAS_SOFTCAP=False, UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128,
     OVERLAP=True,
 )
-text = build(
+text = ptx(
     exact._decode_exact_kernel, dict(state, counts=ints), SIZE=32, BLOCK_T=128, BLOCK_N=16,
     STAGES=3, **plain,
 )
 assert "cp.async.cg.shared.global" in text
-build(
+ptx(
     decode._decode_kernel,
     dict(
         state, key="*u8", key_scale=p, key_zero=p, value="*u8", value_scale=p, value_zero=p,
@@ -169,17 +162,17 @@ build(
 )
 for group in (0, 64):
     for age in (dict(chosen_at=None), {}):
-        build(
+        ptx(
             topk._estimate_kernel,
             dict(starts, q=p, low=p, high=p, out=wide, scale="fp32", width="fp32", chosen_at=ints),
             G=4, D=128, GROUP=group, BLOCK_D=128, BLOCK_T=32, table=None, **age,
         )
-        build(
+        ptx(
             topk._choose_kernel,
             dict(starts, mass=wide, shown="*u8", tiles_ptr=ints, count_ptr=ints, chosen_at=ints),
             G=4, GROUP=group, HAS_SHOWN=True, BLOCK=4096, BLOCK_N=2, **age,
         )
-build(
+ptx(
     topk._note_kernel, dict(key=p, shown="*i64", low=p, high=p, start_ptr=long),
     D=128, HAS_SHOWN=True, BLOCK_D=128,
 )

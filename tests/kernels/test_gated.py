@@ -81,19 +81,13 @@ def test_gradients_flow_where_they_are_needed(activation: str) -> None:
 
 COMPILE = """
 import triton.language as tl
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.gated.triton import _gated_kernel as kernel
+from tests.kernels.ahead_of_time import build
 
-names = kernel.arg_names
 for activation in ("silu", "gelu", "gelu_tanh"):
     constants = dict(ACTIVATION=activation, BLOCK=1024)
     pointers = dict(gate="*bf16", up="*bf16", out="*bf16")
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    assert build(kernel, pointers, **constants).asm["cubin"]
 """
 
 

@@ -205,10 +205,8 @@ def test_shares_of_what_is_exact(
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.kv_int8.triton import _decode_packed_kernel as kernel
+from tests.kernels.ahead_of_time import build
 
 p, long, stored, wide = "*bf16", "*i64", STORED, "*fp32"
 kinds = dict(
@@ -222,13 +220,8 @@ constants = dict(
     HAS_RANK=False, HAS_WINDOW=False, HAS_SOFTCAP=False, UPCAST=False, ASM=True, R=4,
     TILE=64 if ONE_BLOCK else 16, EXACT=2, HAS_LIST=LISTED, OVERLAP=True, ONE=ONE_BLOCK, table=None,
 )
-names = kernel.arg_names
-signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
-values = {(names.index(n),): v for n, v in constants.items()}
-aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in kinds}
-source = ASTSource(kernel, signature, values, aligned)
 options = {"num_warps": 4 if ONE_BLOCK else 1, "num_stages": 1 if ONE_BLOCK else 3}
-text = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+text = build(kernel, kinds, kinds, options=options, **constants).asm["ptx"]
 assert PRODUCT in text
 assert ("cvt.rn.f16x2.e4m3x2" in text) == ("fp8" in stored)
 assert ("cp.async.cg.shared.global" in text) is not ONE_BLOCK

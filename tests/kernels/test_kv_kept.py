@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,6 +100,18 @@ def by_definition(
     return torch.stack(outputs)
 
 
+def calls(
+    layout: str, chunks: list[int], x: tuple[Tensor, ...], mask: Tensor | None
+) -> Iterator[tuple[Tensor, list[Tensor], tuple[Any, ...]]]:
+    """How many tokens are there, the next ones, and the options of a call that brings them."""
+    done = 0
+    for count in chunks:
+        new = [t[:, :, done : done + count] for t in x]
+        seen = None if mask is None else mask[:, : done + count]
+        yield torch.tensor(done), new, (seen, None, None, SCALE, True, [0], 0.0, [0], layout)
+        done += count
+
+
 def decode(
     layout: str, chunks: list[int], x: tuple[Tensor, ...], mask: Tensor | None
 ) -> list[Tensor]:
@@ -106,17 +119,12 @@ def decode(
     total, batch = sum(chunks), len(x[0])
     state = allocate(parse(layout), batch, KV, D, DV, total, torch.float64)
     past = empty_past(parse(layout), batch, KV, D, DV, torch.float64)
-    start, outputs = torch.zeros((), dtype=torch.int64), list[Tensor]()
-    for count in chunks:
-        done = int(start)
-        new = [t[:, :, done : done + count] for t in x]
-        seen = None if mask is None else mask[:, : done + count]
-        options = (seen, None, None, SCALE, True, [0], 0.0, [0], layout)
+    outputs: list[Tensor] = []
+    for start, new, options in calls(layout, chunks, x, mask):
         out = cached_attention(*new, state, start, *options)
         functional, past = cached_attention_functional(*new, past, *options)
         torch.testing.assert_close(functional, out, rtol=1e-10, atol=1e-12)
         outputs.append(out)
-        start += count
     return outputs
 
 
@@ -147,15 +155,8 @@ def decode_in_place(
 ) -> list[Tensor]:
     """Through the cache in place alone: a growing one keeps no choice."""
     state = allocate(parse(layout), len(x[0]), KV, D, DV, sum(chunks), torch.float64)
-    start, outputs = torch.zeros((), dtype=torch.int64), list[Tensor]()
-    for count in chunks:
-        done = int(start)
-        new = [t[:, :, done : done + count] for t in x]
-        seen = None if mask is None else mask[:, : done + count]
-        options = (seen, None, None, SCALE, True, [0], 0.0, [0], layout)
-        outputs.append(cached_attention(*new, state, start, *options))
-        start += count
-    return outputs
+    given = calls(layout, chunks, x, mask)
+    return [cached_attention(*new, state, start, *options) for start, new, options in given]
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -251,13 +251,11 @@ def test_no_room_in_the_table_is_an_error() -> None:
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.decode_topk.triton import _estimate_kernel
 from fxopt.kernels.kv_append.triton import _finish_kernel, _pack_kernel
 from fxopt.kernels.kv_attention.triton import _decode_kernel
 from fxopt.kernels.kv_int8.triton import _decode_packed_kernel
+from tests.kernels.ahead_of_time import build
 
 p, long, ints, wide = "*bf16", "*i64", "*i32", "*fp32"
 kinds = dict(
@@ -268,20 +266,15 @@ kinds = dict(
     softcap="fp32", least="fp32", width="fp32",
 )
 
-def build(kernel, stored, num_warps=4, **constants):
-    names = kernel.arg_names
+def stored_as(kernel, stored, num_warps=4, **constants):
     pointers = dict(kinds, key=stored, value=stored)
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}
-    source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": num_warps, "num_stages": 3}
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return build(kernel, pointers, pointers, options=options, **constants)
 
 shape = dict(D=128, DV=128, GROUP=128, SINK=4, HAS_RANK=True)
 def packed(stored, bits, listed, **constants):
     side = dict(shape, K_BITS=bits, V_BITS=bits, CAUSAL=True, HAS_WINDOW=False, HAS_SOFTCAP=False)
-    return build(
+    return stored_as(
         _decode_packed_kernel, stored, 2 if bits == 8 else 1, N=1, G=4, UPCAST=False, ASM=True,
         R=4, TILE=16, EXACT=2, HAS_LIST=listed, OVERLAP=True, ONE=False, **side, **constants,
     )
@@ -295,17 +288,17 @@ for stored in ("*u8", "*fp8e4nv"):
     assert len(set(shared)) == 1, shared
 for stored, bits in (("*u8", 2), ("*fp8e4nv", 8)):
     side = dict(shape, K_BITS=bits, V_BITS=bits)
-    build(
+    stored_as(
         _decode_kernel, stored, G=4, CAUSAL=True, HAS_BIAS=True, HAS_WINDOW=True, HAS_SOFTCAP=True,
         UPCAST=False, BLOCK_M=16, BLOCK_D=128, BLOCK_V=128, BLOCK_T=128, HAS_LIST=False,
         OVERLAP=True, **side,
     )
-    build(_pack_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_V=128, **side)
-    build(
+    stored_as(_pack_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_V=128, **side)
+    stored_as(
         _finish_kernel, stored, BLOCK_K=128 * bits // 8, BLOCK_T=16, BLOCK_D=128, BLOCK_W=128,
         BLOCK=512, BLOCK_S=64, BLOCK_V=128, G=4, EXACT=False, WAITS=True, **side,
     )
-build(_estimate_kernel, "*u8", G=4, D=128, GROUP=64, BLOCK_D=128, BLOCK_T=32)
+stored_as(_estimate_kernel, "*u8", G=4, D=128, GROUP=64, BLOCK_D=128, BLOCK_T=32)
 """
 
 

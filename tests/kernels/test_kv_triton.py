@@ -298,19 +298,13 @@ def test_a_decoding_step_is_a_cuda_graph(layout: str) -> None:
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.kv_append import triton as append
 from fxopt.kernels.kv_attention import triton as decode
 from fxopt.kernels.kv_exact import triton as exact
+from tests.kernels.ahead_of_time import build
 
-def build(kernel, pointers, **constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    print(kernel.__name__, len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+def show(kernel, pointers, **constants):
+    print(kernel.__name__, len(build(kernel, pointers, **constants).asm["cubin"]))
 
 p, long = "*bf16", "*i64"
 state = dict(
@@ -324,7 +318,7 @@ every = dict(
     CAUSAL=True, HAS_RANK=True, HAS_BIAS=True, HAS_WINDOW=True, HAS_SOFTCAP=True, UPCAST=False,
     OVERLAP=True,
 )
-build(
+show(
     exact._decode_exact_kernel, dict(state, key=p, value=p, q=p, **masks, **shares),
     G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=64, BLOCK_N=16, STAGES=3,
     SIZE=0, **every,
@@ -332,7 +326,7 @@ build(
 joined = dict(partial="*fp32", top="*fp32", total="*fp32", sinks=p, out=p)
 join = dict(G=4, BLOCK_S=64, BLOCK_V=32, WAITS=True)
 none = dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero", "table", "counts"))
-build(
+show(
     append._finish_kernel, dict(state, key=p, value=p, **starts, **joined),
     D=64, DV=48, HAS_RANK=False, EXACT=True, BLOCK_K=0, BLOCK_W=64, BLOCK_D=64, BLOCK_T=16,
     BLOCK=16, GROUP=0, SINK=0, K_BITS=0, V_BITS=0, **join, **none,
@@ -341,32 +335,32 @@ e4m3 = dict(key="*fp8e4nv", value="*fp8e4nv")
 for bits, value_bits, group, kind in ((4, 2, 64, {}), (16, 8, 32, dict(key=p)), (8, 8, 64, e4m3)):
     side = dict(K_BITS=bits, V_BITS=value_bits, GROUP=group, SINK=4, table=None)
     wide = 32 if bits == 4 else 64
-    build(
+    show(
         decode._decode_kernel,
         dict(state, **kind, **starts, q=p, **masks, **shares),
         G=4, D=64, DV=48, BLOCK_M=16, BLOCK_D=64, BLOCK_V=64, BLOCK_T=group, HAS_LIST=False,
         **every, **side,
     )
-    build(
+    show(
         append._pack_kernel, dict(state, **kind, counts=long),
         D=64, DV=48, HAS_RANK=True, BLOCK_K=wide, BLOCK_V=64, **side,
     )
-    build(
+    show(
         append._finish_kernel,
         dict(state, **kind, **starts, **joined),
         D=64, DV=48, HAS_RANK=True, EXACT=False, BLOCK_K=wide, BLOCK_W=64, BLOCK_D=64, BLOCK_T=16,
         BLOCK=512, **join, **side,
     )
 for alone in (False, True):
-    build(
+    show(
         append._keep_kernel,
         dict(k=p, v=p, start_ptr=long, counts=long, sink_k=p, sink_v=p, recent_k=p, recent_v=p),
         D=64, DV=48, SINK=4, EXACT=alone, BLOCK_T=32, BLOCK_D=64, BLOCK_V=64,
     )
-build(
+show(
     append._plan_kernel, dict(start_ptr=long, block_start=long, counts=long), GROUP=64, BLOCK=512,
 )
-build(
+show(
     decode._join_kernel, joined, G=4, DV=48, BLOCK_S=64, BLOCK_V=64,
 )
 """

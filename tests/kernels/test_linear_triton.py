@@ -248,24 +248,18 @@ def test_no_rows() -> None:
 
 COMPILE = """
 import subprocess, tempfile
-from triton import compile, knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton import knobs
 from fxopt.kernels._triton import few_rows, splits, vector
 from fxopt.kernels.low_rank_linear import triton as low_rank
 from fxopt.kernels.monarch_linear import triton as monarch
 from fxopt.kernels.quantized_linear import triton as quantized
+from tests.kernels.ahead_of_time import build
 
 multiples = ("N", "K", "WIDTH", "GROUPS", "SPAN", "x_batch", "x_row", "x_part")
 
-def build(kernel, pointers, options={}, **constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    aligned = [n for n in names if n in pointers or n in multiples]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature, values, attributes)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+def show(kernel, pointers, options=None, **constants):
+    aligned = (*pointers, *multiples)
+    built = build(kernel, pointers, aligned, options=options, **constants)
     with tempfile.NamedTemporaryFile() as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -286,35 +280,35 @@ for bits in (4, 8):
     pointers = dict(x=p, **weight, **second, residual=p, out=f)
     for after in (plain, pair):
         part = after | dict(ACTIVATION="", HAS_RESIDUAL=False)
-        build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=True,
-              SCALE_FIRST=False, ASM=True, OVERLAP=True, UNROLL=1, SWAPPED=False, **tile, **part)
+        show(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=True,
+             SCALE_FIRST=False, ASM=True, OVERLAP=True, UNROLL=1, SWAPPED=False, **tile, **part)
     pointers["out"] = p
     for after in (plain, pair, gelu):
-        build(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=False,
-              SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
-              **tile | dict(BLOCK_N=64), **after)
-        build(quantized._product_kernel, pointers | dict(scale=f, up_scale=f), BITS=bits, GROUP=128,
-              HAS_BIAS=True, SPLIT=False, SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1,
-              SWAPPED=True, **tile | dict(BLOCK_N=64), **after)
-        build(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
-              CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048, **after)
+        show(quantized._product_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, SPLIT=False,
+             SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1, SWAPPED=True,
+             **tile | dict(BLOCK_N=64), **after)
+        show(quantized._product_kernel, pointers | dict(scale=f, up_scale=f), BITS=bits, GROUP=128,
+             HAS_BIAS=True, SPLIT=False, SCALE_FIRST=True, ASM=True, OVERLAP=False, UNROLL=1,
+             SWAPPED=True, **tile | dict(BLOCK_N=64), **after)
+        show(vector._vector_kernel, pointers, BITS=bits, GROUP=128, HAS_BIAS=True, ASM=True,
+             CHAINED=True, RAGGED=False, ROWS=2, STAGES=1, BLOCK_N=4, BLOCK_K=2048, **after)
 pointers = dict(packed="*u8", scale=p, zero=p, w=p)
-build(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
+show(quantized._dequantize_kernel, pointers, BITS=4, GROUP=64, BLOCK_N=32, BLOCK_K=32)
 one = dict(PARTS=1, SPLITS=1, EITHER=False, EIGHTS=True)
 for x, scales, after in ((p, False, plain), (q, True, plain), (q, True, pair)):
     pointers = dict(x=x, w=x, scale_m=f, scale_n=f, bias=p, y=p)
     pointers |= dict(up_x=x, up_w=x, up_scale=f, up_bias=p, residual=p)
-    build(few_rows._few_rows_kernel, pointers, HAS_SCALE=scales, HAS_BIAS=True, STARTS=True,
-          WAITS=True, EVEN=True, **tile, **one, **after)
+    show(few_rows._few_rows_kernel, pointers, HAS_SCALE=scales, HAS_BIAS=True, STARTS=True,
+         WAITS=True, EVEN=True, **tile, **one, **after)
 none = dict(HAS_BIAS=False) | plain
 either = dict(PARTS=1, SPLITS=2, EITHER=True, STARTS=True, WAITS=False, EIGHTS=True, **none)
 summed = dict(PARTS=2, SPLITS=1, EITHER=False, STARTS=False, WAITS=True, EIGHTS=True, HAS_BIAS=True)
 for x, y, how in ((p, f, either), (f, p, summed | gelu), (f, p, summed | pair)):
     pointers = dict(x=x, w=p, bias=p, up_x=x, up_w=p, up_bias=p, residual=p, y=y)
-    build(low_rank._vector_kernel, pointers, ROWS=2, BLOCK_N=4, BLOCK_K=1024, **how)
+    show(low_rank._vector_kernel, pointers, ROWS=2, BLOCK_N=4, BLOCK_K=1024, **how)
     pointers |= dict.fromkeys(("scale_m", "scale_n", "up_scale"), f)
-    build(few_rows._few_rows_kernel, pointers, dict(num_stages=5), HAS_SCALE=False, EVEN=True,
-          **how, **tile | dict(BLOCK_K=128))
+    show(few_rows._few_rows_kernel, pointers, dict(num_stages=5), HAS_SCALE=False, EVEN=True,
+         **how, **tile | dict(BLOCK_K=128))
 low_rank.processors = lambda _: 132
 for rank, columns in ((1024, 4096), (2048, 1024), (2048, 4096), (1024, 8192)):
     c = low_rank.configuration(16, 4096, rank, columns, None)
@@ -322,17 +316,17 @@ for rank, columns in ((1024, 4096), (2048, 1024), (2048, 4096), (1024, 8192)):
     of_parts = pointers | dict.fromkeys(("x", "up_x"), p if parts == 1 else f)
     how = summed | pair | dict(PARTS=parts)
     for cut, given, so in ((c.first, pointers | dict(x=p), either), (c.second, of_parts, how)):
-        build(few_rows._few_rows_kernel, given, dict(num_stages=cut.stages), HAS_SCALE=False,
-              EVEN=True, **so, UPCAST=False, BLOCK_M=16, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k)
+        show(few_rows._few_rows_kernel, given, dict(num_stages=cut.stages), HAS_SCALE=False,
+             EVEN=True, **so, UPCAST=False, BLOCK_M=16, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k)
 pointers = dict(partial=f, bias=p, up_bias=p, residual=p, y=p)
 for after in (plain, pair, gelu):
-    build(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, STARTS=True, BLOCK=256,
-          **after)
+    show(splits._sum_kernel, pointers, HAS_BIAS=True, WAITS=True, STARTS=True, BLOCK=256,
+         **after)
 pointers = dict(x=p, w=p, bias=p, residual=p, y=p)
 after = tile | dict(HAS_BIAS=True, ACTIVATION="gelu", HAS_RESIDUAL=True, EVEN=True)
-build(monarch._blocks_kernel, pointers, **after)
-build(monarch._blocks_kernel, pointers, bias=None,
-      **after | dict(HAS_BIAS=False, ACTIVATION="", HAS_RESIDUAL=False))
+show(monarch._blocks_kernel, pointers, **after)
+show(monarch._blocks_kernel, pointers, bias=None,
+     **after | dict(HAS_BIAS=False, ACTIVATION="", HAS_RESIDUAL=False))
 """
 
 

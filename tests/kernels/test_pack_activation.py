@@ -198,18 +198,11 @@ def test_kernels_give_the_reference(dtype: torch.dtype, bits: int, group: int, c
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.pack_activation import triton as kernels
+from tests.kernels.ahead_of_time import build
 
-def build(kernel, pointers, **constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
-    source = ASTSource(kernel, signature, values, attributes)
-    built = compile(source, target=GPUTarget("cuda", 90, 32))
+def show(kernel, pointers, **constants):
+    built = build(kernel, pointers, pointers, **constants)
     print(kernel.__name__, len(built.asm["cubin"]), "v4.b32" in built.asm["ptx"])
 
 for dtype in ("*bf16", "*fp32"):
@@ -217,7 +210,7 @@ for dtype in ("*bf16", "*fp32"):
         pointers = dict(x=dtype, out=dtype, codes="*u8", top=dtype)
         constants = dict(BITS=bits, GROUP=group, ROWS=kernels.TILE // group)
         for kernel in (kernels._pack_kernel, kernels._unpack_kernel):
-            build(kernel, {n: p for n, p in pointers.items() if n in kernel.arg_names}, **constants)
+            show(kernel, {n: p for n, p in pointers.items() if n in kernel.arg_names}, **constants)
 """
 
 

@@ -44,19 +44,13 @@ def test_no_rows() -> None:
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.quantized_embedding.triton import _rows_kernel as kernel
+from tests.kernels.ahead_of_time import build
 
 for bits in (4, 8):
     constants = dict(BITS=bits, GROUP=128, BLOCK=1024)
-    names = kernel.arg_names
     pointers = dict(packed="*u8", indices="*i64", scale="*bf16", zero="*bf16", out="*bf16")
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    assert build(kernel, pointers, **constants).asm["cubin"]
 """
 
 

@@ -163,22 +163,16 @@ def test_triton(dtype: torch.dtype, counts: list[int], bits: int, group: int) ->
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.quantized_experts.triton import _experts_kernel as kernel
+from tests.kernels.ahead_of_time import build
 
 for bits in (4, 8):
     constants = dict(
         BITS=bits, GROUP=128, ASM=True, UPCAST=False, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64
     )
-    names = kernel.arg_names
     floats = dict.fromkeys(("x", "scale", "zero", "out"), "*bf16")
     pointers = {**floats, "packed": "*u8", "offsets": "*i32"}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    assert build(kernel, pointers, **constants).asm["cubin"]
 """
 
 

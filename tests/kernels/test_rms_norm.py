@@ -80,20 +80,14 @@ def test_gradients_flow_where_they_are_needed() -> None:
 
 COMPILE = """
 import triton.language as tl
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.rms_norm.triton import _norm_kernel as kernel
+from tests.kernels.ahead_of_time import build
 
-names = kernel.arg_names
 for summed, block, columns in ((True, 1, 4096), (False, 16, 128), (True, 1, 16384)):
     constants = dict(HAS_RESIDUAL=summed, WIDE=tl.float32, BLOCK_M=block, BLOCK_D=columns)
     pointers = {n: "*bf16" for n in ("x", "residual", "weight", "total", "out")}
     pointers["epsilon"] = "fp32"
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    assert build(kernel, pointers, **constants).asm["cubin"]
 """
 
 

@@ -168,30 +168,22 @@ def test_gradients_flow_where_they_are_needed() -> None:
 
 COMPILE = """
 import triton.language as tl
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fxopt.kernels.rotate.triton import _rotate_kernel as kernel
+from tests.kernels.ahead_of_time import build
 
-def build(**constants):
-    names = kernel.arg_names
+def asm(**constants):
     every = dict(WIDE=tl.float32, UPCAST=False, BLOCK_R=16, places=None, **constants)
     pointers = dict.fromkeys(("q", "k", "cos", "sin", "query_mix", "key_mix", "out_q", "out_k"), p)
-    signature = {n: "constexpr" if n in every else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in every.items()}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}
-    return compile(
-        ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32)
-    ).asm
+    return build(kernel, pointers, pointers, **every).asm
 
 p = "*bf16"
 none = dict(query_mix=None, key_mix=None)
-assert build(GQ=5, GK=1, HALF=40, BLOCK_D=64, BLOCK_E=64, **none)["cubin"]
-assert build(
+assert asm(GQ=5, GK=1, HALF=40, BLOCK_D=64, BLOCK_E=64, **none)["cubin"]
+assert asm(
     GQ=1, GK=1, HALF=40, BLOCK_D=64, BLOCK_E=64, k=None, out_k=None, **none
 )["cubin"]
 for half in (32, 128):
-    text = build(GQ=4, GK=1, HALF=half, BLOCK_D=half, BLOCK_E=64)["ptx"]
+    text = asm(GQ=4, GK=1, HALF=half, BLOCK_D=half, BLOCK_E=64)["ptx"]
     assert "mma.sync" in text or "wgmma" in text
 """
 

@@ -50,15 +50,13 @@ def test_so_have_experts_of_long_groups(
 
 COMPILE = """
 import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 import torch
 from fxopt.kernels._triton import common, few_rows
 from fxopt.kernels.low_rank_linear import triton as low_rank
 from fxopt.kernels.monarch_linear import triton as monarch
 from fxopt.kernels.quantized_experts import triton as experts
 from fxopt.kernels.quantized_linear import triton as quantized
+from tests.kernels.ahead_of_time import build
 
 capability, room = map(int, sys.argv[1:])
 common.shared_memory = lambda _: room * 1024
@@ -66,15 +64,9 @@ common.hopper = quantized.hopper = lambda _: capability == 90
 quantized.processors = low_rank.processors = lambda _: 132
 multiples = ("N", "K", "WIDTH", "GROUPS", "SPAN", "x_batch", "x_row", "x_part")
 
-def build(kernel, pointers, warps, stages, **constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    aligned = [n for n in names if n in pointers or n in multiples]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature, values, attributes)
-    options = dict(num_warps=warps, num_stages=stages)
-    built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def show(kernel, pointers, warps, stages, **constants):
+    options, aligned = dict(num_warps=warps, num_stages=stages), (*pointers, *multiples)
+    built = build(kernel, pointers, aligned, capability, options, **constants)
     print(kernel.__name__, built.metadata.shared)
 
 plain = dict(HAS_UP_BIAS=False, ACTIVATION="", PAIRED=False, HAS_RESIDUAL=False)
@@ -84,26 +76,26 @@ for count, p, bits in rows:
     c = quantized.configuration(count, 14336, 4096, bits, 128, None, types[p])
     pointers = dict(x=p, packed="*u8", scale=p, zero=p, bias=p, residual=p, out=p)
     pointers |= dict(up_packed="*u8", up_scale=p, up_zero=p, up_bias=p)
-    build(quantized._product_kernel, pointers, c.warps, c.stages, BITS=bits, GROUP=128,
-          HAS_BIAS=True, SPLIT=False, SCALE_FIRST=c.scale_first, ASM=True, OVERLAP=False, UNROLL=1,
-          UPCAST=False, SWAPPED=c.swapped, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
-          BLOCK_K=c.block_k, **plain)
+    show(quantized._product_kernel, pointers, c.warps, c.stages, BITS=bits, GROUP=128,
+         HAS_BIAS=True, SPLIT=False, SCALE_FIRST=c.scale_first, ASM=True, OVERLAP=False, UNROLL=1,
+         UPCAST=False, SWAPPED=c.swapped, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
+         BLOCK_K=c.block_k, **plain)
 for p, bits, group in (("*bf16", 8, 512), ("*fp32", 8, 128)):
     stages = experts.stages_of(64, 64, bits, group, types[p].itemsize, None)
     pointers = dict(x=p, packed="*u8", scale=p, zero=p, offsets="*i32", out=p)
-    build(experts._experts_kernel, pointers, 4, stages, BITS=bits, GROUP=group, ASM=True,
-          UPCAST=False, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+    show(experts._experts_kernel, pointers, 4, stages, BITS=bits, GROUP=group, ASM=True,
+         UPCAST=False, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
 p, f = "*bf16", "*fp32"
 pointers = dict(x=p, w=p, bias=p, residual=p, y=p)
-build(monarch._blocks_kernel, pointers, 8, 4, HAS_BIAS=True, ACTIVATION="", HAS_RESIDUAL=True,
-      UPCAST=False, EVEN=True, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64)
+show(monarch._blocks_kernel, pointers, 8, 4, HAS_BIAS=True, ACTIVATION="", HAS_RESIDUAL=True,
+     UPCAST=False, EVEN=True, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64)
 few = [few_rows.configuration(columns, 4096, 2) for columns in (512, 4096, 14336)]
 for c in (*few, low_rank.configuration(16, 4096, 1024, 4096, None).first):
     scales = dict.fromkeys(("scale_m", "scale_n", "up_scale"), f)
     up = dict(up_x=p, up_w=p, up_bias=p)
-    build(few_rows._few_rows_kernel, pointers | scales | up, c.warps, c.stages, PARTS=1, SPLITS=1,
-          EITHER=False, EIGHTS=True, HAS_SCALE=False, HAS_BIAS=True, UPCAST=False, STARTS=False,
-          WAITS=False, EVEN=True, BLOCK_M=16, BLOCK_N=c.block_n, BLOCK_K=c.block_k, **plain)
+    show(few_rows._few_rows_kernel, pointers | scales | up, c.warps, c.stages, PARTS=1, SPLITS=1,
+         EITHER=False, EIGHTS=True, HAS_SCALE=False, HAS_BIAS=True, UPCAST=False, STARTS=False,
+         WAITS=False, EVEN=True, BLOCK_M=16, BLOCK_N=c.block_n, BLOCK_K=c.block_k, **plain)
 """
 
 
